@@ -1,0 +1,21 @@
+"""Hyperparameters by implicit differentiation, inside one Lightning training run."""
+
+from lightning_ifthpo.callbacks import IFTHypergradient
+from lightning_ifthpo.hypergradient import (
+    Hypergradient,
+    HypergradientMismatchError,
+    check_hypergradient,
+    implicit_hypergradient,
+    unrolled_hypergradient,
+)
+from lightning_ifthpo.module import BilevelLightningModule
+
+__all__ = [
+    "BilevelLightningModule",
+    "Hypergradient",
+    "HypergradientMismatchError",
+    "IFTHypergradient",
+    "check_hypergradient",
+    "implicit_hypergradient",
+    "unrolled_hypergradient",
+]

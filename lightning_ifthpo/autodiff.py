@@ -1,0 +1,68 @@
+"""Reverse-mode products that survive what real modules do: unused, frozen and linearly entering tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def vjp(
+    outputs: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None] | None = None,
+    *,
+    create_graph: bool = False,
+) -> list[Tensor | None]:
+    """Returns cotangentᵀ ∂outputs/∂inputs, one tensor for each input, `None` where it is zero by structure.
+
+    Outputs that are `None` or constant and inputs without gradient count as zero blocks; `torch.autograd.grad` raises
+    on them. The graph is kept, so that many products can be taken.
+
+    Args:
+        outputs: Tensors of any shape.
+        inputs: Tensors of any shape.
+        cotangents: One for each output, of its shape; ones for a scalar output where not given.
+        create_graph: Make the result differentiable.
+    """
+    cotangents = [None] * len(outputs) if cotangents is None else cotangents
+    live = [
+        (output, cotangent)
+        for output, cotangent in zip(outputs, cotangents, strict=True)
+        if output is not None and output.requires_grad
+    ]
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    if not live or not wanted:
+        return [None] * len(inputs)
+    gradients = iter(
+        torch.autograd.grad(
+            [output for output, _ in live],
+            wanted,
+            [cotangent for _, cotangent in live],
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    )
+    return [next(gradients) if tensor.requires_grad else None for tensor in inputs]
+
+
+@contextmanager
+def differentiable(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Turns on gradients (modes and flags) for leaf tensors inside the block, and restores the flags after it."""
+    frozen = [tensor for tensor in tensors if not tensor.requires_grad]
+    try:
+        for tensor in frozen:
+            tensor.requires_grad_(True)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for tensor in frozen:
+            tensor.requires_grad_(False)
+
+
+def add(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Returns the sums of two lists of tensors in which `None` stands for zero."""
+    return [b if a is None else a if b is None else a + b for a, b in zip(left, right, strict=True)]

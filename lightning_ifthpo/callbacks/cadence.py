@@ -1,0 +1,97 @@
+"""When a callback fires: counted batches, whole accumulation windows, a budget of time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from lightning_ifthpo.solvers.base import require_at_least
+
+
+class Cadence:
+    """Decides after each training batch whether to fire.
+
+    Fires every n batches, once a given number has passed; inside an accumulation window it waits for the optimizer
+    step. With a budget it fires as rarely as needed for its own time to stay below a fraction of the training time;
+    when it fires then depends on the clock, so that such a run cannot be repeated exactly.
+
+    Args:
+        every_n_batches: Training batches between two firings, at least 1.
+        start_after_batches: Training batches before the first.
+        max_overhead: Own time allowed per training time; None for no limit.
+        clock: Seconds, for tests.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        every_n_batches: int,
+        start_after_batches: int = 0,
+        max_overhead: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        require_at_least("every_n_batches", every_n_batches, 1)
+        require_at_least("start_after_batches", start_after_batches, 0)
+        if max_overhead is not None and not max_overhead > 0.0:
+            raise ValueError(f"expected max_overhead > 0 (0.25 allows 25 % more time) or None, got {max_overhead!r}")
+        self._every = every_n_batches
+        self._start_after = start_after_batches
+        self._max_overhead = max_overhead
+        self._clock = clock
+        self._batches = 0
+        self._since_last = 0
+        self._stepped = False
+        self._began = clock()
+        self._own_seconds = 0.0
+        self._last_cost = 0.0
+
+    def begin(self) -> None:
+        """Starts the clock of the budget; to be called when training starts."""
+        self._began = self._clock()
+        self._own_seconds = 0.0
+
+    def optimizer_stepped(self) -> None:
+        """Tells that the weights have moved during the present batch."""
+        self._stepped = True
+
+    def is_due(self, *, hurry: bool = False) -> bool:
+        """Counts one training batch and returns whether to fire after it; in a hurry, at the first optimizer step."""
+        self._batches += 1
+        if self._batches > self._start_after:
+            self._since_last += 1
+        stepped, self._stepped = self._stepped, False
+        waited = hurry or self._since_last >= self._every
+        return stepped and waited and self._affordable()
+
+    @contextmanager
+    def firing(self, synchronize: Callable[[], None]) -> Iterator[None]:
+        """Measures what a firing costs; the device is synchronized only where a budget needs to know."""
+        self._since_last = 0
+        began = self._now(synchronize)
+        try:
+            yield
+        finally:
+            self._last_cost = self._now(synchronize) - began
+            self._own_seconds += self._last_cost
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns the counters, as plain numbers."""
+        return {"batches": self._batches, "since_last": self._since_last}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Restores the counters."""
+        self._batches, self._since_last = state["batches"], state["since_last"]
+
+    def _affordable(self) -> bool:
+        if self._max_overhead is None:
+            return True
+        training = self._clock() - self._began - self._own_seconds
+        return self._own_seconds + self._last_cost <= self._max_overhead * training
+
+    def _now(self, synchronize: Callable[[], None]) -> float:
+        if self._max_overhead is not None:
+            synchronize()
+        return self._clock()

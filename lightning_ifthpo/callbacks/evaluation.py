@@ -1,0 +1,118 @@
+"""Evaluating a module's losses inside a training run as if nobody had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, TypeAlias
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torchmetrics import Metric
+
+from lightning_ifthpo.random_state import isolated
+
+CurvaturePrecision: TypeAlias = Literal["32", "inherit"]
+
+
+@contextmanager
+def undisturbed(trainer: L.Trainer, module: L.LightningModule, seed: int) -> Iterator[None]:
+    """Puts back all that an evaluation of the module's losses inside the block may leave behind.
+
+    That is: buffers (BatchNorm statistics), train/eval modes, metric states, every attribute that is rebound, what is
+    logged, and the random state, which is seeded inside the block so that each evaluation draws the same numbers
+    wherever a run was resumed. Gradients need no care as long as `torch.autograd.grad` is used. Buffers are exchanged
+    for copies rather than restored in place, because a graph may still need them.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(isolated(module.device, seed))
+        for submodule in module.modules():
+            stack.enter_context(_attributes_restored(submodule))
+        _exchange_state(module)
+        loggers = trainer.loggers
+        stack.callback(setattr, trainer, "loggers", loggers)
+        trainer.loggers = []
+        vars(module).update(log=_ignore, log_dict=_ignore)
+        yield
+
+
+@contextmanager
+def twice_differentiable(module: nn.Module) -> Iterator[None]:
+    """Chooses kernels with a second derivative: no compiled graphs, no fused attention, no cuDNN recurrence."""
+    recurrent = any(isinstance(submodule, nn.RNNBase) for submodule in module.modules())
+    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
+        if recurrent:
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield
+
+
+class Losses:
+    """A module's losses as functions of a batch, in the precision and the mode that belong to them.
+
+    Make one inside `undisturbed`. The inner loss is evaluated in the modes the module was found in, the outer loss in
+    eval mode, as in validation. A mode lasts until the next evaluation, because activation checkpointing repeats the
+    forward pass during the backward pass.
+
+    Args:
+        trainer: Whose precision plugin is used.
+        module: The module, with methods `inner_loss` and `outer_loss`.
+        precision: "32" evaluates without autocast; "inherit" as training does.
+    """
+
+    def __init__(self, trainer: L.Trainer, module: Any, precision: CurvaturePrecision) -> None:
+        self._module = module
+        self._modes = {submodule: submodule.training for submodule in module.modules()}
+        plugin = trainer.precision_plugin
+        autocasts = isinstance(plugin, MixedPrecision)
+        self._context = _no_context if autocasts and precision == "32" else plugin.forward_context
+
+    def inner(self, batch: Any) -> Callable[[], Tensor]:
+        """Returns the inner loss on a batch, as a callable without arguments."""
+        return lambda: self._evaluate(self._module.inner_loss, batch, training=True)
+
+    def outer(self, batch: Any) -> Callable[[], Tensor]:
+        """Returns the outer loss on a batch, as a callable without arguments."""
+        return lambda: self._evaluate(self._module.outer_loss, batch, training=False)
+
+    def _evaluate(self, loss: Callable[[Any], Tensor], batch: Any, *, training: bool) -> Tensor:
+        for submodule, mode in self._modes.items():
+            submodule.training = mode and training
+        with self._context():
+            return loss(batch)
+
+
+@contextmanager
+def _no_context() -> Iterator[None]:
+    yield
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Stands for `self.log` while nothing may be logged."""
+
+
+@contextmanager
+def _attributes_restored(module: nn.Module) -> Iterator[None]:
+    attributes, buffers = vars(module).copy(), module._buffers.copy()
+    try:
+        yield
+    finally:
+        vars(module).update(attributes)
+        for name in vars(module).keys() - attributes.keys():
+            del vars(module)[name]
+        module._buffers.clear()
+        module._buffers.update(buffers)
+
+
+def _exchange_state(module: nn.Module) -> None:
+    """Gives the module copies of its buffers and metric states to work on."""
+    copies: dict[int, Tensor] = {}  # a buffer may be shared
+    for submodule in module.modules():
+        for name, buffer in submodule._buffers.items():
+            if buffer is not None:
+                submodule._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
+        if isinstance(submodule, Metric):
+            for name, state in submodule.metric_state.items():
+                vars(submodule)[name] = state.clone() if isinstance(state, Tensor) else list(state)

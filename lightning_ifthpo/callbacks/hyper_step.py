@@ -1,0 +1,185 @@
+"""One hyper step after another: what `IFTHypergradient` does when it fires, and what it must remember."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lightning_ifthpo.callbacks.evaluation import CurvaturePrecision, Losses, twice_differentiable, undisturbed
+from lightning_ifthpo.callbacks.outer_data import OuterData
+from lightning_ifthpo.callbacks.preflight import data_module
+from lightning_ifthpo.curvature.marking import recording_outputs
+from lightning_ifthpo.hypergradient import Curvature, Hypergradient, implicit_hypergradient
+from lightning_ifthpo.loss_graph import check_loss
+from lightning_ifthpo.random_state import isolated
+from lightning_ifthpo.solvers import Identity, Solver, SolveResult, Status
+from lightning_ifthpo.update_rule import UpdateRule
+
+
+class HyperStepper:
+    """Computes and applies hypergradients of one module in one fit.
+
+    Args:
+        trainer: The Trainer, with optimizers and data set up.
+        module: A LightningModule with the bilevel mixin.
+        source: Loader of outer batches.
+        curvature: As in `IFTHypergradient`.
+        solver: As in `IFTHypergradient`.
+        warm_start: As in `IFTHypergradient`.
+        precision: As in `IFTHypergradient`.
+        state: What `state_dict` returned, to resume; empty for a new start.
+    """
+
+    def __init__(
+        self,
+        trainer: L.Trainer,
+        module: Any,
+        source: Iterable[Any],
+        *,
+        curvature: Literal["auto"] | Curvature,
+        solver: Solver,
+        warm_start: bool,
+        precision: CurvaturePrecision,
+        state: dict[str, Any],
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._curvature = curvature
+        self._solver = solver
+        self._warm_start = warm_start
+        self._precision = precision
+        self._parameters = [parameter for parameter in module.inner_parameters() if parameter.requires_grad]
+        self._hyperparameters = list(module.hyperparameters())
+        self.optimizer: torch.optim.Optimizer = module.configure_hyper_optimizer()
+        self.steps = 0
+        # torch's seed is the user's where there is one, and asking for it draws nothing
+        self._seed = torch.initial_seed() % 2**31
+        self._estimate: Tensor | None = None
+        consumed = 0
+        if state:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.steps, self._seed, consumed = state["steps"], state["seed"], state["consumed"]
+            estimate = state["estimate"]
+            self._estimate = None if estimate is None else estimate.to(module.device)
+        self._outer_data = OuterData(source, module.device, seed=self._seed, consumed=consumed)
+
+    def rehearse(self, batch: Any) -> None:
+        """Evaluates everything once, to find out whether it works and which curvature "auto" stands for.
+
+        Raises:
+            ValueError: If a loss is not finite, or a hyperparameter has no influence.
+            Exception: Whatever the user's losses raise.
+        """
+        outer_batch = self._prepared(self._outer_data.peek())
+        with self._evaluation() as losses:
+            if self._curvature == "auto":
+                with recording_outputs() as outputs, torch.no_grad():
+                    losses.inner(batch)()
+                self._curvature = "gauss_newton" if outputs else "hessian"
+            for name, loss in (("inner_loss", losses.inner(batch)), ("outer_loss", losses.outer(outer_batch))):
+                _check_value(name, loss())
+            result = self._hypergradient(losses, batch, outer_batch, Identity(), diagnosed=False)
+        self._check_influence(set(result.unused))
+
+    def compute(self, batch: Any, *, diagnosed: bool) -> Hypergradient:
+        """Returns the hypergradient for a training batch and the next outer batch."""
+        outer_batch = self._prepared(self._outer_data.next())
+        rule = UpdateRule.of(self._trainer.optimizers, self._parameters)
+        with self._evaluation() as losses:
+            result = self._hypergradient(losses, batch, outer_batch, self._solver.bound_to(rule), diagnosed=diagnosed)
+        self.steps += 1
+        if self._warm_start:
+            self._remember(result.solution)
+        return result
+
+    def apply(self, result: Hypergradient) -> None:
+        """Lets the hyper-optimizer make one step."""
+        for hyperparameter, gradient in zip(self._hyperparameters, result.gradients, strict=True):
+            hyperparameter.grad = gradient
+        self.optimizer.step()
+        for hyperparameter in self._hyperparameters:
+            hyperparameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all that resuming needs, as tensors and plain numbers."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "steps": self.steps,
+            "seed": self._seed,
+            "consumed": self._outer_data.consumed,
+            "estimate": self._estimate,
+        }
+
+    def _hypergradient(
+        self, losses: Losses, batch: Any, outer_batch: Any, solver: Solver, *, diagnosed: bool
+    ) -> Hypergradient:
+        assert self._curvature != "auto", "rehearse() comes first"
+        return implicit_hypergradient(
+            losses.inner(batch),
+            losses.outer(outer_batch),
+            self._parameters,
+            self._hyperparameters,
+            curvature=self._curvature,
+            solver=solver,
+            x0=self._estimate,
+            allow_unused=True,
+            diagnosed=diagnosed,
+        )
+
+    def _remember(self, solution: SolveResult) -> None:
+        """Keeps what the next solve starts from."""
+        if solution.status in (Status.NEGATIVE_CURVATURE, Status.DIVERGED):
+            self._estimate = None  # it grew where it should not have
+        elif solution.status is not Status.NONFINITE:  # a bad batch says nothing about the estimate
+            self._estimate = solution.x
+
+    @contextmanager
+    def _evaluation(self) -> Iterator[Losses]:
+        with ExitStack() as stack:
+            stack.enter_context(undisturbed(self._trainer, self._module, self._seed + self.steps))
+            if self._curvature != "finite_difference":
+                stack.enter_context(twice_differentiable(self._module))
+            yield Losses(self._trainer, self._module, self._precision)
+
+    def _prepared(self, batch: Any) -> Any:
+        """Returns the batch on the device, converted as a validation batch would be."""
+        trainer = self._trainer
+        trainer.validating = True  # augmentations that ask self.trainer.training must not touch outer data
+        try:
+            with isolated(self._module.device, self._seed + self.steps):
+                batch = trainer.precision_plugin.convert_input(batch)
+                batch = _transfer_hook_owner(trainer, self._module).on_before_batch_transfer(batch, 0)
+                return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        finally:
+            trainer.training = True
+
+    def _check_influence(self, unused: set[int]) -> None:
+        """Raises unless each registered hyperparameter, a module as a whole, has an influence."""
+        groups: dict[str, list[bool]] = {}
+        for index, (path, _) in enumerate(self._module.named_hyperparameters()):
+            groups.setdefault(path.split(".")[0], []).append(index in unused)
+        for name, idle in groups.items():
+            if all(idle):
+                raise ValueError(
+                    f"hyperparameter {name!r} does not influence the gradient of the inner loss, nor the outer loss, "
+                    "so that implicit differentiation cannot tune it. Use it in inner_loss; for a learning rate, "
+                    "ExactGeN or a sweep is the tool"
+                )
+
+
+def _transfer_hook_owner(trainer: L.Trainer, module: Any) -> Any:
+    """Returns the data module where it overrides the hook, else the module, as the Trainer does."""
+    owner = data_module(trainer)
+    hook = None if owner is None else type(owner).on_before_batch_transfer
+    return module if hook is None or hook.__module__.split(".")[0] in ("lightning", "pytorch_lightning") else owner
+
+
+def _check_value(name: str, value: Any) -> None:
+    check_loss(value, name)
+    if not bool(torch.isfinite(value)):
+        raise ValueError(f"{name} is {float(value.detach())} on the first batch; look at the data and the initial weights")

@@ -1,0 +1,241 @@
+"""The callback that tunes hyperparameters while the Trainer trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_ifthpo.callbacks.cadence import Cadence
+from lightning_ifthpo.callbacks.evaluation import CurvaturePrecision
+from lightning_ifthpo.callbacks.hyper_step import HyperStepper
+from lightning_ifthpo.callbacks.logging import log_metrics
+from lightning_ifthpo.callbacks.preflight import check_module, find_outer_data
+from lightning_ifthpo.hypergradient import Hypergradient
+from lightning_ifthpo.module import BilevelLightningModule
+from lightning_ifthpo.solvers import Amortized, Solver, Status
+
+_CURVATURES = ("auto", "hessian", "gauss_newton", "finite_difference")
+
+
+class IFTHypergradient(L.Callback):
+    """Updates the hyperparameters of a `BilevelLightningModule` by implicit differentiation during training.
+
+    After every n-th training batch it takes that batch for the inner loss and a fresh outer batch for the outer loss,
+    solves for the hypergradient, and lets the module's hyper-optimizer make one step. Nothing else changes: weights,
+    buffers, gradients, modes, metrics, other logged values and the random state stay as they would be without it.
+
+    Args:
+        every_n_batches: Training batches between two hyper steps, at least 1.
+        curvature: "hessian"; "gauss_newton", for losses that mark the model's outputs; "finite_difference", for models
+            without a second derivative; "auto" takes Gauss–Newton if outputs are marked, else the Hessian.
+        solver: How the linear system is solved; None takes `Amortized(products=2, horizon=100)`.
+        warm_start: Start each solve from the last solution.
+        start_after_batches: Training batches before the first of every_n_batches is counted.
+        outer_dataloader: Loader of outer batches. None asks the module's `outer_dataloader()`, then the data module's,
+            then takes the validation data and warns.
+        on_failure: What becomes of a solve that neither converged nor completed: "skip" it, "use" it if it is finite,
+            or "raise" an error.
+        max_overhead: Fraction of the training time that hyper steps may cost; they become as rare as needed. Such a run
+            depends on the clock. None for no limit.
+        precision: "32" evaluates the losses without autocast in mixed precision, "inherit" as training does.
+
+    Logs once per hyper step `hypergrad/norm`, `direct_norm`, `indirect_norm`, `outer_loss`, `residual`, `products`,
+    `skipped`, and `hyperparameter/<name>/mean`, `min` and `max`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    >>> callback = IFTHypergradient(every_n_batches=10, curvature="gauss_newton")
+    """
+
+    def __init__(
+        self,
+        every_n_batches: int = 5,
+        *,
+        curvature: Literal["auto", "hessian", "gauss_newton", "finite_difference"] = "auto",
+        solver: Solver | None = None,
+        warm_start: bool = True,
+        start_after_batches: int = 0,
+        outer_dataloader: Iterable[Any] | None = None,
+        on_failure: Literal["skip", "use", "raise"] = "skip",
+        max_overhead: float | None = None,
+        precision: CurvaturePrecision = "32",
+    ) -> None:
+        super().__init__()
+        _require_choice("curvature", curvature, _CURVATURES)
+        _require_choice("on_failure", on_failure, ("skip", "use", "raise"))
+        _require_choice("precision", precision, ("32", "inherit"))
+        self.every_n_batches = every_n_batches
+        self.curvature = curvature
+        self.solver = Amortized(products=2, horizon=100) if solver is None else solver
+        self.warm_start = warm_start
+        self.start_after_batches = start_after_batches
+        self.outer_dataloader = outer_dataloader
+        self.on_failure = on_failure
+        self.max_overhead = max_overhead
+        self.precision = precision
+        self._restored: dict[str, Any] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        self.skipped = 0
+        self._cadence = Cadence(self.every_n_batches, self.start_after_batches, self.max_overhead)
+        self._stepper: HyperStepper | None = None
+        self._unfrozen: list[str] = []
+        self._rehearsed = False
+        self._warned = False
+
+    @property
+    def state_key(self) -> str:
+        """Tells differently configured instances apart in a checkpoint."""
+        return self._generate_state_key(
+            every_n_batches=self.every_n_batches, curvature=self.curvature, solver=repr(self.solver)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all that resuming needs, as tensors and plain numbers."""
+        if self._stepper is None:
+            return self._restored
+        return {
+            "skipped": self.skipped,
+            "cadence": self._cadence.state_dict(),
+            "stepper": self._stepper.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps the state until training starts."""
+        self._restored = state_dict
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Freezes the hyperparameters before a strategy wraps the module, and begins anew."""
+        if stage != "fit":
+            return
+        self._begin()
+        if isinstance(pl_module, BilevelLightningModule):
+            tunable = dict(pl_module.named_hyperparameters())
+            self._unfrozen = [name for name, parameter in tunable.items() if parameter.requires_grad]
+            for parameter in tunable.values():
+                parameter.requires_grad_(False)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Checks what can be checked without data."""
+        check_module(trainer, pl_module, self._unfrozen)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Opens the outer data and restores a checkpoint's state."""
+        restored, self._restored = self._restored, {}
+        self._stepper = HyperStepper(
+            trainer,
+            pl_module,
+            find_outer_data(trainer, pl_module, self.outer_dataloader),
+            curvature=self.curvature,
+            solver=self.solver,
+            warm_start=self.warm_start,
+            precision=self.precision,
+            state=restored.get("stepper", {}),
+        )
+        if restored:
+            self.skipped = restored["skipped"]
+            self._cadence.load_state_dict(restored["cadence"])
+        self._cadence.begin()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Tries everything on the first batch, before anything is trained on it."""
+        if not self._rehearsed:
+            self._active_stepper.rehearse(batch)
+            self._rehearsed = True
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Notes that the weights move."""
+        self._cadence.optimizer_stepped()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Makes a hyper step when one is due."""
+        stepper = self._active_stepper
+        if not self._cadence.is_due(hurry=bool(getattr(trainer, "fast_dev_run", False)) and stepper.steps == 0):
+            return
+        with self._cadence.firing(_synchronization(pl_module.device)):
+            # A diagnosis costs products, so only the failure that is told about gets one.
+            result = stepper.compute(batch, diagnosed=not self._warned or self.on_failure == "raise")
+            if self._accepts(result, stepper.steps):
+                stepper.apply(result)
+        metrics = {**_metrics(result), "hypergrad/skipped": float(self.skipped), **_summaries(pl_module)}
+        log_metrics(trainer, pl_module, metrics, headline="hypergrad/norm")
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Says how many hyper steps were skipped."""
+        if self.skipped:
+            rank_zero_info(f"IFTHypergradient: {self.skipped} of {self._active_stepper.steps} hyper steps were skipped")
+
+    @property
+    def _active_stepper(self) -> HyperStepper:
+        assert self._stepper is not None, "training has not started"
+        return self._stepper
+
+    def _accepts(self, result: Hypergradient, step: int) -> bool:
+        """Returns whether to use a result, counting and reporting one that cannot be trusted."""
+        if result.status.trustworthy:
+            return True
+        reason = f"hyper step {step} ended with status {result.status.value!r}: {result.diagnosis}"
+        if self.on_failure == "raise":
+            raise RuntimeError(reason)
+        used = self.on_failure == "use" and result.status is not Status.NONFINITE
+        self.skipped += not used
+        if not self._warned:
+            self._warned = True
+            fate = "It is used all the same" if used else "It is skipped"
+            rank_zero_warn(f"{reason}. {fate}; further ones are not reported, but counted in hypergrad/skipped")
+        return used
+
+
+def _metrics(result: Hypergradient) -> dict[str, float]:
+    return {
+        "hypergrad/norm": _norm(result.gradients),
+        "hypergrad/direct_norm": _norm(result.direct),
+        "hypergrad/indirect_norm": _norm(result.indirect),
+        "hypergrad/outer_loss": float(result.outer_loss),
+        "hypergrad/residual": result.relative_residual,
+        "hypergrad/products": float(result.products + result.solution.checks),
+    }
+
+
+def _summaries(module: Any) -> dict[str, float]:
+    """Returns mean, minimum and maximum of each registered hyperparameter, a module taken as a whole."""
+    values: dict[str, list[Tensor]] = {}
+    for path, parameter in module.named_hyperparameters():
+        values.setdefault(path.split(".")[0], []).append(parameter.detach().reshape(-1))
+    summaries: dict[str, float] = {}
+    for name, parts in values.items():
+        flat = torch.cat(parts)
+        mean, smallest, largest = torch.stack([flat.mean(), flat.min(), flat.max()]).tolist()
+        prefix = f"hyperparameter/{name}"
+        summaries |= {f"{prefix}/mean": mean, f"{prefix}/min": smallest, f"{prefix}/max": largest}
+    return summaries
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return float(torch.linalg.vector_norm(torch.cat([tensor.reshape(-1) for tensor in tensors])))
+
+
+def _synchronization(device: torch.device) -> Callable[[], None]:
+    """Returns what waits until the device has done its work."""
+    if device.type == "cpu":
+        return lambda: None
+    return partial(torch.get_device_module(device).synchronize, device)
+
+
+def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"expected {name} to be one of {choices}, got {value!r}")

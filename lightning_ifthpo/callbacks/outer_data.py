@@ -1,0 +1,164 @@
+"""An endless, shuffled, rank-aware, resumable stream of outer batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
+
+from lightning_ifthpo.random_state import isolated
+
+
+class EndlessBatchSampler(Sampler[list[int]]):
+    """Batches of indices without end: shuffled epochs joined together, so that no batch is ever short.
+
+    Batch k is a function of (seed, k, rank) alone. Ranks draw disjoint parts of one stream.
+
+    Args:
+        size: Number of examples.
+        batch_size: Examples per batch and rank; more than `size` counts as `size`.
+        seed: Of the shuffling.
+        rank: This process among world_size.
+        world_size: Number of processes.
+        first: Number of the batch to begin with.
+
+    >>> batches = iter(EndlessBatchSampler(size=3, batch_size=2, seed=0))
+    >>> sorted(next(batches) + next(batches) + next(batches))
+    [0, 0, 1, 1, 2, 2]
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, first: int = 0
+    ) -> None:
+        self._size = size
+        self._batch_size = min(batch_size, size)
+        self._seed = seed
+        self._rank = rank
+        self._world_size = world_size
+        self._first = first
+
+    def __iter__(self) -> Iterator[list[int]]:
+        stride = self._batch_size * self._world_size
+        position = self._first * stride + self._rank * self._batch_size
+        epoch, order = -1, []
+        while True:
+            batch = []
+            for place in range(position, position + self._batch_size):
+                if place // self._size != epoch:
+                    epoch = place // self._size
+                    generator = torch.Generator().manual_seed(self._seed + epoch)
+                    order = torch.randperm(self._size, generator=generator).tolist()
+                batch.append(order[place % self._size])
+            yield batch
+            position += stride
+
+
+class OuterData:
+    """The batches that the outer loss sees, one at a time, for as long as training lasts.
+
+    A map-style DataLoader with the usual sampler is rebuilt around an `EndlessBatchSampler`, and so is shuffled, split
+    among ranks and resumable. Anything else (iterable data sets, samplers of one's own, lists of batches) is cycled as
+    it is.
+
+    Args:
+        source: DataLoader, or any iterable of batches that can be iterated again and again.
+        device: Whose random state fetching must not touch.
+        seed: Of the shuffling and of random transforms in this process.
+        consumed: Batches that were already used, to resume after them.
+        rank: This process among world_size.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: If the source holds no batch.
+    """
+
+    def __init__(
+        self,
+        source: Iterable[Any],
+        device: torch.device,
+        *,
+        seed: int,
+        consumed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if isinstance(source, Sized) and len(source) == 0:
+            raise ValueError("the outer data loader is empty: Check its data set, and drop_last beside batch_size")
+        self.consumed = consumed
+        self._device = device
+        self._seed = seed
+        self._source = source
+        self._pending: list[Any] = []
+        rebuilt = _rebuilt(source, seed, rank, world_size, consumed)
+        if rebuilt is None:
+            _warn_if_inexact(consumed, world_size)
+        with isolated(device, seed):
+            self._batches: Iterator[Any] = _cycled(source, skip=consumed) if rebuilt is None else iter(rebuilt)
+
+    def peek(self) -> Any:
+        """Returns the next batch without using it up."""
+        if not self._pending:
+            # Random transforms in this process draw from a seed of their own for each batch, and disturb nobody.
+            with isolated(self._device, self._seed + self.consumed):
+                self._pending.append(next(self._batches))
+        return self._pending[0]
+
+    def next(self) -> Any:
+        """Returns the next batch."""
+        batch = self.peek()
+        self._pending.clear()
+        self.consumed += 1
+        return batch
+
+
+def _rebuilt(source: Iterable[Any], seed: int, rank: int, world_size: int, consumed: int) -> DataLoader[Any] | None:
+    """Returns the loader around an endless sampler; None where that would change what the user asked for."""
+    if type(source) is not DataLoader or source.batch_size is None:
+        return None
+    usual = isinstance(source.sampler, (RandomSampler, SequentialSampler))
+    if not usual or getattr(source.sampler, "replacement", False):
+        return None
+    size = len(source.dataset)  # type: ignore[arg-type]
+    sampler = EndlessBatchSampler(size, source.batch_size, seed, rank, world_size, consumed)
+    return DataLoader(
+        source.dataset,
+        batch_sampler=sampler,
+        num_workers=source.num_workers,
+        collate_fn=source.collate_fn,
+        pin_memory=source.pin_memory,
+        timeout=source.timeout,
+        worker_init_fn=source.worker_init_fn,
+        multiprocessing_context=source.multiprocessing_context,
+        generator=torch.Generator().manual_seed(seed),
+        prefetch_factor=source.prefetch_factor,
+        persistent_workers=source.persistent_workers,
+    )
+
+
+def _cycled(source: Iterable[Any], skip: int) -> Iterator[Any]:
+    while True:
+        empty = True
+        for batch in source:
+            empty = False
+            if skip > 0:
+                skip -= 1
+                continue
+            yield batch
+        if empty:
+            raise ValueError("the outer data loader is empty: it yielded no batch when it was iterated")
+
+
+def _warn_if_inexact(consumed: int, world_size: int) -> None:
+    if world_size > 1:
+        rank_zero_warn(
+            "the outer data are iterated as they are, the same on every rank: only a map-style DataLoader with a "
+            "sequential or random sampler is split among ranks"
+        )
+    elif consumed:
+        rank_zero_warn(
+            f"the outer data are iterated as they are: {consumed} batches are skipped to resume, which is exact only "
+            "if the loader yields them in the same order again"
+        )

@@ -1,0 +1,108 @@
+"""What must hold before the first batch: errors for people, while nothing is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_ifthpo.hyperparameters import WeightDecay
+from lightning_ifthpo.module import BilevelLightningModule
+
+
+def check_module(trainer: L.Trainer, module: Any, unfrozen: Iterable[str]) -> None:
+    """Raises unless the module can be tuned by implicit differentiation in this Trainer.
+
+    Args:
+        trainer: The Trainer, with its optimizers set up.
+        module: The LightningModule.
+        unfrozen: Names of hyperparameters that required gradients before they were frozen.
+
+    Raises:
+        TypeError: If the module lacks the mixin.
+        ValueError: For anything else that is missing or contradictory; the message says what to do.
+    """
+    name = type(module).__name__
+    if not isinstance(module, BilevelLightningModule):
+        raise TypeError(
+            f"IFTHypergradient needs a BilevelLightningModule, got {name}; add the mixin: "
+            f"class {name}(BilevelLightningModule, LightningModule)"
+        )
+    if trainer.world_size > 1:
+        raise ValueError(f"IFTHypergradient runs on one device so far, and the Trainer uses {trainer.world_size}")
+    if not any(True for _ in module.hyperparameters()):
+        raise ValueError(
+            f"{name} has no hyperparameters; call self.register_hyperparameter(name, tensor_or_module) in its __init__"
+        )
+    if type(module).outer_loss is BilevelLightningModule.outer_loss:
+        raise ValueError(f"{name} has no outer_loss(batch): define what the hyperparameters minimize")
+    if not module.defines_inner_loss and not module.trains_by_itself:
+        raise ValueError(f"{name} has neither inner_loss(batch) nor training_step: define what the weights minimize")
+    if not trainer.lightning_module.automatic_optimization and not module.defines_inner_loss:
+        raise ValueError(
+            f"{name} optimizes manually, so that its training_step cannot be evaluated without training; define "
+            "inner_loss(batch) to say what the weights minimize"
+        )
+    _check_optimizers(trainer, module, set(unfrozen))
+
+
+def find_outer_data(trainer: L.Trainer, module: Any, given: Iterable[Any] | None) -> Iterable[Any]:
+    """Returns the loader of outer batches: the given one, the module's, the data module's, or the validation data's.
+
+    Raises:
+        ValueError: If there is none, or several validation loaders to choose from.
+    """
+    candidates = (given, module.outer_dataloader(), _call(data_module(trainer), "outer_dataloader"))
+    for loader in candidates:
+        if loader is not None:
+            return loader
+    validation = trainer.val_dataloaders
+    if isinstance(validation, (list, tuple)) and len(validation) == 1:
+        validation = validation[0]
+    if validation is None or isinstance(validation, (list, tuple, dict)):
+        raise ValueError(
+            "no outer data: define outer_dataloader() on the LightningModule or the LightningDataModule, or pass "
+            "IFTHypergradient(outer_dataloader=...). It should hold data that training does not see"
+        )
+    rank_zero_warn(
+        "no outer_dataloader() is defined: hyperparameters are tuned on the validation data, so validation results "
+        "will look better than they are. Hold out other data to report from"
+    )
+    return validation  # type: ignore[no-any-return]
+
+
+def data_module(trainer: L.Trainer) -> Any:
+    """Returns the LightningDataModule in use, if any."""
+    return getattr(trainer, "datamodule", None)
+
+
+def _check_optimizers(trainer: L.Trainer, module: BilevelLightningModule, unfrozen: set[str]) -> None:
+    names = {id(parameter): name for name, parameter in module.named_hyperparameters()}
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                name = names.get(id(parameter))
+                if name in unfrozen:
+                    raise ValueError(
+                        f"hyperparameter {name!r} requires a gradient and is also in the optimizer built by "
+                        "configure_optimizers, which would train it on the inner loss; build it from "
+                        "self.inner_parameters(), or leave the hyperparameter frozen"
+                    )
+            _check_decay(module, group["lr"])
+
+
+def _check_decay(module: Any, lr: float | Tensor) -> None:
+    for name, submodule in module.named_modules():
+        if isinstance(submodule, WeightDecay) and float(lr) * submodule.maximum >= 2.0:
+            raise ValueError(
+                f"WeightDecay {name!r} may reach {submodule.maximum:g}, and with the learning rate {float(lr):g} "
+                f"a decay of 2/lr = {2.0 / float(lr):g} makes training diverge; pass maximum={1.0 / float(lr):g}"
+            )
+
+
+def _call(owner: object, method: str) -> Any:
+    function = getattr(owner, method, None)
+    return function() if callable(function) else None

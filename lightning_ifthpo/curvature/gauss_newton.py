@@ -1,0 +1,89 @@
+"""The generalized Gauss–Newton matrix: the Hessian without the curvature of the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_ifthpo.autodiff import add, vjp
+from lightning_ifthpo.curvature.marking import cut_at, recording_outputs
+from lightning_ifthpo.curvature.operator import LossOperator
+from lightning_ifthpo.loss_graph import LossGraph, LossValue, loss_and_outputs
+
+
+class GaussNewtonOperator(LossOperator):
+    """G = [Jᵀ I] ∇²L [Jᵀ I]ᵀ for a loss L(z, w) of the model's outputs z and J = ∂z/∂w (Schraudolph 2002).
+
+    For a loss of the outputs alone this is Jᵀ L_zz J. What depends on the parameters beside the outputs (a penalty)
+    enters with its exact Hessian, cross terms with the outputs included. G is positive semi-definite wherever L is
+    convex in (z, w) together: cross-entropy or squared error of the outputs plus a convex penalty. It equals the
+    Hessian where the model is linear or the residuals vanish.
+
+    Cost: one forward pass and one differentiable gradient when made, then about one gradient a product, by double vjp.
+
+    Args:
+        loss: Callable without arguments that returns (loss, outputs) with outputs one tensor or several, or the loss
+            alone if it calls `mark_outputs`.
+        parameters: The tensors w, together [n].
+
+    Raises:
+        TypeError, ValueError: If the loss is not a scalar tensor with a graph, or no outputs are known.
+
+    >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> def loss():
+    ...     z = w**2
+    ...     return (z**2).sum() / 2, z
+    >>> GaussNewtonOperator(loss, [w]).to_dense()  # J = diag(2w), L_zz = I
+    tensor([[ 4.,  0.],
+            [ 0., 16.]])
+    """
+
+    def __init__(self, loss: Callable[[], LossValue], parameters: Sequence[Tensor]) -> None:
+        with recording_outputs() as marked:
+            total, outputs = loss_and_outputs(loss())
+        self._graph = LossGraph(total, parameters)
+        self._outputs = _checked(outputs or marked)
+        self.loss = total.detach()
+        self.size, self.dtype, self.device = self._graph.space.size, self._graph.space.dtype, self._graph.space.device
+
+        parameters = self._graph.space.tensors
+        self._output_gradient = vjp([total], self._outputs, create_graph=True)
+        with cut_at(self._outputs):
+            self._penalty_gradient = vjp([total], parameters, create_graph=True)
+        # Jᵀu is linear in u, so that its own vjp with respect to u is Jv, whatever u is
+        self._u = [torch.zeros_like(output, requires_grad=True) for output in self._outputs]
+        self._transposed_product = vjp(self._outputs, parameters, self._u, create_graph=True)
+
+    def _product(self, v: Tensor) -> Tensor:
+        outputs, parameters, vs = self._outputs, self._graph.space.tensors, self._graph.space.split(v)
+        jv = vjp(self._transposed_product, self._u, vs)
+        with cut_at(outputs):
+            curved = vjp([*self._output_gradient, *self._penalty_gradient], [*outputs, *parameters], [*jv, *vs])
+        through, beside = curved[: len(outputs)], curved[len(outputs) :]
+        return self._graph.space.flatten(add(_backward(outputs, parameters, through), beside))
+
+    def mixed_product(self, v: Tensor, hyperparameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """Returns (∂²L/∂w∂λᵀ)ᵀ v, exactly (no Gauss–Newton approximation here); about two gradients."""
+        return self._graph.mixed_product(v, hyperparameters)
+
+
+def _backward(
+    outputs: Sequence[Tensor], parameters: Sequence[Tensor], cotangents: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Returns Jᵀu, where u may have structural zeros."""
+    pairs = [(output, u) for output, u in zip(outputs, cotangents, strict=True) if u is not None]
+    return vjp([output for output, _ in pairs], parameters, [u for _, u in pairs])
+
+
+def _checked(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    if not outputs:
+        raise ValueError(
+            "Gauss–Newton curvature needs the model's outputs: call mark_outputs(logits) inside the loss, or return "
+            "(loss, outputs) from it"
+        )
+    for output in outputs:
+        if output.grad_fn is None:
+            raise ValueError("a marked output does not depend on any parameter; mark what the model returns")
+    return outputs

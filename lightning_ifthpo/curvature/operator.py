@@ -1,0 +1,100 @@
+"""The interface that solvers and spectrum code see: a fixed symmetric linear map, known by its products."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class CurvatureOperator(ABC):
+    """A symmetric linear map A on vectors [n]: the same map at every product, until it is discarded."""
+
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @abstractmethod
+    def _product(self, v: Tensor) -> Tensor:
+        """Returns A v for a checked v: [n]."""
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Returns A v, [n].
+
+        Raises:
+            ValueError: If v does not have shape [n].
+        """
+        if v.shape != (self.size,):
+            raise ValueError(f"expected v of shape ({self.size},), got {tuple(v.shape)}")
+        return self._product(v.to(self.dtype))
+
+    def quadratic(self, v: Tensor) -> Tensor:
+        """Returns vᵀ A v, a scalar, for v: [n]."""
+        return v @ self.matvec(v)
+
+    def to_dense(self) -> Tensor:
+        """Returns A as a matrix [n, n], by n products."""
+        identity = torch.eye(self.size, dtype=self.dtype, device=self.device)
+        return torch.stack([self.matvec(row) for row in identity], dim=1)
+
+    def damped(self, delta: float | Tensor) -> CurvatureOperator:
+        """Returns A + δI, or A + diag(δ) for δ: [n]; δ in loss / parameter²."""
+        return DampedOperator(self, delta)
+
+
+class LossOperator(CurvatureOperator):
+    """The curvature of an inner loss L(λ, w) in w, which also knows how w and λ interact."""
+
+    loss: Tensor
+
+    @abstractmethod
+    def mixed_product(self, v: Tensor, hyperparameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """Returns (∂²L/∂w∂λᵀ)ᵀ v for v: [n], shaped like the hyperparameters, `None` where it is zero by structure."""
+
+
+class MatrixOperator(CurvatureOperator):
+    """A symmetric matrix [n, n] as an operator.
+
+    Raises:
+        ValueError: If the matrix is not square and symmetric.
+
+    >>> MatrixOperator(torch.diag(torch.tensor([1.0, 2.0]))).matvec(torch.tensor([1.0, 1.0]))
+    tensor([1., 2.])
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"expected a square matrix, got shape {tuple(matrix.shape)}")
+        # sqrt(eps): a matrix symmetric in exact arithmetic differs by a few eps from its transpose
+        tolerance = torch.finfo(matrix.dtype).eps ** 0.5 * matrix.abs().amax()
+        if not bool(((matrix - matrix.T).abs() <= tolerance).all()):
+            raise ValueError("expected a symmetric matrix; take (M + M.T) / 2, or M.T @ M for a least-squares problem")
+        self.matrix = matrix
+        self.size = matrix.shape[0]
+        self.dtype = matrix.dtype
+        self.device = matrix.device
+
+    def _product(self, v: Tensor) -> Tensor:
+        return self.matrix @ v
+
+
+class DampedOperator(CurvatureOperator):
+    """A + δI or A + diag(δ), in loss / parameter².
+
+    Raises:
+        ValueError: If δ is a vector that does not have shape [n].
+    """
+
+    def __init__(self, operator: CurvatureOperator, delta: float | Tensor) -> None:
+        if isinstance(delta, Tensor) and delta.ndim > 0 and delta.shape != (operator.size,):
+            raise ValueError(f"expected damping of shape ({operator.size},), got {tuple(delta.shape)}")
+        self.operator = operator
+        self.delta = delta
+        self.size = operator.size
+        self.dtype = operator.dtype
+        self.device = operator.device
+
+    def _product(self, v: Tensor) -> Tensor:
+        return self.operator.matvec(v) + self.delta * v

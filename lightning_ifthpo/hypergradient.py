@@ -1,0 +1,336 @@
+"""Gradients of an outer loss at the optimum of an inner one, with respect to hyperparameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_ifthpo.autodiff import add, differentiable, vjp
+from lightning_ifthpo.curvature import FiniteDifferenceOperator, GaussNewtonOperator, HessianOperator
+from lightning_ifthpo.loss_graph import LossGraph, LossValue, check_loss, loss_and_outputs
+from lightning_ifthpo.random_state import RandomState
+from lightning_ifthpo.solvers import ConjugateGradient, Direct, Solver, SolveResult, Status
+from lightning_ifthpo.solvers.base import require_at_least
+from lightning_ifthpo.solvers.diagnosis import diagnose
+from lightning_ifthpo.space import ParameterSpace, check_real
+
+Curvature: TypeAlias = Literal["hessian", "gauss_newton", "finite_difference"]
+Loss: TypeAlias = Callable[[], LossValue]
+
+_OPERATORS: dict[str, type[HessianOperator] | type[GaussNewtonOperator] | type[FiniteDifferenceOperator]] = {
+    "hessian": HessianOperator,
+    "gauss_newton": GaussNewtonOperator,
+    "finite_difference": FiniteDifferenceOperator,
+}
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """dL_V/dλ and what is known of its quality.
+
+    Attributes:
+        direct: ∂L_V/∂λ, shaped like the hyperparameters.
+        indirect: −(∂²L_T/∂w∂λᵀ)ᵀ q with q ≈ H⁻¹ ∂L_V/∂w, shaped like the hyperparameters.
+        outer_loss: L_V, a scalar.
+        solution: How q was found; `solution.x` is q, [n].
+        diagnosis: Why the solve failed and what to do; empty where it did not.
+        unused: Indices of hyperparameters that enter neither loss; their gradients are zero.
+    """
+
+    direct: list[Tensor]
+    indirect: list[Tensor]
+    outer_loss: Tensor
+    solution: SolveResult
+    diagnosis: str = ""
+    unused: tuple[int, ...] = ()
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """Direct plus indirect term, shaped like the hyperparameters."""
+        return [direct + indirect for direct, indirect in zip(self.direct, self.indirect, strict=True)]
+
+    @property
+    def relative_residual(self) -> float:
+        """‖Hq − v‖ / ‖v‖ of the linear solve."""
+        return self.solution.relative_residual
+
+    @property
+    def products(self) -> int:
+        """Curvature products that the solution is made of."""
+        return self.solution.products
+
+    @property
+    def status(self) -> Status:
+        """How the linear solve ended; NONFINITE if anything else came out as NaN or infinity."""
+        return self.solution.status
+
+
+def implicit_hypergradient(
+    inner_loss: Loss,
+    outer_loss: Loss,
+    parameters: Sequence[Tensor],
+    hyperparameters: Sequence[Tensor],
+    *,
+    curvature: Curvature = "hessian",
+    solver: Solver = ConjugateGradient(max_iterations=100, rtol=1e-6),  # noqa: B008 - frozen
+    x0: Tensor | None = None,
+    allow_unused: bool = False,
+    diagnosed: bool = True,
+) -> Hypergradient:
+    """Returns dL_V/dλ = ∂L_V/∂λ − (∂²L_T/∂w∂λᵀ)ᵀ H⁻¹ ∂L_V/∂w at the present weights and hyperparameters.
+
+    The implicit function theorem (Lorraine, Vicol, Duvenaud 2019, with losses that are minimized) holds where ∂L_T/∂w =
+    0 and H = ∂²L_T/∂w∂wᵀ is positive definite. Elsewhere the result estimates what further training would do; its
+    status and residual say how well the linear system was solved, not how far the weights are from a minimum.
+
+    Parameters that are frozen or unused have zero blocks. Neither weights nor hyperparameters nor `.grad` are changed.
+
+    Args:
+        inner_loss: L_T, a callable without arguments that returns a scalar tensor, or (loss, outputs).
+        outer_loss: L_V, likewise.
+        parameters: w, together [n].
+        hyperparameters: λ, real leaf tensors of any shape, with or without `requires_grad`.
+        curvature: What stands for H: "hessian"; "gauss_newton", which needs the model's outputs (`mark_outputs`); or
+            "finite_difference", for losses without a second derivative, which also replaces the mixed derivative.
+        solver: How the linear system is solved.
+        x0: Where the solve starts from, [n]: usually the `solution.x` of a similar problem.
+        allow_unused: Return zeros for hyperparameters that enter neither loss, instead of raising.
+        diagnosed: Measure why a failed solve failed, by at most 60 products.
+
+    Raises:
+        ValueError: If a loss is not scalar or is detached, or a hyperparameter enters neither loss.
+        TypeError: If a hyperparameter is not a real floating-point tensor.
+
+    Cost: one gradient of each loss, one differentiable gradient, the solver's products, and one mixed product.
+
+    >>> w, log_decay = torch.tensor([1.0], requires_grad=True), torch.tensor(0.0)
+    >>> inner = lambda: ((w - 2) ** 2 / 2 + log_decay.exp() * w**2 / 2).sum()  # w*(λ) = 2 / (1 + exp λ)
+    >>> outer = lambda: (w**2 / 2).sum()
+    >>> implicit_hypergradient(inner, outer, [w], [log_decay]).gradients  # w · dw/dλ = 1 · (−2 · 1/4)
+    [tensor(-0.5000)]
+    """
+    if curvature not in _OPERATORS:
+        raise ValueError(f"expected curvature to be one of {sorted(_OPERATORS)}, got {curvature!r}")
+    space = ParameterSpace(parameters)
+    for index, tensor in enumerate(hyperparameters):
+        check_real(tensor, f"hyperparameter {index}")
+    with differentiable(hyperparameters):
+        outer = _OuterGradient.of(outer_loss, space, hyperparameters)
+        operator = _OPERATORS[curvature](inner_loss, parameters)
+        solution = solver.solve(operator, outer.v, x0)
+        mixed = operator.mixed_product(solution.x, hyperparameters)
+        result = _assembled(outer, hyperparameters, mixed, [operator.loss], solution)
+        _check_used(result, hyperparameters, allow_unused)
+        return replace(result, diagnosis=diagnose(solver.damped(operator), result.solution) if diagnosed else "")
+
+
+def unrolled_hypergradient(
+    inner_loss: Loss,
+    outer_loss: Loss,
+    parameters: Sequence[Tensor],
+    hyperparameters: Sequence[Tensor],
+    *,
+    steps: int,
+    lr: float,
+) -> Hypergradient:
+    """Returns dL_V(w_K)/dλ through K steps of gradient descent w ← w − lr ∂L_T/∂w from the present weights.
+
+    Reverse mode with recomputation (Domke 2012; Maclaurin, Duvenaud, Adams 2015): the steps are taken and remembered,
+    then retraced from the last to the first. Random numbers of each step are drawn again when it is retraced. From a
+    stationary point K + 1 steps equal the Neumann series of K terms with step size lr. Weights are restored.
+
+    The result's `relative_residual` is ‖dL_V/dw₀‖ / ‖dL_V/dw_K‖: how much of the outer loss still depends on where the
+    unroll began, which at a stationary point is the residual of that Neumann series.
+
+    Args:
+        inner_loss: L_T, a callable without arguments that returns a scalar tensor.
+        outer_loss: L_V, likewise; taken at the last weights.
+        parameters: w, together [n].
+        hyperparameters: λ, real leaf tensors of any shape.
+        steps: K, at least 1.
+        lr: Learning rate, in parameter² / loss.
+
+    Raises:
+        ValueError: If steps < 1 or lr is not positive, a loss is not scalar or is detached, or a hyperparameter enters
+            neither loss.
+
+    Cost: K gradients, K products and mixed products, and memory for K copies of the weights.
+
+    >>> w, target = torch.tensor([0.0], requires_grad=True), torch.tensor(1.0)
+    >>> loss = lambda: ((w - target) ** 2 / 2).sum()
+    >>> unrolled_hypergradient(loss, lambda: w.sum(), [w], [target], steps=1, lr=0.5).gradients
+    [tensor(0.5000)]
+    """
+    require_at_least("steps", steps, 1)
+    if not 0.0 < lr < math.inf:
+        raise ValueError(f"expected a finite lr > 0, got {lr!r}")
+    space = ParameterSpace(parameters)
+    visited: list[tuple[Tensor, RandomState]] = []
+    losses: list[Tensor] = []
+    with differentiable(hyperparameters), space.restored():
+        for _ in range(steps):
+            weights = space.values
+            visited.append((weights, RandomState(space.device)))
+            graph = LossGraph(loss_and_outputs(inner_loss())[0], parameters)
+            losses.append(graph.loss.detach())
+            space.assign(weights - lr * graph.gradient)
+        outer = _OuterGradient.of(outer_loss, space, hyperparameters)
+        adjoint, q = outer.v, torch.zeros_like(outer.v)
+        mixed: list[Tensor | None] = [None] * len(hyperparameters)
+        for weights, random_state in reversed(visited):
+            space.assign(weights)
+            with random_state.replayed():
+                graph = LossGraph(loss_and_outputs(inner_loss())[0], parameters)
+            step = lr * adjoint
+            mixed = add(mixed, graph.mixed_product(step, hyperparameters))
+            adjoint, q = adjoint - graph.hessian_product(step), q + step
+    residual = float(torch.linalg.vector_norm(adjoint) / torch.linalg.vector_norm(outer.v).clamp_min(1e-300))
+    solution = SolveResult(q, residual, steps - 1, Status.COMPLETE, checks=1, step_size=lr)
+    result = _assembled(outer, hyperparameters, mixed, losses, solution)
+    _check_used(result, hyperparameters, allow_unused=False)
+    return result
+
+
+def check_hypergradient(
+    inner_loss: Loss,
+    outer_loss: Loss,
+    parameters: Sequence[Tensor],
+    hyperparameters: Sequence[Tensor],
+    *,
+    curvature: Curvature = "hessian",
+    solver: Solver = ConjugateGradient(max_iterations=100, rtol=1e-6),  # noqa: B008 - frozen
+    reference: Literal["direct", "finite_difference"] = "direct",
+    rtol: float = 1e-3,
+) -> bool:
+    """Returns True if a hypergradient is right, and raises with both values if not, in the spirit of `gradcheck`.
+
+    Args:
+        inner_loss: L_T, a callable without arguments; deterministic.
+        outer_loss: L_V, likewise.
+        parameters: w, together [n]; at the inner minimum, for reference="finite_difference".
+        hyperparameters: λ, real leaf tensors of any shape.
+        curvature: As in `implicit_hypergradient`.
+        solver: As in `implicit_hypergradient`.
+        reference: What to compare with: "direct" solves with the dense exact Hessian, undamped; "finite_difference"
+            moves each hyperparameter entry by ± cbrt(eps) · max(1, |λ|), solves the inner problem anew by Newton's
+            method and takes the difference of the outer losses, independent of any implicit differentiation. Use
+            float64.
+        rtol: Largest ‖difference‖ / ‖reference‖ that passes.
+
+    Raises:
+        HypergradientMismatchError: If they differ by more than rtol.
+        RuntimeError: If Newton's method does not find the inner minimum.
+
+    Cost: n Hessian products for "direct"; some ten times that for each hyperparameter entry for "finite_difference".
+
+    >>> w = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+    >>> log_decay = torch.tensor(0.0, dtype=torch.float64)
+    >>> inner = lambda: ((w - 2) ** 2 / 2 + log_decay.exp() * w**2 / 2).sum()
+    >>> check_hypergradient(inner, lambda: (w**2).sum(), [w], [log_decay], reference="finite_difference")
+    True
+    """
+    losses = (inner_loss, outer_loss, parameters, hyperparameters)
+    result = implicit_hypergradient(*losses, curvature=curvature, solver=solver)
+    if reference == "direct":
+        expected = implicit_hypergradient(*losses, solver=Direct()).gradients
+    elif reference == "finite_difference":
+        expected = _resolved_differences(*losses)
+    else:
+        raise ValueError(f"expected reference to be 'direct' or 'finite_difference', got {reference!r}")
+    space = ParameterSpace(hyperparameters)
+    got, wanted = space.flatten(result.gradients), space.flatten(expected)
+    error = float(torch.linalg.vector_norm(got - wanted) / torch.linalg.vector_norm(wanted))
+    if not error <= rtol:
+        raise HypergradientMismatchError(
+            f"hypergradient differs from the {reference} reference by {error:.3g} (relative), more than "
+            f"rtol = {rtol:g}; status {result.status.value}, relative residual {result.relative_residual:.3g}\n"
+            f"got:      {got}\nexpected: {wanted}" + (f"\n{result.diagnosis}" if result.diagnosis else "")
+        )
+    return True
+
+
+class HypergradientMismatchError(RuntimeError):
+    """A hypergradient differs from its reference."""
+
+
+@dataclass(frozen=True)
+class _OuterGradient:
+    """L_V, v = ∂L_V/∂w as a flat vector and ∂L_V/∂λ, detached."""
+
+    value: Tensor
+    v: Tensor
+    direct: list[Tensor | None]
+
+    @classmethod
+    def of(cls, loss: Loss, space: ParameterSpace, hyperparameters: Sequence[Tensor]) -> _OuterGradient:
+        value, _ = loss_and_outputs(loss())
+        check_loss(value, "the outer loss")
+        gradients = vjp([value], [*space.tensors, *hyperparameters])
+        count = len(space.tensors)
+        return cls(value.detach(), space.flatten(gradients[:count]), gradients[count:])
+
+
+def _assembled(
+    outer: _OuterGradient,
+    hyperparameters: Sequence[Tensor],
+    mixed: Sequence[Tensor | None],
+    inner_losses: Sequence[Tensor],
+    solution: SolveResult,
+) -> Hypergradient:
+    """Puts both terms together; NaN or infinity anywhere shows in the status."""
+    direct = [torch.zeros_like(h) if d is None else d for h, d in zip(hyperparameters, outer.direct, strict=True)]
+    indirect = [torch.zeros_like(h) if m is None else -m for h, m in zip(hyperparameters, mixed, strict=True)]
+    if not all(bool(torch.isfinite(t).all()) for t in [outer.value, *inner_losses, *direct, *indirect]):
+        solution = replace(solution, status=Status.NONFINITE)
+    pairs = zip(outer.direct, mixed, strict=True)
+    unused = tuple(index for index, (d, m) in enumerate(pairs) if d is None and m is None)
+    return Hypergradient(direct, indirect, outer.value, solution, unused=unused)
+
+
+def _check_used(result: Hypergradient, hyperparameters: Sequence[Tensor], allow_unused: bool) -> None:
+    if result.unused and not allow_unused:
+        index = result.unused[0]
+        raise ValueError(
+            f"hyperparameter {index}, of shape {tuple(hyperparameters[index].shape)}, does not influence the gradient "
+            "of the inner loss, nor the outer loss, so that implicit differentiation cannot tune it; for a learning "
+            "rate, ExactGeN or a sweep is the tool. Pass allow_unused=True to get zeros"
+        )
+
+
+def _resolved_differences(
+    inner_loss: Loss, outer_loss: Loss, parameters: Sequence[Tensor], hyperparameters: Sequence[Tensor]
+) -> list[Tensor]:
+    space, result = ParameterSpace(parameters), [torch.zeros_like(h) for h in hyperparameters]
+    for h, slope in zip(hyperparameters, result, strict=True):
+        for index in range(h.numel()):
+            hyper_space = ParameterSpace([h])
+            origin, unit = hyper_space.values, torch.zeros(h.numel(), dtype=h.dtype, device=h.device)
+            width = torch.finfo(h.dtype).eps ** (1 / 3) * max(1.0, abs(float(origin[index])))
+            unit[index] = width
+            ends = []
+            with space.restored(), hyper_space.restored():
+                for moved in (origin + unit, origin - unit):
+                    hyper_space.assign(moved)
+                    _minimize(inner_loss, space)
+                    ends.append(float(loss_and_outputs(outer_loss())[0].detach()))
+            slope.view(-1)[index] = (ends[0] - ends[1]) / (2 * width)
+    return result
+
+
+def _minimize(loss: Loss, space: ParameterSpace) -> None:
+    """Moves the parameters to the minimum near them by Newton's method."""
+    best = math.inf
+    for _ in range(50):
+        operator = HessianOperator(loss, space.tensors)
+        gradient = operator.gradient
+        norm = float(torch.linalg.vector_norm(gradient))
+        if norm >= best / 2 and norm <= math.sqrt(torch.finfo(space.dtype).eps):
+            return  # quadratic convergence has ended at rounding
+        best = min(best, norm)
+        space.assign(space.values - Direct().solve(operator, gradient).x)
+    raise RuntimeError(f"Newton's method did not solve the inner problem: gradient norm {best:.3g} after 50 steps")

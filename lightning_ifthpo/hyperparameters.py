@@ -1,0 +1,138 @@
+"""Ready-made hyperparameters: modules to register on a `BilevelLightningModule`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sized
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+_GRANULARITIES = ("global", "tensor", "weight")
+
+
+class WeightDecay(nn.Module):
+    """An L2 penalty ½ Σ d_i w_i² with learned decay: one number, one for each tensor, or one for each weight.
+
+    The decay is d = 1 / (e^{−λ} + 1/maximum): close to e^λ while small, and never above `maximum`. An unbounded one can
+    outgrow the stability limit 2/lr of gradient descent, and training turns to NaN.
+
+    Args:
+        module: Its parameters that require a gradient are decayed. They stay its own: this module does not hold them.
+        granularity: "global", "tensor" or "weight".
+        initial: Decay at the start, in (0, maximum); in loss / parameter².
+        maximum: Upper bound of each decay; keep lr · maximum below 2.
+
+    Shape:
+        - output: scalar.
+
+    Raises:
+        ValueError: If an argument is out of range, or no parameter requires a gradient.
+
+    >>> net = nn.Linear(2, 1, bias=False)
+    >>> decay = WeightDecay(net, granularity="weight", initial=0.5)
+    >>> decay.decays()[0]
+    tensor([[0.5000, 0.5000]])
+    >>> torch.allclose(decay(), 0.25 * net.weight.square().sum())
+    True
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        granularity: Literal["global", "tensor", "weight"] = "global",
+        *,
+        initial: float = 1e-4,
+        maximum: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if granularity not in _GRANULARITIES:
+            raise ValueError(f"expected granularity to be one of {_GRANULARITIES}, got {granularity!r}")
+        if not 0.0 < initial < maximum < math.inf:
+            raise ValueError(f"expected 0 < initial < maximum < inf, got initial={initial!r} and maximum={maximum!r}")
+        # A tuple keeps torch from taking the weights for parameters of this module.
+        self._weights = tuple(parameter for parameter in module.parameters() if parameter.requires_grad)
+        if not self._weights:
+            raise ValueError(f"{type(module).__name__} has no parameters that require a gradient")
+        self.maximum = maximum
+        self.granularity = granularity
+        start = -math.log(1.0 / initial - 1.0 / maximum)
+        shapes: dict[str, list[tuple[int, ...]]] = {
+            "global": [()],
+            "tensor": [() for _ in self._weights],
+            "weight": [tuple(weight.shape) for weight in self._weights],
+        }
+        device, dtype = self._weights[0].device, self._weights[0].dtype
+        self.log_decay = nn.ParameterList(
+            nn.Parameter(torch.full(shape, start, device=device, dtype=dtype), requires_grad=False)
+            for shape in shapes[granularity]
+        )
+
+    def decays(self) -> list[Tensor]:
+        """Returns the decay of each weight tensor, shaped so that it broadcasts against it."""
+        decays = [1.0 / ((-log_decay).exp() + 1.0 / self.maximum) for log_decay in self.log_decay]
+        return decays * len(self._weights) if self.granularity == "global" else decays
+
+    def forward(self) -> Tensor:
+        """Returns ½ Σ d_i w_i²."""
+        pairs = zip(self.decays(), self._weights, strict=True)
+        penalties = [(decay * weight.square()).sum() for decay, weight in pairs]
+        return torch.stack(penalties).sum() / 2
+
+
+class SampleWeights(nn.Module):
+    """One weight in (0, 2) for each training example: 2σ(λ_i), starting at one.
+
+    Multiply the loss of each example by it; `IndexedDataset` says which example is which.
+
+    Args:
+        n: Number of training examples.
+
+    Shape:
+        - index: [B], integer.
+        - output: [B].
+
+    Raises:
+        ValueError: If n < 1.
+
+    >>> SampleWeights(5)(torch.tensor([0, 3]))
+    tensor([1., 1.])
+    """
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        if n < 1:
+            raise ValueError(f"expected n >= 1 examples, got {n}")
+        self.logits = nn.Parameter(torch.zeros(n), requires_grad=False)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Returns the weights of the examples at `index`."""
+        return 2.0 * torch.sigmoid(self.logits[index])
+
+
+class IndexedDataset(Dataset[tuple[Any, ...]]):
+    """A map-style data set whose examples end with their own index.
+
+    Args:
+        dataset: Its examples are tuples, or single values.
+
+    >>> from torch.utils.data import TensorDataset
+    >>> IndexedDataset(TensorDataset(torch.tensor([7, 8])))[1]
+    (tensor(8), 1)
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
+            raise TypeError(f"expected a map-style data set with a length, got {type(dataset).__name__}")
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        """Returns the number of examples."""
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        """Returns the example and its index, as one tuple."""
+        example = self.dataset[index]
+        return (*example, index) if isinstance(example, tuple) else (example, index)

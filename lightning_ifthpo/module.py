@@ -1,0 +1,182 @@
+"""The mixin that makes a LightningModule bilevel."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ifthpo.curvature import mark_outputs
+from lightning_ifthpo.space import check_real
+
+
+class BilevelLightningModule:
+    """Adds hyperparameters, an inner and an outer loss to a LightningModule; name it first among the bases.
+
+    Hyperparameters are frozen parameters of the module: they move with it and live in its checkpoints, while an
+    optimizer built from `self.parameters()` neither trains nor decays them. `IFTHypergradient` updates them.
+
+    Define `outer_loss(batch)`, and either `inner_loss(batch)` or `training_step`; what is not defined follows from the
+    other. The losses must return a scalar tensor and may use dropout, BatchNorm, metrics and `self.log`: while the
+    callback evaluates them, nothing of that leaves a trace. Python side effects beyond rebinding attributes (appending
+    to a list, writing a file) cannot be undone.
+
+    >>> import lightning as L
+    >>> class Ridge(BilevelLightningModule, L.LightningModule):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.linear = nn.Linear(3, 1)
+    ...         self.register_hyperparameter("log_decay", torch.tensor(-2.0))
+    ...     def inner_loss(self, batch):
+    ...         x, y = batch
+    ...         penalty = self.log_decay.exp() * self.linear.weight.square().sum() / 2
+    ...         return nn.functional.mse_loss(self.linear(x), y) + penalty
+    ...     def outer_loss(self, batch):
+    ...         x, y = batch
+    ...         return nn.functional.mse_loss(self.linear(x), y)
+    >>> [name for name, _ in Ridge().named_hyperparameters()]
+    ['log_decay']
+    """
+
+    _hyperparameter_names: tuple[str, ...] = ()
+
+    def register_hyperparameter(self, name: str, value: Tensor | nn.Module) -> None:
+        """Makes a tensor, or all parameters of a module, hyperparameters under `self.<name>`.
+
+        Args:
+            name: Attribute name, not yet taken.
+            value: A real floating-point tensor of any shape, which is copied; or a module with at least one parameter.
+
+        Raises:
+            ValueError: If the name is taken or no identifier, or the module has no parameter.
+            TypeError: If the value is neither, or a tensor is not a real floating-point one.
+        """
+        if not name.isidentifier():
+            raise ValueError(f"expected a hyperparameter name that is a Python identifier, got {name!r}")
+        if name in self._hyperparameter_names:
+            raise ValueError(f"hyperparameter {name!r} is registered twice; choose another name for one of them")
+        if hasattr(type(self), name) or hasattr(self, name):
+            raise ValueError(f"{type(self).__name__} already has an attribute {name!r}; choose another name")
+        if isinstance(value, nn.Module):
+            parameters = dict(value.named_parameters())
+            if not parameters:
+                raise ValueError(f"hyperparameter {name!r}: {type(value).__name__} has no parameters to tune")
+            for path, parameter in parameters.items():
+                check_real(parameter, f"hyperparameter '{name}.{path}'")
+            setattr(self, name, value.requires_grad_(False))
+        else:
+            check_real(value, f"hyperparameter {name!r}")
+            setattr(self, name, nn.Parameter(value.detach().clone(), requires_grad=False))
+        self._hyperparameter_names = (*self._hyperparameter_names, name)
+
+    def named_hyperparameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yields (name, tensor) for each hyperparameter; those of a registered module as "<name>.<its own name>"."""
+        seen: set[int] = set()
+        for name in self._hyperparameter_names:
+            value = getattr(self, name)
+            pairs = value.named_parameters(prefix=name) if isinstance(value, nn.Module) else [(name, value)]
+            for path, parameter in pairs:
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield path, parameter
+
+    def hyperparameters(self) -> Iterator[nn.Parameter]:
+        """Yields the hyperparameter tensors."""
+        for _, parameter in self.named_hyperparameters():
+            yield parameter
+
+    def named_inner_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yields (name, tensor) for each parameter of the module that is not a hyperparameter: the weights."""
+        hyperparameters = {id(parameter) for parameter in self.hyperparameters()}
+        for name, parameter in _module(self).named_parameters():
+            if id(parameter) not in hyperparameters:
+                yield name, parameter
+
+    def inner_parameters(self) -> Iterator[nn.Parameter]:
+        """Yields the weights, for the optimizer of `configure_optimizers`."""
+        for _, parameter in self.named_inner_parameters():
+            yield parameter
+
+    def mark_outputs(self, output: Tensor) -> Tensor:
+        """Returns the output unchanged, and tells Gauss–Newton curvature that the model ends here."""
+        return mark_outputs(output)
+
+    def inner_loss(self, batch: Any) -> Tensor:
+        """Returns L_T(λ, w) on a training batch, a scalar: what the weights minimize.
+
+        The default is the loss of `training_step`.
+        """
+        if not self.trains_by_itself:
+            raise NotImplementedError(f"{type(self).__name__} needs inner_loss(batch), or training_step")
+        value = _call_step(self.training_step, batch, max(_module(self).trainer.fit_loop.batch_idx, 0))
+        loss = value.get("loss") if isinstance(value, Mapping) else value
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"expected training_step to return a loss, or a dict with the key 'loss', got {type(value).__name__}; "
+                "define inner_loss(batch) to say what the weights minimize"
+            )
+        return loss
+
+    def outer_loss(self, batch: Any) -> Tensor:
+        """Returns L_V(λ, w) on an outer batch, a scalar: what the hyperparameters minimize; evaluated in eval mode."""
+        raise NotImplementedError(f"{type(self).__name__} needs outer_loss(batch): what the hyperparameters minimize")
+
+    def outer_dataloader(self) -> Any:
+        """Returns the loader of outer batches; None leaves it to the data module or the callback."""
+        return None
+
+    def configure_hyper_optimizer(self) -> torch.optim.Optimizer:
+        """Returns the optimizer of the hyperparameters; by default Adam with learning rate 1e-2."""
+        return torch.optim.Adam(self.hyperparameters(), lr=1e-2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """Returns and logs `inner_loss`, unless a later base class has a training step of its own."""
+        inherited = _inherited(self, "training_step")
+        if inherited is not None:
+            return _call_step(inherited, batch, batch_idx)
+        loss = self.inner_loss(batch)
+        _module(self).log("inner_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        """Logs `outer_loss`, unless a later base class has a validation step of its own."""
+        inherited = _inherited(self, "validation_step")
+        if inherited is not None:
+            return _call_step(inherited, batch, batch_idx)
+        loss = self.outer_loss(batch)
+        _module(self).log("outer_loss", loss, prog_bar=True)
+        return loss
+
+    @property
+    def trains_by_itself(self) -> bool:
+        """Whether there is a training step that is not made of `inner_loss`."""
+        own = type(self).training_step is not BilevelLightningModule.training_step
+        return own or _inherited(self, "training_step") is not None
+
+    @property
+    def defines_inner_loss(self) -> bool:
+        """Whether there is an `inner_loss` that is not made of `training_step`."""
+        return type(self).inner_loss is not BilevelLightningModule.inner_loss
+
+
+def _module(mixin: BilevelLightningModule) -> Any:
+    """The mixin seen as the LightningModule that it is part of."""
+    return mixin
+
+
+def _inherited(mixin: BilevelLightningModule, name: str) -> Any:
+    """Returns the bound method of a base class behind the mixin; None where there is only Lightning's own stub."""
+    bases = type(mixin).__mro__
+    for base in bases[bases.index(BilevelLightningModule) + 1 :]:
+        if name in vars(base):
+            stub = base.__module__.split(".")[0] in ("lightning", "pytorch_lightning")
+            return None if stub else vars(base)[name].__get__(mixin)
+    return None
+
+
+def _call_step(step: Any, batch: Any, batch_idx: int) -> Any:
+    """Calls a training or validation step with the arguments that it takes, as the Trainer does."""
+    return step(batch, batch_idx) if len(inspect.signature(step).parameters) > 1 else step(batch)

@@ -1,0 +1,19 @@
+"""Methods for A x = b with a symmetric operator A: frozen dataclasses of options with one method, `solve`."""
+
+from lightning_ifthpo.solvers.amortized import Amortized
+from lightning_ifthpo.solvers.base import Solver, SolveResult, Status
+from lightning_ifthpo.solvers.dense import Direct
+from lightning_ifthpo.solvers.krylov import ConjugateGradient, MinimumResidual
+from lightning_ifthpo.solvers.series import Identity, Neumann
+
+__all__ = [
+    "Amortized",
+    "ConjugateGradient",
+    "Direct",
+    "Identity",
+    "MinimumResidual",
+    "Neumann",
+    "SolveResult",
+    "Solver",
+    "Status",
+]

@@ -1,0 +1,145 @@
+"""What every solver of A x = b shares: options, checks, damping, and an honest result."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from lightning_ifthpo.curvature.operator import CurvatureOperator
+from lightning_ifthpo.update_rule import UpdateRule
+
+Damping: TypeAlias = float | Tensor | Literal["horizon"]
+
+
+class Status(str, Enum):
+    """How a solve ended."""
+
+    CONVERGED = "converged"
+    """The residual is below the tolerance."""
+    COMPLETE = "complete"
+    """All requested products are done, and no tolerance was asked for."""
+    MAX_ITERATIONS = "max_iterations"
+    """All allowed products are done, and the residual is above the tolerance."""
+    NEGATIVE_CURVATURE = "negative_curvature"
+    """The operator is not positive definite: the weights are not at a minimum of the inner loss."""
+    DIVERGED = "diverged"
+    """The iteration grows: its step is too long for the largest eigenvalue."""
+    NONFINITE = "nonfinite"
+    """A NaN or an infinity came in or up; the solution is zero."""
+
+    @property
+    def trustworthy(self) -> bool:
+        """Whether the solver did what it was asked for."""
+        return self in (Status.CONVERGED, Status.COMPLETE)
+
+
+@dataclass(frozen=True)
+class SolveResult:
+    """An approximate solution of A x = b, and what is known of it.
+
+    Attributes:
+        x: [n]; always finite.
+        relative_residual: ‖Ax − b‖ / ‖b‖, with A damped as the solver was asked to.
+        products: Products with A that the solution is made of.
+        status: How the solve ended.
+        checks: Products spent beside them, on measuring a step size or the residual.
+        step_size: The step size that was used, by solvers that have one.
+    """
+
+    x: Tensor
+    relative_residual: float
+    products: int
+    status: Status
+    checks: int = 0
+    step_size: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver(ABC):
+    """Options of a method for A x = b; holds no state, so that one instance can serve many solves.
+
+    Attributes:
+        damping: δ in (A + δI) x = b, in loss / parameter²; or "horizon" for 1/(η·horizon), which needs an optimizer.
+        horizon: Training steps over which the effect of a hyperparameter is followed, with damping="horizon".
+    """
+
+    damping: Damping = 0.0
+    horizon: int = 100
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.damping, (int, float)) and 0.0 <= self.damping < math.inf
+        if not (number or isinstance(self.damping, Tensor) or self.damping == "horizon"):
+            raise ValueError(f"expected a finite damping >= 0 or 'horizon', got {self.damping!r}")
+        require_at_least("horizon", self.horizon, 1)
+
+    def bound_to(self, rule: UpdateRule) -> Self:
+        """Returns this solver with what depends on the inner optimizer filled in."""
+        return replace(self, damping=rule.damping(self.horizon)) if self.damping == "horizon" else self
+
+    def solve(self, operator: CurvatureOperator, b: Tensor, x0: Tensor | None = None) -> SolveResult:
+        """Returns an approximate solution of (A + δI) x = b; a failure is a status, never an exception or a NaN.
+
+        Args:
+            operator: A, symmetric, on vectors [n].
+            b: [n], of any scale.
+            x0: [n], where to start from; zero where not given. Methods that cannot use one ignore it.
+
+        Raises:
+            ValueError: If b or x0 does not have shape [n], or damping="horizon" was not bound to an optimizer.
+        """
+        for name, vector in (("b", b), ("x0", x0)):
+            if vector is not None and vector.shape != (operator.size,):
+                raise ValueError(f"expected {name} of shape ({operator.size},), got {tuple(vector.shape)}")
+        # Norms of very small or large vectors under- or overflow when squared: solve for b of length one.
+        largest = float(b.abs().amax())
+        if not math.isfinite(largest):
+            return SolveResult(torch.zeros_like(b), math.nan, 0, Status.NONFINITE)
+        if largest == 0.0:
+            return SolveResult(torch.zeros_like(b), 0.0, 0, Status.CONVERGED)
+        norm = largest * torch.linalg.vector_norm(b / largest)
+        result = self._solve(self.damped(operator), b / norm, None if x0 is None else x0 / norm)
+        if not bool(torch.isfinite(result.x).all()):
+            return replace(result, x=torch.zeros_like(b), relative_residual=math.nan, status=Status.NONFINITE)
+        return replace(result, x=result.x * norm)
+
+    def damped(self, operator: CurvatureOperator) -> CurvatureOperator:
+        """Returns A + δI, which is what is solved with.
+
+        Raises:
+            ValueError: If damping="horizon" was not bound to an optimizer.
+        """
+        if isinstance(self.damping, str):
+            raise ValueError(
+                "damping='horizon' stands for 1/(η·horizon) and needs the inner optimizer: use the solver inside "
+                "IFTHypergradient, call solver.bound_to(UpdateRule(step=lr)), or pass a number"
+            )
+        undamped = not isinstance(self.damping, Tensor) and self.damping == 0
+        return operator if undamped else operator.damped(self.damping)
+
+    @abstractmethod
+    def _solve(self, operator: CurvatureOperator, b: Tensor, x0: Tensor | None) -> SolveResult:
+        """Solves A x = b for a damped operator and b of length one."""
+
+
+def require_at_least(name: str, value: int, minimum: int) -> None:
+    """Raises ValueError unless the value is an integer that is large enough."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"expected {name} to be an integer >= {minimum}, got {value!r}")
+
+
+def require_tolerance(rtol: float | None) -> None:
+    """Raises ValueError unless the tolerance is None or lies in [0, 1)."""
+    if rtol is not None and not 0.0 <= rtol < 1.0:
+        raise ValueError(f"expected 0 <= rtol < 1 or None, got {rtol!r}")
+
+
+def measured_residual(operator: CurvatureOperator, x: Tensor, b: Tensor) -> float:
+    """Returns ‖Ax − b‖ / ‖b‖ by one product."""
+    return float(torch.linalg.vector_norm(operator.matvec(x) - b) / torch.linalg.vector_norm(b))

@@ -1,0 +1,51 @@
+"""The exact solution by the dense matrix: the reference for all others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_ifthpo.curvature.operator import CurvatureOperator
+from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, require_at_least
+
+
+@dataclass(frozen=True)
+class Direct(Solver):
+    """A⁻¹b from the eigendecomposition of the dense matrix; the shortest least-squares solution where A is singular.
+
+    Cost: n products, n² memory and n³ operations. It does not ask for the sign of A.
+
+    Attributes:
+        max_size: Largest n that is accepted.
+
+    >>> from lightning_ifthpo.curvature import MatrixOperator
+    >>> Direct().solve(MatrixOperator(torch.diag(torch.tensor([2.0, 0.0]))), torch.tensor([1.0, 0.0])).x
+    tensor([0.5000, 0.0000])
+    """
+
+    max_size: int = 10_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least("max_size", self.max_size, 1)
+
+    def _solve(self, operator: CurvatureOperator, b: Tensor, x0: Tensor | None) -> SolveResult:
+        size = operator.size
+        if size > self.max_size:
+            raise ValueError(
+                f"Direct would need a dense {size} × {size} matrix, and max_size is {self.max_size}; use "
+                "ConjugateGradient or MinimumResidual"
+            )
+        matrix = operator.to_dense()
+        if not bool(torch.isfinite(matrix).all()):
+            return SolveResult(torch.zeros_like(b), torch.nan, size, Status.NONFINITE)
+        values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+        floor = size * torch.finfo(b.dtype).eps * values.abs().amax()  # numerical rank, as in numpy.linalg.matrix_rank
+        inverse = torch.where(values.abs() > floor, 1.0 / values, 0.0)
+        x = vectors @ (inverse * (vectors.T @ b))
+        residual = float(torch.linalg.vector_norm(matrix @ x - b))
+        # sqrt(eps): a consistent system leaves κ·eps, an inconsistent one the part of b in the null space
+        solved = residual <= torch.finfo(b.dtype).eps ** 0.5
+        return SolveResult(x, residual, size, Status.CONVERGED if solved else Status.COMPLETE)

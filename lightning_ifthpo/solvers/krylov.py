@@ -1,0 +1,140 @@
+"""Krylov methods: conjugate gradients for positive definite systems, minimum residual for indefinite ones."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_ifthpo.curvature.operator import CurvatureOperator
+from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, require_at_least, require_tolerance
+
+
+@dataclass(frozen=True)
+class _Krylov(Solver):
+    max_iterations: int = 20
+    rtol: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least("max_iterations", self.max_iterations, 1)
+        require_tolerance(self.rtol)
+
+    def _tolerance(self, dtype: torch.dtype) -> float:
+        # Below eps the recursions have nothing left to divide by.
+        return max(self.rtol or 0.0, torch.finfo(dtype).eps)
+
+    def _unconverged(self) -> Status:
+        return Status.COMPLETE if self.rtol is None else Status.MAX_ITERATIONS
+
+
+@dataclass(frozen=True)
+class ConjugateGradient(_Krylov):
+    """Conjugate gradients (Hestenes and Stiefel 1952), for positive definite operators.
+
+    Where the curvature along a search direction is not positive the solve stops with the iterate before it and status
+    NEGATIVE_CURVATURE: at an indefinite Hessian the result would be meaningless, at a singular one with an inconsistent
+    right-hand side it does not exist.
+
+    Cost: a product per iteration, and one more for a given x0. The residual costs nothing.
+
+    Attributes:
+        max_iterations: Iterations at most.
+        rtol: Stop when ‖Ax − b‖ <= rtol ‖b‖. Where it is None all iterations are done, and the status is COMPLETE.
+
+    >>> from lightning_ifthpo.curvature import MatrixOperator
+    >>> matrix = torch.diag(torch.tensor([1.0, 2.0]))
+    >>> ConjugateGradient(max_iterations=2).solve(MatrixOperator(matrix), torch.tensor([1.0, 1.0])).x
+    tensor([1.0000, 0.5000])
+    """
+
+    def _solve(self, operator: CurvatureOperator, b: Tensor, x0: Tensor | None) -> SolveResult:
+        x, residual, products = _start(operator, b, x0)
+        direction = residual
+        squared = float(residual @ residual)
+        tolerance, stiffest, status = self._tolerance(b.dtype), 0.0, self._unconverged()
+        for _ in range(self.max_iterations):
+            if not math.sqrt(squared) > tolerance:
+                break
+            image = operator.matvec(direction)
+            products += 1
+            along = direction @ image
+            step = squared / along
+            new_residual = residual - step * image
+            curvature, length, new_squared = torch.stack(
+                [along, direction @ direction, new_residual @ new_residual]
+            ).tolist()
+            stiffest = max(stiffest, curvature / length)
+            # eps · largest Rayleigh quotient: what rounding leaves of a curvature that is zero
+            if not curvature > torch.finfo(b.dtype).eps * stiffest * length:
+                status = Status.NONFINITE if math.isnan(curvature) else Status.NEGATIVE_CURVATURE
+                break
+            x = x + step * direction
+            residual = new_residual
+            direction = residual + (new_squared / squared) * direction
+            squared = new_squared
+        if math.sqrt(squared) <= tolerance:
+            status = Status.CONVERGED
+        return SolveResult(x, math.sqrt(squared), products, status)
+
+
+@dataclass(frozen=True)
+class MinimumResidual(_Krylov):
+    """MINRES (Paige and Saunders 1975), for symmetric operators of any sign.
+
+    Minimizes ‖Ax − b‖ over the Krylov space, so that the residual never grows. On a singular system it ends at a
+    least-squares solution, with the residual that remains.
+
+    Cost: a product per iteration, and one more for a given x0. The residual costs nothing.
+
+    Attributes:
+        max_iterations: Iterations at most.
+        rtol: Stop when ‖Ax − b‖ <= rtol ‖b‖. Where it is None all iterations are done, and the status is COMPLETE.
+
+    >>> from lightning_ifthpo.curvature import MatrixOperator
+    >>> matrix = torch.diag(torch.tensor([1.0, -2.0]))
+    >>> MinimumResidual(max_iterations=2).solve(MatrixOperator(matrix), torch.tensor([1.0, 1.0])).x
+    tensor([ 1.0000, -0.5000])
+    """
+
+    def _solve(self, operator: CurvatureOperator, b: Tensor, x0: Tensor | None) -> SolveResult:
+        x, residual, products = _start(operator, b, x0)
+        error = float(torch.linalg.vector_norm(residual))
+        tolerance, eps, status = self._tolerance(b.dtype), torch.finfo(b.dtype).eps, self._unconverged()
+        # Lanczos vectors v, directions d (the columns of V R⁻¹), and the last two of the rotations that make R
+        v_old, v = torch.zeros_like(b), residual / error
+        d_old, d = torch.zeros_like(b), torch.zeros_like(b)
+        (cos_old, sin_old), (cos, sin) = (1.0, 0.0), (1.0, 0.0)
+        signed_error, beta, scale = error, 0.0, 0.0
+        for _ in range(self.max_iterations):
+            if not abs(signed_error) > tolerance:
+                break
+            image = operator.matvec(v) - beta * v_old
+            products += 1
+            projection = v @ image
+            image = image - projection * v
+            alpha, beta_new = torch.stack([projection, torch.linalg.vector_norm(image)]).tolist()
+            scale = max(scale, abs(alpha), beta_new)
+            second, first = sin_old * beta, cos * cos_old * beta + sin * alpha
+            corner = cos * alpha - sin * cos_old * beta
+            diagonal = math.hypot(corner, beta_new)
+            if not diagonal > 10.0 * eps * scale:  # what A leaves of the Krylov space is rounding, or NaN
+                status = Status.NONFINITE if math.isnan(diagonal) else status
+                break
+            (cos_old, sin_old), (cos, sin) = (cos, sin), (corner / diagonal, beta_new / diagonal)
+            d_old, d = d, (v - first * d - second * d_old) / diagonal
+            x = x + (cos * signed_error) * d
+            signed_error *= -sin
+            v_old, v, beta = v, image / max(beta_new, torch.finfo(b.dtype).tiny), beta_new
+        if abs(signed_error) <= tolerance:
+            status = Status.CONVERGED
+        return SolveResult(x, abs(signed_error), products, status)
+
+
+def _start(operator: CurvatureOperator, b: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor, int]:
+    """Returns the first iterate, its residual, and the products spent on it."""
+    if x0 is None or not bool(x0.any()):
+        return torch.zeros_like(b), b, 0
+    return x0, b - operator.matvec(x0), 1

@@ -1,0 +1,132 @@
+"""First-order series: the identity and the truncated Neumann series."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_ifthpo.curvature.operator import CurvatureOperator
+from lightning_ifthpo.solvers.base import (
+    Solver,
+    SolveResult,
+    Status,
+    measured_residual,
+    require_at_least,
+)
+from lightning_ifthpo.spectrum import lanczos
+
+
+@dataclass(frozen=True)
+class Identity(Solver):
+    """A⁻¹ ≈ scale · I: one step of training seen ahead (T1–T2, Luketina et al. 2016).
+
+    Cost: no product; one check measures the residual.
+
+    Attributes:
+        scale: In parameter² / loss; the inner learning rate makes it one step of gradient descent.
+
+    >>> from lightning_ifthpo.curvature import MatrixOperator
+    >>> Identity(scale=0.5).solve(MatrixOperator(torch.eye(2)), torch.tensor([1.0, 2.0])).x
+    tensor([0.5000, 1.0000])
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.scale < math.inf:
+            raise ValueError(f"expected a finite scale > 0, got {self.scale!r}")
+
+    def _solve(self, operator: CurvatureOperator, b: Tensor, x0: Tensor | None) -> SolveResult:
+        x = self.scale * b
+        residual = measured_residual(operator, x, b)
+        return SolveResult(x, residual, products=0, status=Status.COMPLETE, checks=1, step_size=self.scale)
+
+
+@dataclass(frozen=True)
+class Neumann(Solver):
+    """A⁻¹ ≈ η Σ_{j=0..K} (I − ηA)ʲ, the truncated Neumann series.
+
+    After Lorraine, Vicol and Duvenaud (2019), with the sign of a descent step: K products and K + 1 summands. At a
+    minimum it equals K + 1 unrolled steps of gradient descent with learning rate η.
+
+    It converges where all eigenvalues lie in (0, 2/η); otherwise its terms grow, by |1 − ηλ| each. Since A is symmetric
+    the terms can grow for no other reason, so the solve stops at the first that does and returns the sum before it,
+    with status NEGATIVE_CURVATURE or DIVERGED after the sign of the curvature along that term.
+
+    Cost: K products; one check measures the residual; step_size="auto" spends at most 10 checks on λ_max and λ_min.
+
+    Attributes:
+        terms: K.
+        step_size: η, in parameter² / loss; "auto" measures λ_max and takes 1/λ_max.
+        safeguard: Stop when the terms grow. Without it the series may reach any size.
+
+    >>> from lightning_ifthpo.curvature import MatrixOperator
+    >>> result = Neumann(terms=1, step_size=0.5).solve(MatrixOperator(torch.eye(1)), torch.tensor([1.0]))
+    >>> result.x, result.relative_residual, result.status.value
+    (tensor([0.7500]), 0.25, 'complete')
+    """
+
+    terms: int = 10
+    step_size: float | Literal["auto"] = "auto"
+    safeguard: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least("terms", self.terms, 0)
+        if self.step_size != "auto" and not 0.0 < self.step_size < math.inf:
+            raise ValueError(f"expected a finite step_size > 0 or 'auto', got {self.step_size!r}")
+
+    def _solve(self, operator: CurvatureOperator, b: Tensor, x0: Tensor | None) -> SolveResult:
+        if not isinstance(self.step_size, str):
+            return self._sum(operator, b, self.step_size)
+        step_size, negative, checks = measured_step_size(operator)
+        result = self._sum(operator, b, step_size)
+        status = Status.NEGATIVE_CURVATURE if negative and result.status is Status.COMPLETE else result.status
+        return replace(result, status=status, checks=result.checks + checks)
+
+    def _sum(self, operator: CurvatureOperator, b: Tensor, step_size: float) -> SolveResult:
+        term = total = b
+        status, products = Status.COMPLETE, 0
+        for _ in range(self.terms):
+            product = operator.matvec(term)
+            products += 1
+            new = term - step_size * product
+            if self.safeguard:
+                status = _verdict(term, product, new)
+                if status is not Status.COMPLETE:
+                    break
+            term = new
+            total = total + term
+        x = step_size * total
+        residual = measured_residual(operator, x, b)
+        return SolveResult(x, residual, products, status, checks=1, step_size=step_size)
+
+
+def measured_step_size(operator: CurvatureOperator) -> tuple[float, bool, int]:
+    """Returns 1/λ_max, whether there is negative curvature, and the products spent (at most 10).
+
+    A cold estimate from a single product can be far too small, and then the series diverges; ten Lanczos steps settle
+    λ_max to a few percent on spectra seen in training, and the step may be wrong by a factor of two.
+    """
+    ends = lanczos(operator, max_iterations=10, rtol=0.05)
+    largest, smallest = float(ends.largest[0] + ends.largest_bounds[0]), float(ends.smallest[0])
+    scale = max(largest, abs(smallest))
+    # sqrt(eps): the Ritz value of a zero eigenvalue is a few eps of the largest, of either sign
+    negative = smallest < -(torch.finfo(operator.dtype).eps ** 0.5) * scale
+    return (1.0 / scale if scale > 0.0 else 1.0), negative, ends.products
+
+
+def _verdict(term: Tensor, product: Tensor, new: Tensor) -> Status:
+    """Returns COMPLETE if the terms may go on, else why they grow."""
+    before, after, curvature = torch.stack([term @ term, new @ new, term @ product]).tolist()
+    if not math.isfinite(after):
+        return Status.NONFINITE
+    # 100 eps: the rounding of a term whose curvature is zero, which keeps its length
+    if after <= before * (1.0 + 100.0 * torch.finfo(term.dtype).eps):
+        return Status.COMPLETE
+    return Status.NEGATIVE_CURVATURE if curvature < 0.0 else Status.DIVERGED
