@@ -182,4 +182,6 @@ def _transfer_hook_owner(trainer: L.Trainer, module: Any) -> Any:
 def _check_value(name: str, value: Any) -> None:
     check_loss(value, name)
     if not bool(torch.isfinite(value)):
-        raise ValueError(f"{name} is {float(value.detach())} on the first batch; look at the data and the initial weights")
+        raise ValueError(
+            f"{name} is {float(value.detach())} on the first batch; look at the data and the initial weights"
+        )

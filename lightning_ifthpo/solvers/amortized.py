@@ -34,7 +34,7 @@ class Amortized(Solver):
     Cost: `products` products.
 
     Attributes:
-        products: Products per solve; 1 is less stable.
+        products: Products per solve, at least 2: a single one does not know the curvature along the move it leads to.
         rule: The inner optimizer's update, filled in by `bound_to`; without it S is 1/λ_max, measured at each solve.
 
     >>> from lightning_ifthpo.curvature import MatrixOperator
@@ -52,7 +52,7 @@ class Amortized(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least("products", self.products, 1)
+        require_at_least("products", self.products, 2)
 
     def bound_to(self, rule: UpdateRule) -> Self:
         """Returns this solver with the inner optimizer's update filled in."""

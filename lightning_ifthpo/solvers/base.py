@@ -105,7 +105,7 @@ class Solver(ABC):
             return SolveResult(torch.zeros_like(b), 0.0, 0, Status.CONVERGED)
         norm = largest * torch.linalg.vector_norm(b / largest)
         result = self._solve(self.damped(operator), b / norm, None if x0 is None else x0 / norm)
-        if not bool(torch.isfinite(result.x).all()):
+        if math.isnan(result.relative_residual) or not bool(torch.isfinite(result.x).all()):
             return replace(result, x=torch.zeros_like(b), relative_residual=math.nan, status=Status.NONFINITE)
         return replace(result, x=result.x * norm)
 

@@ -23,8 +23,8 @@ class _Krylov(Solver):
         require_tolerance(self.rtol)
 
     def _tolerance(self, dtype: torch.dtype) -> float:
-        # Below eps the recursions have nothing left to divide by.
-        return max(self.rtol or 0.0, torch.finfo(dtype).eps)
+        # a residual of length 10 eps is rounding of b, whose length is one: nothing is left to divide by
+        return max(self.rtol or 0.0, 10.0 * torch.finfo(dtype).eps)
 
     def _unconverged(self) -> Status:
         return Status.COMPLETE if self.rtol is None else Status.MAX_ITERATIONS

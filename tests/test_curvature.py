@@ -1,0 +1,268 @@
+"""All operators against dense references, and through the structures that break naive products."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_ifthpo.curvature import (
+    FiniteDifferenceOperator,
+    GaussNewtonOperator,
+    HessianOperator,
+    MatrixOperator,
+    mark_outputs,
+)
+from tests.problems import Net, relative_error
+
+OPERATORS = [HessianOperator, GaussNewtonOperator, FiniteDifferenceOperator]
+# float64: double backward is exact to rounding; central differences leave cbrt(eps)² ≈ 4e-11 times third derivatives
+TOLERANCE = {HessianOperator: 1e-12, GaussNewtonOperator: 1e-12, FiniteDifferenceOperator: 1e-7}
+
+
+def batch():
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(8, 4, dtype=torch.float64, generator=generator), torch.arange(8) % 3
+
+
+def functional(net, loss):
+    """The loss as a function of the flat parameters, with buffers kept out of it."""
+    names, shapes = zip(*[(n, p.shape) for n, p in net.named_parameters()], strict=True)
+
+    def function(flat):
+        parts = torch.split(flat, [s.numel() for s in shapes])
+        parameters = {n: part.view(s) for n, part, s in zip(names, parts, shapes, strict=True)}
+        buffers = {n: b.clone() for n, b in net.named_buffers()}
+        return loss(lambda x: torch.func.functional_call(net, parameters | buffers, (x,)), flat)
+
+    return function, torch.cat([p.detach().reshape(-1) for p in net.parameters()])
+
+
+@pytest.mark.parametrize("operator_type", OPERATORS, ids=lambda t: t.__name__)
+def test_linear_softmax_equals_the_dense_hessian(operator_type):
+    """Where the model is linear, Gauss–Newton is the Hessian."""
+    x, y = batch()
+    net = nn.Linear(4, 3, dtype=torch.float64)
+    operator = operator_type(lambda: F.cross_entropy(mark_outputs(net(x)), y), list(net.parameters()))
+    function, flat = functional(net, lambda model, _: F.cross_entropy(model(x), y))
+    assert relative_error(operator.to_dense(), torch.func.hessian(function)(flat)) < TOLERANCE[operator_type]
+
+
+@pytest.mark.parametrize("operator_type", [HessianOperator, FiniteDifferenceOperator], ids=lambda t: t.__name__)
+def test_network_with_batchnorm_equals_the_dense_hessian(operator_type):
+    x, y = batch()
+    net = Net(dropout=0.0)
+    operator = operator_type(lambda: F.cross_entropy(net(x), y), list(net.parameters()))
+    function, flat = functional(net, lambda model, _: F.cross_entropy(model(x), y))
+    dense = torch.autograd.functional.hessian(function, flat)
+    # the difference quotient sees BatchNorm's large third derivatives
+    assert relative_error(operator.to_dense(), dense) < (1e-12 if operator_type is HessianOperator else 1e-6)
+
+
+def reference_gauss_newton(net, x, y, penalty):
+    """[Jᵀ I] ∇²L(z, w) [Jᵀ I]ᵀ from dense Jacobians."""
+    function, flat = functional(net, lambda model, _: model(x).reshape(-1))
+    z = function(flat)
+    jacobian = torch.func.jacrev(function)(flat)
+    extended = torch.cat([jacobian, torch.eye(flat.numel(), dtype=flat.dtype)])
+
+    def loss(joined):
+        outputs, weights = joined[: z.numel()], joined[z.numel() :]
+        return F.cross_entropy(outputs.view(len(x), -1), y) + penalty(outputs, weights)
+
+    curvature = torch.func.hessian(loss)(torch.cat([z, flat]))
+    return extended.T @ curvature @ extended
+
+
+PENALTIES = {
+    "none": lambda z, w: 0.0 * w.sum(),
+    "decay": lambda z, w: 0.1 * w.square().sum(),
+    "quartic": lambda z, w: 0.1 * (w**4).sum(),
+    "coupled to the outputs": lambda z, w: 0.1 * w.square().sum() * z.square().mean(),
+}
+
+
+@pytest.mark.parametrize("marking", ["marked", "returned", "both"])
+@pytest.mark.parametrize("name", PENALTIES)
+def test_gauss_newton_equals_its_dense_definition(name, marking):
+    """The penalty's Hessian is added exactly, whether outputs are marked or returned."""
+    x, y = batch()
+    net, penalty = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double(), PENALTIES[name]
+
+    def loss():
+        z = net(x)
+        z = z if marking == "returned" else mark_outputs(z)
+        flat = torch.cat([p.reshape(-1) for p in net.parameters()])
+        value = F.cross_entropy(z, y) + penalty(z.reshape(-1), flat)
+        return value if marking == "marked" else (value, z)
+
+    operator = GaussNewtonOperator(loss, list(net.parameters()))
+    assert relative_error(operator.to_dense(), reference_gauss_newton(net, x, y, penalty)) < 1e-12
+
+
+def test_gauss_newton_with_several_outputs():
+    x, y = batch()
+    net = nn.Linear(4, 6, dtype=torch.float64)
+
+    def loss():
+        first, second = net(x).split(3, dim=1)  # both come from one node of the graph
+        return F.cross_entropy(mark_outputs(first), y) + mark_outputs(second).square().mean()
+
+    hessian = HessianOperator(loss, list(net.parameters())).to_dense()
+    assert relative_error(GaussNewtonOperator(loss, list(net.parameters())).to_dense(), hessian) < 1e-12
+
+
+def test_gauss_newton_is_positive_semidefinite_where_the_hessian_is_not():
+    x, y = batch()
+    net = Net(dropout=0.0)
+
+    def loss():
+        return F.cross_entropy(mark_outputs(net(x)), y)
+
+    parameters = list(net.parameters())
+    gauss_newton = torch.linalg.eigvalsh(GaussNewtonOperator(loss, parameters).to_dense())
+    hessian = torch.linalg.eigvalsh(HessianOperator(loss, parameters).to_dense())
+    assert gauss_newton[0] > -1e-14
+    assert hessian[0] < -1e-3
+
+
+def test_gauss_newton_without_outputs_says_what_to_do():
+    weight = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match="call mark_outputs"):
+        GaussNewtonOperator(lambda: weight.square().sum(), [weight])
+
+
+def test_gauss_newton_refuses_an_output_without_history():
+    weight = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match="does not depend on any parameter"):
+        GaussNewtonOperator(lambda: (weight.square().sum(), torch.ones(2)), [weight])
+
+
+@pytest.mark.parametrize("operator_type", OPERATORS, ids=lambda t: t.__name__)
+def test_one_symmetric_linear_map_under_dropout_and_batchnorm(operator_type):
+    x, y = batch()
+    net = Net()
+    operator = operator_type(lambda: F.cross_entropy(mark_outputs(net(x)), y), list(net.parameters()))
+    u, v = torch.randn(2, operator.size, dtype=torch.float64)
+    tolerance = max(TOLERANCE[operator_type], 1e-6 if operator_type is FiniteDifferenceOperator else 0)
+    image = operator.matvec(u)
+    assert torch.allclose(operator.matvec(u), image, rtol=0, atol=1e-14)
+    assert abs(v @ image - u @ operator.matvec(v)) <= tolerance * image.norm() * v.norm()
+    assert relative_error(operator.matvec(2 * u - 3 * v), 2 * image - 3 * operator.matvec(v)) <= tolerance
+    assert abs(operator.quadratic(u) - u @ image) <= tolerance * u.norm() * image.norm()
+
+
+@pytest.mark.parametrize("operator_type", OPERATORS, ids=lambda t: t.__name__)
+def test_odd_parameters_have_zero_blocks(operator_type):
+    """Frozen, unused, linearly entering and (once) tied parameters; a channels-last convolution."""
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    convolution = nn.Conv2d(3, 2, 3, dtype=torch.float64).to(memory_format=torch.channels_last)
+    frozen = torch.randn(2, dtype=torch.float64)
+    unused = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    linear = torch.randn(2, dtype=torch.float64, requires_grad=True)
+
+    def loss():
+        z = convolution(x)
+        z = mark_outputs(z + torch.nn.functional.conv2d(x.flip(0), convolution.weight))  # tied: used twice
+        return z.square().mean() + linear.sum() + frozen.sum()
+
+    parameters = [frozen, convolution.weight, unused, convolution.bias, linear]
+    dense = operator_type(loss, parameters).to_dense()
+    alive = slice(2, 2 + convolution.weight.numel())
+    rest = [0, 1, alive.stop, alive.stop + 1, -2, -1]
+    assert dense.shape == (62, 62)
+    assert dense[rest].abs().max() == 0.0
+    assert dense[:, rest].abs().max() == 0.0
+
+    def of_weight(weight):
+        z = F.conv2d(x, weight, convolution.bias) + F.conv2d(x.flip(0), weight)
+        return z.square().mean()
+
+    wanted = torch.func.hessian(of_weight)(convolution.weight.detach()).reshape(54, 54)
+    assert relative_error(dense[alive, alive], wanted) < max(TOLERANCE[operator_type], 1e-8)
+
+
+@pytest.mark.parametrize("operator_type", OPERATORS, ids=lambda t: t.__name__)
+def test_mixed_product_equals_the_dense_mixed_derivative(operator_type):
+    x, y = batch()
+    net, hyper = nn.Linear(4, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64, requires_grad=True)
+
+    def loss():
+        z = mark_outputs(net(x) * hyper.exp())
+        return F.cross_entropy(z, y) + hyper.sigmoid().sum() * net.weight.square().sum()
+
+    operator = operator_type(loss, list(net.parameters()))
+    v = torch.randn(operator.size, dtype=torch.float64)
+    gradient = torch.autograd.grad(loss(), list(net.parameters()), create_graph=True)
+    flat = torch.cat([g.reshape(-1) for g in gradient])
+    wanted = torch.stack([torch.autograd.grad(entry, hyper, retain_graph=True)[0] for entry in flat]).T @ v
+    (got,) = operator.mixed_product(v, [hyper])
+    assert relative_error(got, wanted) < max(TOLERANCE[operator_type], 1e-8)
+
+
+def test_finite_differences_leave_the_weights_bit_for_bit_and_no_gradient():
+    x, y = batch()
+    net = Net(dtype=torch.float32, dropout=0.5)
+    before = [p.detach().clone() for p in net.parameters()]
+    operator = FiniteDifferenceOperator(lambda: F.cross_entropy(net(x.float()), y), list(net.parameters()))
+    random_state = torch.get_rng_state()
+    for _ in range(10):
+        operator.matvec(torch.randn(operator.size, generator=torch.Generator().manual_seed(0)))
+    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
+    assert all(p.grad is None for p in net.parameters())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_finite_differences_restore_the_weights_after_an_exception():
+    weight = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    before, calls = weight.detach().clone(), []
+
+    def loss():
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("in the middle of a product")
+        return weight.pow(3).sum()
+
+    operator = FiniteDifferenceOperator(loss, [weight])
+    with pytest.raises(RuntimeError, match="in the middle"):
+        operator.matvec(torch.ones(3, dtype=torch.float64))
+    assert torch.equal(weight.detach(), before)
+
+
+def test_finite_differences_in_float32_are_accurate_to_1e_minus_3():
+    x, y = batch()
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    parameters = list(net.parameters())
+
+    def loss():
+        return F.cross_entropy(net(x.float()), y)
+
+    v = torch.randn(sum(p.numel() for p in parameters))
+    exact = HessianOperator(loss, parameters).matvec(v)
+    for scale in (1e-10, 1.0, 1e10):
+        got = FiniteDifferenceOperator(loss, parameters).matvec(scale * v)
+        assert relative_error(got, scale * exact) < 1e-3  # eps^(2/3) = 2.4e-5, times the third derivatives
+
+
+@pytest.mark.parametrize("delta", [0.5, torch.tensor([1.0, 2.0])], ids=["number", "vector"])
+def test_damped_adds_a_diagonal(delta):
+    matrix = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    wanted = matrix + torch.diag(torch.as_tensor(delta).expand(2))
+    assert torch.equal(MatrixOperator(matrix).damped(delta).to_dense(), wanted)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda w: HessianOperator(lambda: w * 2, [w]), ValueError, r"expected a scalar, got shape \(2,\)"),
+        (lambda w: HessianOperator(lambda: w.detach().sum(), [w]), ValueError, "is detached"),
+        (lambda w: HessianOperator(lambda: 1.0, [w]), TypeError, "expected a scalar tensor, got float"),
+        (lambda w: HessianOperator(lambda: w.sum(), [w]).matvec(torch.ones(3)), ValueError, r"\(2,\), got \(3,\)"),
+        (lambda w: MatrixOperator(torch.ones(2, 3)), ValueError, "square matrix"),
+        (lambda w: MatrixOperator(torch.tensor([[1.0, 2.0], [0.0, 1.0]])), ValueError, "symmetric matrix"),
+        (lambda w: MatrixOperator(torch.eye(2)).damped(torch.ones(3)), ValueError, r"shape \(2,\), got \(3,\)"),
+    ],
+    ids=["vector loss", "detached", "float loss", "shape of v", "not square", "not symmetric", "damping"],
+)
+def test_refuses(make, error, message):
+    with pytest.raises(error, match=message):
+        make(torch.ones(2, requires_grad=True))
