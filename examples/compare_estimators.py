@@ -1,25 +1,24 @@
 """Which cheap estimate of the hypergradient foresees what training will do?
 
-In minibatch training the weights are at no optimum, and every hyper step sees another batch, so that the accuracy of a
-linear solve says little. What a hypergradient is for is to tell how the outer loss will change if the hyperparameters
-change now and training goes on. That can be computed, at great cost: by differentiating the outer loss, on all outer
-data, through the next 200 real optimizer steps on fresh batches. Here such truths are taken along real training runs
-(scikit-learn's digits), and each estimator, which sees one training batch and one outer batch every five steps, is
-compared with them: mean cosine, and in brackets the ratio of norms.
+In minibatch training the weights are at no optimum and every hyper step sees another batch, so that the accuracy of one
+linear solve says little. A hypergradient is to tell how the outer loss changes if the hyperparameters change now and
+training goes on. That can be computed, at great cost, by differentiating the outer loss on all outer data through the
+next 200 real optimizer steps on fresh batches. Such truths are taken along training runs on scikit-learn's digits, and
+compared with estimators that see one training batch and one outer batch every five steps.
 
     A   softmax, one decay per weight                     B   MLP 64-64 (tanh), one decay per weight
     C   MLP 64-64 (ReLU), 40 % wrong labels, one weight per training example
-    S   C at learning rates where training itself is barely stable: a test of stability, not of cosines
+    S   C with learning rates at which training is barely stable: a test of stability, not of cosines
 
-The truth is the mean of several unrolls over different batches. Two such unrolls have the cosine "two unrolls" with each
-other; "perfect" is what the exact mean over all unrolls would reach with the mean of the few that were taken. For AdamW
-everything is differentiated, its second moments included; its own weight decay is zero.
+The truth is the mean of several unrolls over different batches. "Two unrolls" is the cosine between two of them;
+"perfect" the one that their true mean would have with the mean of those taken, the best that can be expected of an
+estimator. With AdamW everything is differentiated, its second moments included; its own decoupled decay is zero.
 
-Weights per example are compared on all examples: the estimate of H⁻¹v comes from single batches, the mixed derivative
-behind it is taken on the whole training set, as many hyper steps would do.
+Weights per example are compared on the whole training set: each solve uses one batch, as a hyper step does, but the
+mixed derivative behind it is taken on all examples, where a hyper step would only reach those of its batch.
 
-    python examples/compare_estimators.py           # one minute on two cores
-    python examples/compare_estimators.py --full    # all settings, two seeds
+    python examples/compare_estimators.py           # a minute on two cores
+    python examples/compare_estimators.py --full    # the table of the README
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from functools import partial
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -41,279 +40,207 @@ from torch.nn import functional as F
 from lightning_ifthpo import implicit_hypergradient
 from lightning_ifthpo.hypergradient import Curvature
 from lightning_ifthpo.loss_graph import LossGraph
-from lightning_ifthpo.solvers import Amortized, ConjugateGradient, Identity, Neumann, Solver, Status
+from lightning_ifthpo.solvers import Amortized, ConjugateGradient, Identity, Neumann, Solver
 from lightning_ifthpo.update_rule import UpdateRule
 
-OptimizerName: TypeAlias = Literal["sgd", "momentum", "adamw"]
-OPTIMIZERS: tuple[OptimizerName, ...] = ("sgd", "momentum", "adamw")
 BATCH_SIZE = 128
 EVERY_N_BATCHES = 5
-WARM_UP = 400  # training steps of hyper steps before the first comparison: the time a persistent estimate needs
-GAP = 100  # training steps between two comparisons
-DTYPE = torch.float64
+WARM_UP = 400  # training steps from the first hyper step to the first comparison, for persistent estimates to settle
+GAP = 100  # training steps between comparisons
+DEFAULT = "**`Amortized(products=2)`**"
+COLD = "CG 20, cold, damped"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """An inner problem; `start` is the training step at which hyper steps begin."""
+    """An inner problem: hidden units, learning rates, and the training step at which hyper steps begin."""
 
     hidden: tuple[int, ...]
     wrong_labels: float
     start: int
-    rates: tuple[float, float, float]
+    rates: dict[str, float]
 
 
 SETTINGS = {
-    "A": Setting((), 0.0, 3000, (0.5, 0.1, 3e-3)),
-    "B": Setting((64, 64), 0.0, 500, (0.1, 0.03, 1e-3)),
-    "C": Setting((64, 64), 0.4, 100, (0.1, 0.03, 1e-3)),
-    "S": Setting((64, 64), 0.4, 100, (0.5, 0.1, 5e-3)),
+    "A": Setting((), 0.0, 3000, {"sgd": 0.5, "momentum": 0.1, "adamw": 3e-3}),
+    "B": Setting((64, 64), 0.0, 500, {"sgd": 0.1, "momentum": 0.03, "adamw": 1e-3}),
+    "C": Setting((64, 64), 0.4, 100, {"sgd": 0.1, "momentum": 0.03, "adamw": 1e-3}),
+    "S": Setting((64, 64), 0.4, 100, {"sgd": 0.5, "momentum": 0.1, "adamw": 5e-3}),
 }
 
 
 class Problem:
-    """Data, losses and a flat weight vector [n]; the hyperparameter is a decay per weight or a weight per example."""
+    """Data, losses, weights as one vector [n], and one hyperparameter vector: a decay per weight, or example weights."""
 
     def __init__(self, setting: Setting, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.decays = setting.wrong_labels == 0.0
-        self._sizes = (64, *setting.hidden, 10)
+        self._decays = setting.wrong_labels == 0.0
+        self._layers = list(zip((64, *setting.hidden), (*setting.hidden, 10), strict=True))
         pixels, digits = load_digits(return_X_y=True)
         order = torch.randperm(len(digits), generator=self.generator)
-        x, y = torch.tensor(pixels / 16.0, dtype=DTYPE)[order], torch.tensor(digits)[order]
-        self.x, self.y, self._outer_x, self._outer_y = x[:1000], y[:1000], x[1000:1300], y[1000:1300]
+        x, y = torch.tensor(pixels / 16.0)[order], torch.tensor(digits)[order]
+        self._outer_x, self._outer_y, self._x, y = x[1000:1300], y[1000:1300], x[:1000], y[:1000]
         wrong = torch.rand(1000, generator=self.generator) < setting.wrong_labels
-        self.y = torch.where(wrong, (self.y + torch.randint(1, 10, (1000,), generator=self.generator)) % 10, self.y)
-        parts = []
-        for inputs, outputs in zip(self._sizes, self._sizes[1:], strict=False):
-            layer = 2 * torch.rand((inputs + 1) * outputs, generator=self.generator, dtype=DTYPE) - 1
-            parts.append(layer / math.sqrt(inputs))
-        self.weights = torch.cat(parts).requires_grad_()
-        n = self.weights.numel()
-        self.hyperparameter = torch.full((n,), math.log(1e-3), dtype=DTYPE) if self.decays else x.new_zeros(1000)
-
-    def logits(self, weights: Tensor, x: Tensor) -> Tensor:
-        begin = 0
-        for inputs, outputs in zip(self._sizes, self._sizes[1:], strict=False):
-            layer = weights[begin : begin + (inputs + 1) * outputs].view(inputs + 1, outputs)
-            if begin:
-                x = torch.tanh(x) if self.decays else torch.relu(x)
-            x = torch.addmm(layer[-1], x, layer[:-1])
-            begin += layer.numel()
-        return x
+        self._y = torch.where(wrong, (y + torch.randint(1, 10, (1000,), generator=self.generator)) % 10, y)
+        draws = [torch.rand((i + 1) * o, generator=self.generator, dtype=x.dtype) for i, o in self._layers]
+        initial = [(2 * draw - 1) / math.sqrt(i) for draw, (i, _) in zip(draws, self._layers, strict=True)]
+        self.weights = torch.cat(initial).requires_grad_()
+        decay = torch.full_like(self.weights, math.log(1e-3), requires_grad=False)
+        self.hyperparameter = decay if self._decays else x.new_zeros(1000)
 
     def inner(self, weights: Tensor, hyperparameter: Tensor, index: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Returns the training loss on some examples, and the logits."""
-        logits = self.logits(weights, self.x[index])
-        losses = F.cross_entropy(logits, self.y[index], reduction="none")
-        if self.decays:
+        logits = self._logits(weights, self._x[index])
+        losses = F.cross_entropy(logits, self._y[index], reduction="none")
+        if self._decays:
             return losses.mean() + (hyperparameter.exp() * weights.square()).sum() / 2, logits
         return (2 * torch.sigmoid(hyperparameter[index]) * losses).mean(), logits
 
-    def outer(self, weights: Tensor, index: Tensor | slice = slice(None)) -> Tensor:
+    def outer(self, weights: Tensor, index: Tensor | slice) -> Tensor:
         """Returns the outer loss on some outer examples."""
-        return F.cross_entropy(self.logits(weights, self._outer_x[index]), self._outer_y[index])
+        return F.cross_entropy(self._logits(weights, self._outer_x[index]), self._outer_y[index])
 
-    def batch(self, generator: torch.Generator) -> Tensor:
-        return torch.randperm(len(self.y), generator=generator)[:BATCH_SIZE]
-
-    def outer_batch(self) -> Tensor:
-        return torch.randperm(len(self._outer_y), generator=self.generator)[:BATCH_SIZE]
+    def batch(self, generator: torch.Generator, outer: bool = False) -> Tensor:
+        """Draws the indices of a training or outer batch."""
+        return torch.randperm(len(self._outer_y if outer else self._y), generator=generator)[:BATCH_SIZE]
 
     def hypergradient(self, q: Tensor) -> Tensor:
-        """Returns −(∂²L_T/∂w∂λᵀ)ᵀ q on all training examples, for q ≈ H⁻¹ ∂L_V/∂w."""
+        """Returns −(∂²L_T/∂w∂λᵀ)ᵀ q with all training examples."""
         hyperparameter = self.hyperparameter.detach().requires_grad_()
         graph = LossGraph(self.inner(self.weights, hyperparameter, slice(None))[0], [self.weights])
         (mixed,) = graph.mixed_product(q, [hyperparameter])
         assert mixed is not None
         return -mixed
 
+    def _logits(self, weights: Tensor, x: Tensor) -> Tensor:
+        tensors = weights.split([(i + 1) * o for i, o in self._layers])
+        for depth, (tensor, (i, o)) in enumerate(zip(tensors, self._layers, strict=True)):
+            if depth:
+                x = torch.tanh(x) if self._decays else torch.relu(x)
+            matrix = tensor.view(i + 1, o)
+            x = torch.addmm(matrix[-1], x, matrix[:-1])
+        return x
 
-def make_optimizer(name: OptimizerName, weights: Tensor, lr: float) -> torch.optim.Optimizer:
+
+def make_optimizer(name: str, weights: Tensor, lr: float) -> torch.optim.Optimizer:
+    """Returns one of the three optimizers."""
     if name == "adamw":
         return torch.optim.AdamW([weights], lr=lr, weight_decay=0.0)
     return torch.optim.SGD([weights], lr=lr, momentum=0.9 if name == "momentum" else 0.0)
 
 
-def unrolled(
-    problem: Problem, optimizer: torch.optim.Optimizer, name: OptimizerName, steps: int, generator: torch.Generator
-) -> Tensor:
-    """Returns d(outer loss after `steps` more optimizer steps) / dλ; the run itself is not touched."""
-    state, lr = optimizer.state[problem.weights], float(optimizer.param_groups[0]["lr"])
-    hyperparameter = problem.hyperparameter.clone().requires_grad_()
-    w = problem.weights.detach().clone().requires_grad_()
-    velocity, second = (state.get(key, torch.zeros_like(w)) for key in ("momentum_buffer", "exp_avg_sq"))
-    first, count = state.get("exp_avg", velocity), int(state.get("step", 0))
-    for t in range(count + 1, count + steps + 1):
+def unrolled(problem: Problem, optimizer: torch.optim.Optimizer, steps: int, seed: int) -> Tensor:
+    """Returns d(outer loss after so many more steps of the optimizer) / dλ; the run itself is not touched."""
+    group, state = optimizer.param_groups[0], optimizer.state[problem.weights]
+    lr, momentum, adaptive = group["lr"], group.get("momentum", 0.0), "betas" in group
+    generator = torch.Generator().manual_seed(seed)
+    hyperparameter = problem.hyperparameter.detach().requires_grad_()
+    w = problem.weights.detach().requires_grad_()
+    m = state["exp_avg"] if adaptive else state.get("momentum_buffer", torch.zeros_like(w))
+    s = state["exp_avg_sq"] if adaptive else torch.zeros_like(w)
+    for t in range(1, steps + 1):
         loss, _ = problem.inner(w, hyperparameter, problem.batch(generator))
         (g,) = torch.autograd.grad(loss, w, create_graph=True)
-        if name == "adamw":
-            first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g.square()
-            # 1e-20: the root has no derivative at zero, where a dead unit's second moment lies
-            root = (second / (1 - 0.999**t) + 1e-20).sqrt()
-            w = w - lr * (first / (1 - 0.9**t)) / (root + 1e-8)
+        if adaptive:
+            count = int(state["step"]) + t
+            m, s = 0.9 * m + 0.1 * g, 0.999 * s + 0.001 * g.square()
+            # 1e-20: a weight without gradient has s = 0, where the root cannot be differentiated
+            root = (s / (1 - 0.999**count) + 1e-20).sqrt() + 1e-8
+            w = w - lr * m / (1 - 0.9**count) / root
         else:
-            first = g + (0.9 * first if name == "momentum" else 0.0)
-            w = w - lr * first
-    return torch.autograd.grad(problem.outer(w), hyperparameter)[0]
+            m = momentum * m + g
+            w = w - lr * m
+    return torch.autograd.grad(problem.outer(w, slice(None)), hyperparameter)[0]
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """A solver with its curvature; a warm one is asked at every hyper step and starts from its last answer."""
+    """A solver and its curvature; a warm one works at every hyper step and starts from its last estimate."""
 
-    name: str
     solver: Solver
     curvature: Curvature = "gauss_newton"
     warm: bool = False
 
 
-def make_estimators(lr: float) -> list[Estimator]:
-    return [
-        Estimator("`Identity`", Identity(scale=lr)),
-        Estimator("`Neumann(20, lr)`, Hessian", Neumann(terms=20, step_size=lr), "hessian"),
-        Estimator("`Neumann(20, lr)`", Neumann(terms=20, step_size=lr)),
-        Estimator("CG 20, cold, undamped Hessian", ConjugateGradient(max_iterations=20), "hessian"),
-        Estimator("CG 20, cold, damped", ConjugateGradient(max_iterations=20, damping="horizon")),
-        Estimator("CG 1, warm, damped", ConjugateGradient(max_iterations=1, damping="horizon"), warm=True),
-        Estimator("CG 2, warm, damped", ConjugateGradient(max_iterations=2, damping="horizon"), warm=True),
-        Estimator("`Amortized(products=1)`", Amortized(products=1), warm=True),
-        Estimator("**`Amortized(products=2)`**", Amortized(products=2), warm=True),
-        Estimator("`Amortized(products=5)`", Amortized(products=5), warm=True),
-    ]
+def make_estimators(lr: float) -> dict[str, Estimator]:
+    """Returns what is compared, by name; Gauss–Newton unless the name says otherwise."""
+    return {
+        "`Identity(lr)`": Estimator(Identity(scale=lr)),
+        "`Neumann(20, lr)` on the Hessian": Estimator(Neumann(terms=20, step_size=lr), "hessian"),
+        "`Neumann(20, lr)`": Estimator(Neumann(terms=20, step_size=lr)),
+        "CG 20, cold, undamped Hessian": Estimator(ConjugateGradient(max_iterations=20), "hessian"),
+        COLD: Estimator(ConjugateGradient(max_iterations=20, damping="horizon")),
+        "CG 1, warm, damped": Estimator(ConjugateGradient(max_iterations=1, damping="horizon"), warm=True),
+        "CG 2, warm, damped": Estimator(ConjugateGradient(max_iterations=2, damping="horizon"), warm=True),
+        DEFAULT: Estimator(Amortized(products=2), warm=True),
+        "`Amortized(products=5)`": Estimator(Amortized(products=5), warm=True),
+    }
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One estimate beside one truth."""
-
-    cosine: float
-    ratio: float
-    products: int
-    status: Status
-
-
-@dataclass
 class Cell:
-    """All comparisons in one setting with one optimizer."""
+    """What was measured in one setting with one optimizer: for each estimator, one value for each comparison."""
 
-    comparisons: dict[str, list[Comparison]]
-    agreement: list[float]  # cosines between pairs of unrolls
-    unrolls: int
-
-    def mean(self, name: str) -> float:
-        return _mean([c.cosine for c in self.comparisons[name]])
-
-    def spread(self, name: str) -> float:
-        """Standard error of the mean cosine."""
-        cosines = torch.tensor([c.cosine for c in self.comparisons[name]])
-        return float(cosines.std() / math.sqrt(len(cosines))) if len(cosines) > 1 else math.nan
-
-    @property
-    def perfect(self) -> float:
-        c = max(_mean(self.agreement), 0.0)
-        return math.sqrt(self.unrolls * c / (1 + (self.unrolls - 1) * c))
+    def __init__(self) -> None:
+        self.cosines, self.ratios = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
+        self.failed, self.products = defaultdict[str, list[bool]](list), defaultdict[str, list[int]](list)
+        self.agreements: list[float] = []
 
     def entry(self, name: str) -> str:
-        comparisons = self.comparisons[name]
-        ratio = _mean([c.ratio for c in comparisons])
-        failed = sum(not c.status.trustworthy for c in comparisons) > len(comparisons) / 2
-        size = "diverges" if ratio > 1e3 else f"{ratio:.2g}"
-        return f"{self.mean(name):.2f} ({size})" + ("†" if failed else "")
+        """Returns "cosine (ratio of norms)"; † if a callback would have skipped most of these solves."""
+        ratio = mean(self.ratios[name])
+        size = f"{ratio:.2g}" if ratio < 1e3 else "diverges"
+        return f"{mean(self.cosines[name]):.2f} ({size}){'†' if mean(self.failed[name]) > 0.5 else ''}"
+
+    def error(self, name: str) -> float:
+        """Returns the standard error of the mean cosine over points and seeds."""
+        return float(torch.tensor(self.cosines[name]).std(correction=0)) / math.sqrt(
+            max(len(self.cosines[name]) - 1, 1)
+        )
+
+    def perfect(self, unrolls: int) -> float:
+        """Returns the cosine between a vector and the mean of so many noisy copies, from that between two copies."""
+        agreement = max(mean(self.agreements), 0.0)
+        return math.sqrt(unrolls * agreement / (1 + (unrolls - 1) * agreement))
 
 
-def measure(setting: Setting, name: OptimizerName, seeds: int, points: int, steps: int, unrolls: int) -> Cell:
-    """Trains, asks all estimators on the way, and compares them with unrolls at some points."""
-    comparisons: dict[str, list[Comparison]] = defaultdict(list)
-    agreement: list[float] = []
-    lr = setting.rates[OPTIMIZERS.index(name)]
+def measure(setting: Setting, name: str, *, seeds: int, points: int, unroll: int, unrolls: int) -> Cell:
+    """Trains, lets the estimators follow, and compares them with unrolls at some points."""
+    cell = Cell()
     for seed in range(seeds):
-        problem, estimates = Problem(setting, seed), dict[str, Tensor | None]()
-        optimizer, estimators = make_optimizer(name, problem.weights, lr), make_estimators(lr)
+        problem, estimators = Problem(setting, seed), make_estimators(setting.rates[name])
+        optimizer = make_optimizer(name, problem.weights, setting.rates[name])
+        estimates: dict[str, Tensor | None] = {}
         first = setting.start + WARM_UP
         for step in range(1, first + GAP * (points - 1) + 1):
-            batch = problem.batch(problem.generator)
-            optimizer.zero_grad()
-            problem.inner(problem.weights, problem.hyperparameter, batch)[0].backward()  # type: ignore[no-untyped-call]
+            inner = partial(problem.inner, problem.weights, problem.hyperparameter, problem.batch(problem.generator))
+            (problem.weights.grad,) = torch.autograd.grad(inner()[0], problem.weights)
             optimizer.step()
             if step < setting.start or step % EVERY_N_BATCHES:
                 continue
+            outer = partial(problem.outer, problem.weights, problem.batch(problem.generator, outer=True))
             due = step >= first and (step - first) % GAP == 0
-            outer_batch = problem.outer_batch()
-            truths = []
-            if due:
-                truths = [
-                    unrolled(problem, optimizer, name, steps, torch.Generator().manual_seed(1000 * step + i))
-                    for i in range(unrolls)
-                ]
-                agreement += [_cosine(a, b) for i, a in enumerate(truths) for b in truths[:i]]
-            for estimator in estimators:
+            truths = [unrolled(problem, optimizer, unroll, 100 * step + i) for i in range(unrolls)] if due else []
+            cell.agreements += [cosine(a, b) for i, a in enumerate(truths) for b in truths[:i]]
+            rule = UpdateRule.of([optimizer], [problem.weights])
+            for key, estimator in estimators.items():
                 if not (due or estimator.warm):
                     continue
                 solution = implicit_hypergradient(
-                    lambda batch=batch: problem.inner(problem.weights, problem.hyperparameter, batch),
-                    lambda outer_batch=outer_batch: problem.outer(problem.weights, outer_batch),
+                    inner,
+                    outer,
                     [problem.weights],
                     [problem.hyperparameter],
                     curvature=estimator.curvature,
-                    solver=estimator.solver.bound_to(UpdateRule.of([optimizer], [problem.weights])),
-                    x0=estimates.get(estimator.name),
+                    solver=estimator.solver.bound_to(rule),
+                    x0=estimates.get(key),
                     diagnosed=False,
                 ).solution
                 if estimator.warm:
-                    estimates[estimator.name] = solution.x if solution.status.trustworthy else None
+                    estimates[key] = solution.x if solution.status.trustworthy else None
                 if due:
                     estimate, truth = problem.hypergradient(solution.x), torch.stack(truths).mean(0)
-                    ratio = float(estimate.norm() / truth.norm())
-                    cosine = _cosine(estimate, truth)
-                    comparisons[estimator.name].append(Comparison(cosine, ratio, solution.products, solution.status))
-    return Cell(comparisons, agreement, unrolls)
-
-
-def table(cells: dict[str, Cell]) -> str:
-    """Returns the Markdown table of all cells."""
-    names = list(next(iter(cells.values())).comparisons)
-    rows = [["estimator", "products", *cells], ["---"] * (len(cells) + 2)]
-    for name in names:
-        products = max(c.products for cell in cells.values() for c in cell.comparisons[name])
-        rows.append([name, str(products), *(cell.entry(name) for cell in cells.values())])
-    rows.append(["two unrolls", "", *(f"{_mean(cell.agreement):.2f}" for cell in cells.values())])
-    rows.append(["perfect", "", *(f"{cell.perfect:.2f}" for cell in cells.values())])
-    noise = (max(cell.spread(name) for name in names) for cell in cells.values())
-    rows.append(["± (largest standard error of a cosine)", "", *(f"{value:.2f}" for value in noise)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description="Compares estimates of the hypergradient with long unrolls.")
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--settings", default=None)
-    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
-    parser.add_argument("--points", type=int, default=None)
-    parser.add_argument("--unroll", type=int, default=200)
-    parser.add_argument("--unrolls", type=int, default=4)
-    parser.add_argument("--seeds", type=int, default=None)
-    options = parser.parse_args(argv)
-    torch.set_num_threads(2)
-    cells: dict[str, Cell] = {}
-    for key in options.settings or "ABCS":
-        for name in options.optimizers:
-            t = time.time()
-            cells[f"{key} {name}"] = measure(
-                SETTINGS[key], name, options.seeds or 1, options.points or 2, options.unroll, options.unrolls
-            )
-            print(key, name, time.time() - t, flush=True)
-    print(table(cells))
-    return {}
-
-
-def _cosine(a: Tensor, b: Tensor) -> float:
-    return float(F.cosine_similarity(a, b, dim=0))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-if __name__ == "__main__":
-    main()
+                    cell.cosines[key].append(cosine(estimate, truth))
+                    cell.ratios[key].append(float(estimate.norm() / truth.norm()))
+                    cell.failed[key].append(not solution.status.trustworthy)
+                    cell.products[key].append(solution.products)
+    return cell

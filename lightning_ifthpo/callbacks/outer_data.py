@@ -85,7 +85,7 @@ class OuterData:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if isinstance(source, Sized) and len(source) == 0:
+        if _length(source) == 0:
             raise ValueError("the outer data loader is empty: Check its data set, and drop_last beside batch_size")
         self.consumed = consumed
         self._device = device
@@ -112,6 +112,14 @@ class OuterData:
         self._pending.clear()
         self.consumed += 1
         return batch
+
+
+def _length(source: Iterable[Any]) -> int | None:
+    """Returns the number of batches, None where it is not known; a DataLoader of a stream raises when asked."""
+    try:
+        return len(source) if isinstance(source, Sized) else None
+    except TypeError:
+        return None
 
 
 def _rebuilt(source: Iterable[Any], seed: int, rank: int, world_size: int, consumed: int) -> DataLoader[Any] | None:

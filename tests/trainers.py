@@ -1,0 +1,151 @@
+"""Small bilevel modules, and a Trainer that says nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_ifthpo import BilevelLightningModule
+from lightning_ifthpo.hyperparameters import WeightDecay
+
+
+def quiet_trainer(**options: Any) -> L.Trainer:
+    defaults = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+        "max_epochs": 1,
+    }
+    return L.Trainer(**(defaults | options))
+
+
+def classification_data(n: int, seed: int = 0) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 4, generator=generator)
+    return TensorDataset(x, (x @ torch.tensor([1.0, -1.0, 0.5, 0.0]) > 0).long() + (x[:, 3] > 1).long())
+
+
+def loader(n: int = 32, batch_size: int = 8, seed: int = 0) -> DataLoader[Any]:
+    return DataLoader(classification_data(n, seed), batch_size=batch_size)
+
+
+class Classifier(BilevelLightningModule, L.LightningModule):
+    """Dropout, BatchNorm, a metric, logging and a Python counter in the losses: all that must not be disturbed."""
+
+    def __init__(self, *, lr: float = 0.1, hyper_lr: float = 0.1, optimizer: str = "SGD") -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 3))
+        self.accuracy = MulticlassAccuracy(3)
+        self.register_hyperparameter("decay", WeightDecay(self.net, "tensor", initial=0.01))
+        self.lr, self.hyper_lr, self.optimizer = lr, hyper_lr, optimizer
+        self.evaluations = 0
+
+    def inner_loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        self.evaluations += 1
+        logits = self.mark_outputs(self.net(x))
+        self.accuracy(logits, y)
+        self.log("accuracy", self.accuracy)
+        loss = F.cross_entropy(logits, y)
+        self.log("data_loss", loss)
+        return loss + self.decay()
+
+    def outer_loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self.net(x), y)
+
+    def configure_optimizers(self) -> Any:
+        return getattr(torch.optim, self.optimizer)(self.inner_parameters(), lr=self.lr)
+
+    def configure_hyper_optimizer(self) -> Any:
+        return torch.optim.Adam(self.hyperparameters(), lr=self.hyper_lr)
+
+    def train_dataloader(self) -> Any:
+        return loader()
+
+    def val_dataloader(self) -> Any:
+        return loader(16, seed=2)
+
+    def outer_dataloader(self) -> Any:
+        return loader(20, batch_size=6, seed=1)
+
+
+class Ridge(BilevelLightningModule, L.LightningModule):
+    """Full-batch ridge regression, whose hypergradient is known in closed form."""
+
+    def __init__(self, *, lr: float = 0.3) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.x, self.xv = torch.randn(2, 20, 4, dtype=torch.float64, generator=generator)
+        self.y, self.yv = torch.randn(2, 20, dtype=torch.float64, generator=generator)
+        slope = torch.tensor([0.5, -0.3, 0.2, 0.1], dtype=torch.float64)
+        self.y, self.yv = self.y + self.x @ slope, self.yv + self.xv @ slope
+        self.w = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+        self.register_hyperparameter("log_decay", torch.tensor(-1.0, dtype=torch.float64))
+        self.lr = lr
+
+    def inner_loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return (self.mark_outputs(x @ self.w) - y).square().mean() / 2 + self.log_decay.exp() * self.w @ self.w / 2
+
+    def outer_loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return (x @ self.w - y).square().mean() / 2
+
+    def closed_form(self, log_decay: Tensor) -> Tensor:
+        """Returns dL_V(w*(λ))/dλ at the minimum w*."""
+        decay = log_decay.exp()
+        gram = self.x.T @ self.x / 20 + decay * torch.eye(4, dtype=torch.float64)
+        optimum = torch.linalg.solve(gram, self.x.T @ self.y / 20)
+        return -(self.xv.T @ (self.xv @ optimum - self.yv) / 20) @ torch.linalg.solve(gram, decay * optimum)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    def configure_hyper_optimizer(self) -> Any:
+        return torch.optim.SGD(self.hyperparameters(), lr=1.0)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(TensorDataset(self.x, self.y), batch_size=20)
+
+    def val_dataloader(self) -> Any:
+        return self.outer_dataloader()
+
+    def outer_dataloader(self) -> Any:
+        return DataLoader(TensorDataset(self.xv, self.yv), batch_size=20)
+
+
+class ResumableLoader:
+    """Shuffled batches that go on where they stopped, as a stateful loader does."""
+
+    def __init__(self, dataset: Dataset[Any], batch_size: int) -> None:
+        self.dataset, self.batch_size, self.epoch, self.position, self.resumed = dataset, batch_size, 0, 0, False
+
+    def __len__(self) -> int:
+        return len(self.dataset) // self.batch_size  # type: ignore[arg-type]
+
+    def __iter__(self) -> Any:
+        if not self.resumed:
+            self.position = 0
+        self.resumed = False
+        order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(self.epoch))  # type: ignore[arg-type]
+        while self.position < len(self):
+            index = order[self.position * self.batch_size : (self.position + 1) * self.batch_size]
+            self.position += 1
+            yield self.dataset[index]
+        self.epoch += 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.position, self.resumed = state["epoch"], state["position"], True
