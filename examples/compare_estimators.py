@@ -27,10 +27,8 @@ import argparse
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -49,6 +47,10 @@ WARM_UP = 400  # training steps from the first hyper step to the first compariso
 GAP = 100  # training steps between comparisons
 DEFAULT = "**`Amortized(products=2)`**"
 COLD = "CG 20, cold, damped"
+# mean cosines of these two in the table of the README
+EXPECTED = {
+    "A sgd": (0.0, 0.0),
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ SETTINGS = {
 
 
 class Problem:
-    """Data, losses, weights as one vector [n], and one hyperparameter vector: a decay per weight, or example weights."""
+    """Data, losses, the weights and the hyperparameters as one vector each."""
 
     def __init__(self, setting: Setting, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -89,7 +91,7 @@ class Problem:
         self.hyperparameter = decay if self._decays else x.new_zeros(1000)
 
     def inner(self, weights: Tensor, hyperparameter: Tensor, index: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Returns the training loss on some examples, and the logits."""
+        """Returns the training loss and the logits."""
         logits = self._logits(weights, self._x[index])
         losses = F.cross_entropy(logits, self._y[index], reduction="none")
         if self._decays:
@@ -113,7 +115,7 @@ class Problem:
         return -mixed
 
     def _logits(self, weights: Tensor, x: Tensor) -> Tensor:
-        tensors = weights.split([(i + 1) * o for i, o in self._layers])
+        tensors = torch.split(weights, [(i + 1) * o for i, o in self._layers])
         for depth, (tensor, (i, o)) in enumerate(zip(tensors, self._layers, strict=True)):
             if depth:
                 x = torch.tanh(x) if self._decays else torch.relu(x)
@@ -177,33 +179,38 @@ def make_estimators(lr: float) -> dict[str, Estimator]:
     }
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """One estimate beside the truth."""
+
+    cosine: float
+    ratio: float
+    products: int
+    failed: bool
+
+
 class Cell:
-    """What was measured in one setting with one optimizer: for each estimator, one value for each comparison."""
+    """All comparisons in one setting with one optimizer, and the cosines between pairs of unrolls."""
 
     def __init__(self) -> None:
-        self.cosines, self.ratios = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
-        self.failed, self.products = defaultdict[str, list[bool]](list), defaultdict[str, list[int]](list)
+        self.comparisons: dict[str, list[Comparison]] = defaultdict(list)
         self.agreements: list[float] = []
+
+    def cosines(self, name: str) -> Tensor:
+        """Returns an estimator's cosines at all points of all seeds."""
+        return torch.tensor([comparison.cosine for comparison in self.comparisons[name]])
 
     def entry(self, name: str) -> str:
         """Returns "cosine (ratio of norms)"; † if a callback would have skipped most of these solves."""
-        ratio = mean(self.ratios[name])
-        size = f"{ratio:.2g}" if ratio < 1e3 else "diverges"
-        return f"{mean(self.cosines[name]):.2f} ({size}){'†' if mean(self.failed[name]) > 0.5 else ''}"
-
-    def error(self, name: str) -> float:
-        """Returns the standard error of the mean cosine over points and seeds."""
-        return float(torch.tensor(self.cosines[name]).std(correction=0)) / math.sqrt(
-            max(len(self.cosines[name]) - 1, 1)
+        comparisons = self.comparisons[name]
+        ratio = sum(comparison.ratio for comparison in comparisons) / len(comparisons)
+        failed = sum(comparison.failed for comparison in comparisons) > len(comparisons) / 2
+        return (
+            f"{self.cosines(name).mean():.2f} ({ratio:.2g}){' diverges' if ratio > 1e3 else ''}{'†' if failed else ''}"
         )
 
-    def perfect(self, unrolls: int) -> float:
-        """Returns the cosine between a vector and the mean of so many noisy copies, from that between two copies."""
-        agreement = max(mean(self.agreements), 0.0)
-        return math.sqrt(unrolls * agreement / (1 + (unrolls - 1) * agreement))
 
-
-def measure(setting: Setting, name: str, *, seeds: int, points: int, unroll: int, unrolls: int) -> Cell:
+def measure(setting: Setting, name: str, seeds: int, points: int, unroll: int, unrolls: int) -> Cell:
     """Trains, lets the estimators follow, and compares them with unrolls at some points."""
     cell = Cell()
     for seed in range(seeds):
@@ -239,8 +246,61 @@ def measure(setting: Setting, name: str, *, seeds: int, points: int, unroll: int
                     estimates[key] = solution.x if solution.status.trustworthy else None
                 if due:
                     estimate, truth = problem.hypergradient(solution.x), torch.stack(truths).mean(0)
-                    cell.cosines[key].append(cosine(estimate, truth))
-                    cell.ratios[key].append(float(estimate.norm() / truth.norm()))
-                    cell.failed[key].append(not solution.status.trustworthy)
-                    cell.products[key].append(solution.products)
+                    ratio, failed = float(estimate.norm() / truth.norm()), not solution.status.trustworthy
+                    comparison = Comparison(cosine(estimate, truth), ratio, solution.products, failed)
+                    cell.comparisons[key].append(comparison)
     return cell
+
+
+def table(cells: dict[str, Cell], unrolls: int) -> str:
+    """Returns the Markdown table of all cells."""
+    columns = list(cells.values())
+    rows = [["products", "estimator", *cells], ["---"] * (2 + len(cells))]
+    for name in columns[0].comparisons:
+        products = max(comparison.products for cell in columns for comparison in cell.comparisons[name])
+        rows.append([str(products), name, *(cell.entry(name) for cell in columns)])
+    agreements = [torch.tensor(cell.agreements).mean().clamp_min(0) for cell in columns]
+    # from the cosine c between two noisy copies of a vector: that between the vector and the mean of k copies
+    perfect = [(unrolls * c / (1 + (unrolls - 1) * c)).sqrt() for c in agreements]
+    errors = [cell.cosines(DEFAULT).std() / len(cell.cosines(DEFAULT)) ** 0.5 for cell in columns]
+    notes = {"two unrolls": agreements, "perfect": perfect, f"standard error of {DEFAULT}": errors}
+    rows += [["", note, *(f"{float(value):.2f}" for value in values)] for note, values in notes.items()]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
+    """Prints the table, and returns some of it beside the values to expect."""
+    parser = argparse.ArgumentParser(description="Compares cheap hypergradients with gradients through long unrolls.")
+    parser.add_argument("--full", action="store_true", help="setting S too, two seeds, six points, four unrolls each")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS)
+    parser.add_argument("--optimizers", nargs="+", choices=SETTINGS["A"].rates, default=list(SETTINGS["A"].rates))
+    parser.add_argument("--points", type=int, help="comparisons in each run")
+    parser.add_argument("--unroll", type=int, default=200, help="training steps in each unroll")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(2)
+    settings = options.settings or ("ABCS" if options.full else "ABC")
+    seeds, points, unrolls = (2, 6, 4) if options.full else (1, 3, 2)
+    cells = {
+        f"{key} {name}": measure(SETTINGS[key], name, seeds, options.points or points, options.unroll, unrolls)
+        for key in settings
+        for name in options.optimizers
+    }
+    print("cosine with the truth (ratio of norms); †: most solves failed, and a callback would have skipped them\n")
+    print(table(cells, unrolls), end="\n\n")
+    headlines = {}
+    for cell, values in EXPECTED.items():
+        for name, expected in zip((DEFAULT, COLD), values, strict=True):
+            if cell in cells:
+                measured = round(float(cells[cell].cosines(name).mean()), 2)
+                headlines[f"{name.strip('*`')}: {cell}"] = {"measured": measured, "expected": expected}
+    print(json.dumps(headlines))
+    return headlines
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """Returns the cosine of the angle between two vectors."""
+    return float(F.cosine_similarity(a, b, dim=0))
+
+
+if __name__ == "__main__":
+    main()

@@ -125,27 +125,23 @@ class Ridge(BilevelLightningModule, L.LightningModule):
 
 
 class ResumableLoader:
-    """Shuffled batches that go on where they stopped, as a stateful loader does."""
+    """Batches that go on inside an epoch where they stopped, as a stateful loader does; each epoch has one order."""
 
     def __init__(self, dataset: Dataset[Any], batch_size: int) -> None:
-        self.dataset, self.batch_size, self.epoch, self.position, self.resumed = dataset, batch_size, 0, 0, False
+        self.batches = [dataset[start : start + batch_size] for start in range(0, len(dataset), batch_size)]  # type: ignore[arg-type]
+        self.next = self.first = 0
 
     def __len__(self) -> int:
-        return len(self.dataset) // self.batch_size  # type: ignore[arg-type]
+        return len(self.batches)
 
     def __iter__(self) -> Any:
-        if not self.resumed:
-            self.position = 0
-        self.resumed = False
-        order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(self.epoch))  # type: ignore[arg-type]
-        while self.position < len(self):
-            index = order[self.position * self.batch_size : (self.position + 1) * self.batch_size]
-            self.position += 1
-            yield self.dataset[index]
-        self.epoch += 1
+        self.next, self.first = self.first, 0
+        while self.next < len(self):
+            self.next += 1
+            yield self.batches[self.next - 1]
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position}
+        return {"next": self.next}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.position, self.resumed = state["epoch"], state["position"], True
+        self.first = state["next"] % len(self)  # an epoch at its end is over
