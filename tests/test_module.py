@@ -1,0 +1,105 @@
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+from lightning_ifthpo import BilevelLightningModule
+from tests.trainers import Classifier, loader, quiet_trainer
+
+
+class Empty(BilevelLightningModule, L.LightningModule):
+    pass
+
+
+def test_hyperparameters_are_frozen_parameters_with_names():
+    module = Empty()
+    module.weights = nn.Linear(2, 1)
+    module.register_hyperparameter("decay", torch.tensor([1.0, 2.0]))
+    module.register_hyperparameter("augment", nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)))
+    names = [name for name, _ in module.named_hyperparameters()]
+    assert names == ["decay", "augment.0.weight", "augment.0.bias", "augment.1.weight", "augment.1.bias"]
+    assert not any(p.requires_grad for p in module.hyperparameters())
+    assert [name for name, _ in module.named_inner_parameters()] == ["weights.weight", "weights.bias"]
+    assert len(list(module.inner_parameters())) == 2
+    assert {"decay", "augment.1.bias"} <= module.state_dict().keys()
+
+
+def test_a_registered_tensor_is_copied():
+    module, value = Empty(), torch.tensor([1.0])
+    module.register_hyperparameter("decay", value)
+    value += 1
+    assert module.decay.item() == 1.0
+
+
+def test_hyperparameters_move_with_the_module():
+    module = Empty()
+    module.register_hyperparameter("decay", torch.tensor([1.0]))
+    assert module.double().decay.dtype == torch.float64
+
+
+def test_shared_hyperparameters_are_named_once():
+    module, shared = Empty(), nn.Linear(2, 2)
+    module.register_hyperparameter("a", shared)
+    module.register_hyperparameter("b", shared)
+    assert [name for name, _ in module.named_hyperparameters()] == ["a.weight", "a.bias"]
+
+
+def test_an_optimizer_of_all_parameters_leaves_them_alone():
+    module = Classifier()
+    module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), lr=0.1, weight_decay=0.5)
+    before = [p.clone() for p in module.hyperparameters()]
+    quiet_trainer().fit(module)
+    assert all(torch.equal(p, b) for p, b in zip(module.hyperparameters(), before, strict=True))
+
+
+def test_default_hyper_optimizer():
+    module = Empty()
+    module.register_hyperparameter("decay", torch.tensor([1.0]))
+    optimizer = module.configure_hyper_optimizer()
+    assert isinstance(optimizer, torch.optim.Adam)
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+    assert optimizer.param_groups[0]["params"] == [module.decay]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("a.b", torch.tensor(1.0), ValueError, "Python identifier, got 'a.b'"),
+        ("trainer", torch.tensor(1.0), ValueError, "already has an attribute 'trainer'"),
+        ("layer", torch.tensor(1.0), ValueError, "already has an attribute 'layer'"),
+        ("decay", torch.tensor(1), TypeError, "hyperparameter 'decay': expected a real floating-point tensor"),
+        ("decay", torch.tensor(1j), TypeError, "got torch.complex64"),
+        ("decay", 0.1, TypeError, "expected a tensor, got float"),
+        ("decay", nn.ReLU(), ValueError, "ReLU has no parameters to tune"),
+    ],
+    ids=["dotted", "taken by Lightning", "taken", "integer", "complex", "float", "empty module"],
+)
+def test_registration_refuses(name, value, error, message):
+    module = Empty()
+    module.layer = nn.Linear(1, 1)
+    with pytest.raises(error, match=message):
+        module.register_hyperparameter(name, value)
+
+
+def test_a_name_cannot_be_registered_twice():
+    module = Empty()
+    module.register_hyperparameter("decay", torch.tensor(1.0))
+    with pytest.raises(ValueError, match="'decay' is registered twice"):
+        module.register_hyperparameter("decay", torch.tensor(1.0))
+
+
+def test_inner_loss_without_anything_to_make_it_of():
+    with pytest.raises(NotImplementedError, match=r"needs inner_loss\(batch\), or training_step"):
+        Empty().inner_loss(None)
+    with pytest.raises(NotImplementedError, match=r"needs outer_loss\(batch\)"):
+        Empty().outer_loss(None)
+
+
+def test_checkpoints_carry_hyperparameters(tmp_path):
+    module = Classifier()
+    with torch.no_grad():
+        module.decay.log_decay[0].fill_(-1.5)
+    trainer = quiet_trainer()
+    trainer.fit(module, loader(), loader())
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    assert Classifier.load_from_checkpoint(tmp_path / "model.ckpt").decay.log_decay[0].item() == -1.5
