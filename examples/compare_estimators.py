@@ -11,11 +11,10 @@ compared with estimators that see one training batch and one outer batch every f
     S   C with learning rates at which training is barely stable: a test of stability, not of cosines
 
 The truth is the mean of several unrolls over different batches. "Two unrolls" is the cosine between two of them;
-"perfect" the one that their true mean would have with the mean of those taken, the best that can be expected of an
-estimator. With AdamW everything is differentiated, its second moments included; its own decoupled decay is zero.
-
-Weights per example are compared on the whole training set: each solve uses one batch, as a hyper step does, but the
-mixed derivative behind it is taken on all examples, where a hyper step would only reach those of its batch.
+"perfect" that of their true mean with the mean of those taken, the best that an estimator can be expected to reach.
+With AdamW everything is differentiated, its second moments included; its own decoupled decay is zero. Each solve sees
+one batch, as in a hyper step, but weights per example are compared on all examples: their mixed derivative is taken on
+the whole training set.
 
     python examples/compare_estimators.py           # a minute on two cores
     python examples/compare_estimators.py --full    # the table of the README
@@ -27,8 +26,8 @@ import argparse
 import json
 import math
 from collections import defaultdict
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from sklearn.datasets import load_digits
@@ -37,37 +36,34 @@ from torch.nn import functional as F
 
 from lightning_ifthpo import implicit_hypergradient
 from lightning_ifthpo.hypergradient import Curvature
-from lightning_ifthpo.loss_graph import LossGraph
 from lightning_ifthpo.solvers import Amortized, ConjugateGradient, Identity, Neumann, Solver
 from lightning_ifthpo.update_rule import UpdateRule
 
-BATCH_SIZE = 128
+TRAINING, OUTER, BATCH_SIZE = 1000, 300, 128  # examples
 EVERY_N_BATCHES = 5
 WARM_UP = 400  # training steps from the first hyper step to the first comparison, for persistent estimates to settle
 GAP = 100  # training steps between comparisons
 DEFAULT = "**`Amortized(products=2)`**"
 COLD = "CG 20, cold, damped"
 # mean cosines of these two in the table of the README
-EXPECTED = {
-    "A sgd": (0.0, 0.0),
-}
+EXPECTED = {f"{key} {name}": (0.0, 0.0) for key in "ABCS" for name in ("sgd", "momentum", "adamw")}
 
 
-@dataclass(frozen=True)
-class Setting:
-    """An inner problem: hidden units, learning rates, and the training step at which hyper steps begin."""
+class Setting(NamedTuple):
+    """An inner problem; hyper steps begin at training step `start`."""
 
     hidden: tuple[int, ...]
     wrong_labels: float
     start: int
-    rates: dict[str, float]
+    rates: tuple[float, float, float]
 
 
+OPTIMIZERS = ("sgd", "momentum", "adamw")
 SETTINGS = {
-    "A": Setting((), 0.0, 3000, {"sgd": 0.5, "momentum": 0.1, "adamw": 3e-3}),
-    "B": Setting((64, 64), 0.0, 500, {"sgd": 0.1, "momentum": 0.03, "adamw": 1e-3}),
-    "C": Setting((64, 64), 0.4, 100, {"sgd": 0.1, "momentum": 0.03, "adamw": 1e-3}),
-    "S": Setting((64, 64), 0.4, 100, {"sgd": 0.5, "momentum": 0.1, "adamw": 5e-3}),
+    "A": Setting((), 0.0, 3000, (0.5, 0.1, 3e-3)),
+    "B": Setting((64, 64), 0.0, 500, (0.1, 0.03, 1e-3)),
+    "C": Setting((64, 64), 0.4, 100, (0.1, 0.03, 1e-3)),
+    "S": Setting((64, 64), 0.4, 100, (0.5, 0.1, 5e-3)),
 }
 
 
@@ -78,17 +74,17 @@ class Problem:
         self.generator = torch.Generator().manual_seed(seed)
         self._decays = setting.wrong_labels == 0.0
         self._layers = list(zip((64, *setting.hidden), (*setting.hidden, 10), strict=True))
-        pixels, digits = load_digits(return_X_y=True)
-        order = torch.randperm(len(digits), generator=self.generator)
-        x, y = torch.tensor(pixels / 16.0)[order], torch.tensor(digits)[order]
-        self._outer_x, self._outer_y, self._x, y = x[1000:1300], y[1000:1300], x[:1000], y[:1000]
-        wrong = torch.rand(1000, generator=self.generator) < setting.wrong_labels
-        self._y = torch.where(wrong, (y + torch.randint(1, 10, (1000,), generator=self.generator)) % 10, y)
-        draws = [torch.rand((i + 1) * o, generator=self.generator, dtype=x.dtype) for i, o in self._layers]
-        initial = [(2 * draw - 1) / math.sqrt(i) for draw, (i, _) in zip(draws, self._layers, strict=True)]
+        pixels, digits = map(torch.tensor, load_digits(return_X_y=True))
+        order = torch.randperm(len(digits), generator=self.generator)[: TRAINING + OUTER]
+        x, y = pixels[order] / 16, digits[order]
+        self._outer_x, self._outer_y, self._x, y = x[TRAINING:], y[TRAINING:], x[:TRAINING], y[:TRAINING]
+        wrong = torch.rand(TRAINING, generator=self.generator) < setting.wrong_labels
+        self._y = torch.where(wrong, (y + torch.randint(1, 10, (TRAINING,), generator=self.generator)) % 10, y)
+        initial = [
+            x.new_empty((i + 1) * o).uniform_(-(i**-0.5), i**-0.5, generator=self.generator) for i, o in self._layers
+        ]
+        self.hyperparameter = torch.cat(initial).fill_(math.log(1e-3)) if self._decays else x.new_zeros(TRAINING)
         self.weights = torch.cat(initial).requires_grad_()
-        decay = torch.full_like(self.weights, math.log(1e-3), requires_grad=False)
-        self.hyperparameter = decay if self._decays else x.new_zeros(1000)
 
     def inner(self, weights: Tensor, hyperparameter: Tensor, index: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Returns the training loss and the logits."""
@@ -102,17 +98,12 @@ class Problem:
         """Returns the outer loss on some outer examples."""
         return F.cross_entropy(self._logits(weights, self._outer_x[index]), self._outer_y[index])
 
-    def batch(self, generator: torch.Generator, outer: bool = False) -> Tensor:
-        """Draws the indices of a training or outer batch."""
-        return torch.randperm(len(self._outer_y if outer else self._y), generator=generator)[:BATCH_SIZE]
-
     def hypergradient(self, q: Tensor) -> Tensor:
         """Returns −(∂²L_T/∂w∂λᵀ)ᵀ q with all training examples."""
         hyperparameter = self.hyperparameter.detach().requires_grad_()
-        graph = LossGraph(self.inner(self.weights, hyperparameter, slice(None))[0], [self.weights])
-        (mixed,) = graph.mixed_product(q, [hyperparameter])
-        assert mixed is not None
-        return -mixed
+        loss, _ = self.inner(self.weights, hyperparameter, slice(None))
+        (gradient,) = torch.autograd.grad(loss, self.weights, create_graph=True)
+        return -torch.autograd.grad(gradient, hyperparameter, q)[0]
 
     def _logits(self, weights: Tensor, x: Tensor) -> Tensor:
         tensors = torch.split(weights, [(i + 1) * o for i, o in self._layers])
@@ -124,11 +115,16 @@ class Problem:
         return x
 
 
+def draw(examples: int, generator: torch.Generator) -> Tensor:
+    """Returns the indices of a random batch."""
+    return torch.randperm(examples, generator=generator)[:BATCH_SIZE]
+
+
 def make_optimizer(name: str, weights: Tensor, lr: float) -> torch.optim.Optimizer:
     """Returns one of the three optimizers."""
     if name == "adamw":
         return torch.optim.AdamW([weights], lr=lr, weight_decay=0.0)
-    return torch.optim.SGD([weights], lr=lr, momentum=0.9 if name == "momentum" else 0.0)
+    return torch.optim.SGD([weights], lr=lr, momentum=0.9 * (name == "momentum"))
 
 
 def unrolled(problem: Problem, optimizer: torch.optim.Optimizer, steps: int, seed: int) -> Tensor:
@@ -141,7 +137,7 @@ def unrolled(problem: Problem, optimizer: torch.optim.Optimizer, steps: int, see
     m = state["exp_avg"] if adaptive else state.get("momentum_buffer", torch.zeros_like(w))
     s = state["exp_avg_sq"] if adaptive else torch.zeros_like(w)
     for t in range(1, steps + 1):
-        loss, _ = problem.inner(w, hyperparameter, problem.batch(generator))
+        loss, _ = problem.inner(w, hyperparameter, draw(TRAINING, generator))
         (g,) = torch.autograd.grad(loss, w, create_graph=True)
         if adaptive:
             count = int(state["step"]) + t
@@ -155,8 +151,7 @@ def unrolled(problem: Problem, optimizer: torch.optim.Optimizer, steps: int, see
     return torch.autograd.grad(problem.outer(w, slice(None)), hyperparameter)[0]
 
 
-@dataclass(frozen=True)
-class Estimator:
+class Estimator(NamedTuple):
     """A solver and its curvature; a warm one works at every hyper step and starts from its last estimate."""
 
     solver: Solver
@@ -179,76 +174,59 @@ def make_estimators(lr: float) -> dict[str, Estimator]:
     }
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One estimate beside the truth."""
+class Cell(NamedTuple):
+    """One setting with one optimizer: (cosine, ratio of norms, products, failed) of each estimator at each point."""
 
-    cosine: float
-    ratio: float
-    products: int
-    failed: bool
-
-
-class Cell:
-    """All comparisons in one setting with one optimizer, and the cosines between pairs of unrolls."""
-
-    def __init__(self) -> None:
-        self.comparisons: dict[str, list[Comparison]] = defaultdict(list)
-        self.agreements: list[float] = []
+    values: dict[str, list[tuple[float, float, int, bool]]]
+    agreements: list[float]  # cosines between pairs of unrolls
 
     def cosines(self, name: str) -> Tensor:
         """Returns an estimator's cosines at all points of all seeds."""
-        return torch.tensor([comparison.cosine for comparison in self.comparisons[name]])
+        return torch.tensor([cosine for cosine, _, _, _ in self.values[name]])
 
     def entry(self, name: str) -> str:
         """Returns "cosine (ratio of norms)"; † if a callback would have skipped most of these solves."""
-        comparisons = self.comparisons[name]
-        ratio = sum(comparison.ratio for comparison in comparisons) / len(comparisons)
-        failed = sum(comparison.failed for comparison in comparisons) > len(comparisons) / 2
-        return (
-            f"{self.cosines(name).mean():.2f} ({ratio:.2g}){' diverges' if ratio > 1e3 else ''}{'†' if failed else ''}"
-        )
+        _, ratios, _, failures = zip(*self.values[name], strict=True)
+        ratio, failed = sum(ratios) / len(ratios), 2 * sum(failures) > len(failures)
+        size = f"{ratio:.2g}" if ratio < 1e3 else "diverges"
+        return f"{self.cosines(name).mean():.2f} ({size}){'†' if failed else ''}"
 
 
 def measure(setting: Setting, name: str, seeds: int, points: int, unroll: int, unrolls: int) -> Cell:
     """Trains, lets the estimators follow, and compares them with unrolls at some points."""
-    cell = Cell()
+    cell = Cell(defaultdict(list), [])
     for seed in range(seeds):
-        problem, estimators = Problem(setting, seed), make_estimators(setting.rates[name])
-        optimizer = make_optimizer(name, problem.weights, setting.rates[name])
+        problem, lr = Problem(setting, seed), setting.rates[OPTIMIZERS.index(name)]
+        optimizer, estimators = make_optimizer(name, problem.weights, lr), make_estimators(lr)
         estimates: dict[str, Tensor | None] = {}
         first = setting.start + WARM_UP
         for step in range(1, first + GAP * (points - 1) + 1):
-            inner = partial(problem.inner, problem.weights, problem.hyperparameter, problem.batch(problem.generator))
+            inner = partial(problem.inner, problem.weights, problem.hyperparameter, draw(TRAINING, problem.generator))
             (problem.weights.grad,) = torch.autograd.grad(inner()[0], problem.weights)
             optimizer.step()
             if step < setting.start or step % EVERY_N_BATCHES:
                 continue
-            outer = partial(problem.outer, problem.weights, problem.batch(problem.generator, outer=True))
+            outer = partial(problem.outer, problem.weights, draw(OUTER, problem.generator))
             due = step >= first and (step - first) % GAP == 0
             truths = [unrolled(problem, optimizer, unroll, 100 * step + i) for i in range(unrolls)] if due else []
-            cell.agreements += [cosine(a, b) for i, a in enumerate(truths) for b in truths[:i]]
+            cell.agreements += [_cosine(a, b) for i, a in enumerate(truths) for b in truths[:i]]
             rule = UpdateRule.of([optimizer], [problem.weights])
             for key, estimator in estimators.items():
                 if not (due or estimator.warm):
                     continue
                 solution = implicit_hypergradient(
-                    inner,
-                    outer,
-                    [problem.weights],
-                    [problem.hyperparameter],
+                    *(inner, outer, [problem.weights], [problem.hyperparameter]),
                     curvature=estimator.curvature,
                     solver=estimator.solver.bound_to(rule),
                     x0=estimates.get(key),
-                    diagnosed=False,
                 ).solution
+                failed = not solution.status.trustworthy
                 if estimator.warm:
-                    estimates[key] = solution.x if solution.status.trustworthy else None
+                    estimates[key] = None if failed else solution.x
                 if due:
-                    estimate, truth = problem.hypergradient(solution.x), torch.stack(truths).mean(0)
-                    ratio, failed = float(estimate.norm() / truth.norm()), not solution.status.trustworthy
-                    comparison = Comparison(cosine(estimate, truth), ratio, solution.products, failed)
-                    cell.comparisons[key].append(comparison)
+                    truth, estimate = torch.stack(truths).mean(0), problem.hypergradient(solution.x)
+                    ratio = float(estimate.norm() / truth.norm())
+                    cell.values[key].append((_cosine(estimate, truth), ratio, solution.products, failed))
     return cell
 
 
@@ -256,15 +234,16 @@ def table(cells: dict[str, Cell], unrolls: int) -> str:
     """Returns the Markdown table of all cells."""
     columns = list(cells.values())
     rows = [["products", "estimator", *cells], ["---"] * (2 + len(cells))]
-    for name in columns[0].comparisons:
-        products = max(comparison.products for cell in columns for comparison in cell.comparisons[name])
+    for name in columns[0].values:
+        products = max(products for cell in columns for _, _, products, _ in cell.values[name])
         rows.append([str(products), name, *(cell.entry(name) for cell in columns)])
     agreements = [torch.tensor(cell.agreements).mean().clamp_min(0) for cell in columns]
     # from the cosine c between two noisy copies of a vector: that between the vector and the mean of k copies
     perfect = [(unrolls * c / (1 + (unrolls - 1) * c)).sqrt() for c in agreements]
-    errors = [cell.cosines(DEFAULT).std() / len(cell.cosines(DEFAULT)) ** 0.5 for cell in columns]
-    notes = {"two unrolls": agreements, "perfect": perfect, f"standard error of {DEFAULT}": errors}
-    rows += [["", note, *(f"{float(value):.2f}" for value in values)] for note, values in notes.items()]
+    cosines = [cell.cosines(DEFAULT) for cell in columns]
+    errors = [values.std(correction=0) / (len(values) - 1) ** 0.5 for values in cosines]
+    for note, numbers in (("two unrolls", agreements), ("perfect", perfect), (f"standard error of {DEFAULT}", errors)):
+        rows.append(["", note, *(f"{number:.2f}" for number in numbers)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -273,32 +252,28 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser = argparse.ArgumentParser(description="Compares cheap hypergradients with gradients through long unrolls.")
     parser.add_argument("--full", action="store_true", help="setting S too, two seeds, six points, four unrolls each")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS)
-    parser.add_argument("--optimizers", nargs="+", choices=SETTINGS["A"].rates, default=list(SETTINGS["A"].rates))
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS)
     parser.add_argument("--points", type=int, help="comparisons in each run")
     parser.add_argument("--unroll", type=int, default=200, help="training steps in each unroll")
     options = parser.parse_args(argv)
     torch.set_num_threads(2)
-    settings = options.settings or ("ABCS" if options.full else "ABC")
-    seeds, points, unrolls = (2, 6, 4) if options.full else (1, 3, 2)
-    cells = {
-        f"{key} {name}": measure(SETTINGS[key], name, seeds, options.points or points, options.unroll, unrolls)
-        for key in settings
-        for name in options.optimizers
-    }
+    seeds, points, unrolls = (2, options.points or 6, 4) if options.full else (1, options.points or 3, 2)
+    cells: dict[str, Cell] = {}
+    for key in options.settings or ("ABCS" if options.full else "ABC"):
+        for name in options.optimizers:
+            cells[f"{key} {name}"] = measure(SETTINGS[key], name, seeds, points, options.unroll, unrolls)
     print("cosine with the truth (ratio of norms); †: most solves failed, and a callback would have skipped them\n")
     print(table(cells, unrolls), end="\n\n")
-    headlines = {}
-    for cell, values in EXPECTED.items():
-        for name, expected in zip((DEFAULT, COLD), values, strict=True):
-            if cell in cells:
-                measured = round(float(cells[cell].cosines(name).mean()), 2)
-                headlines[f"{name.strip('*`')}: {cell}"] = {"measured": measured, "expected": expected}
+    headlines: dict[str, dict[str, float]] = {}
+    for key, cell in cells.items():
+        for label, name, expected in zip(("amortized", "cold CG"), (DEFAULT, COLD), EXPECTED[key], strict=True):
+            measured = round(float(cell.cosines(name).mean()), 2)
+            headlines[f"{label} {key}"] = {"measured": measured, "expected": expected}
     print(json.dumps(headlines))
     return headlines
 
 
-def cosine(a: Tensor, b: Tensor) -> float:
-    """Returns the cosine of the angle between two vectors."""
+def _cosine(a: Tensor, b: Tensor) -> float:
     return float(F.cosine_similarity(a, b, dim=0))
 
 
