@@ -12,9 +12,8 @@ compared with estimators that see one training batch and one outer batch every f
 
 The truth is the mean of several unrolls over different batches. "Two unrolls" is the cosine between two of them;
 "perfect" that of their true mean with the mean of those taken, the best that an estimator can be expected to reach.
-With AdamW everything is differentiated, its second moments included; its own decoupled decay is zero. Each solve sees
-one batch, as in a hyper step, but weights per example are compared on all examples: their mixed derivative is taken on
-the whole training set.
+With AdamW everything is differentiated, its second moments included; its own decoupled decay is zero. Weights per
+example are compared on all examples: a solve sees one batch, but the mixed derivative after it the whole training set.
 
     python examples/compare_estimators.py           # a minute on two cores
     python examples/compare_estimators.py --full    # the table of the README
@@ -43,27 +42,26 @@ TRAINING, OUTER, BATCH_SIZE = 1000, 300, 128  # examples
 EVERY_N_BATCHES = 5
 WARM_UP = 400  # training steps from the first hyper step to the first comparison, for persistent estimates to settle
 GAP = 100  # training steps between comparisons
-DEFAULT = "**`Amortized(products=2)`**"
-COLD = "CG 20, cold, damped"
-# mean cosines of these two in the table of the README
-EXPECTED = {f"{key} {name}": (0.0, 0.0) for key in "ABCS" for name in ("sgd", "momentum", "adamw")}
+DEFAULT, COLD = "**`Amortized(products=2)`**", "CG 20, cold, damped"
+OPTIMIZERS = ("sgd", "momentum", "adamw")
 
 
 class Setting(NamedTuple):
-    """An inner problem; hyper steps begin at training step `start`."""
+    """An inner problem, and the mean cosines of two estimators in the README's table; one number for each optimizer."""
 
     hidden: tuple[int, ...]
     wrong_labels: float
-    start: int
+    start: int  # training step of the first hyper step
     rates: tuple[float, float, float]
+    amortized: tuple[float, float, float]
+    cold: tuple[float, float, float]
 
 
-OPTIMIZERS = ("sgd", "momentum", "adamw")
 SETTINGS = {
-    "A": Setting((), 0.0, 3000, (0.5, 0.1, 3e-3)),
-    "B": Setting((64, 64), 0.0, 500, (0.1, 0.03, 1e-3)),
-    "C": Setting((64, 64), 0.4, 100, (0.1, 0.03, 1e-3)),
-    "S": Setting((64, 64), 0.4, 100, (0.5, 0.1, 5e-3)),
+    "A": Setting((), 0.0, 3000, (0.5, 0.1, 3e-3), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)),
+    "B": Setting((64, 64), 0.0, 500, (0.1, 0.03, 1e-3), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)),
+    "C": Setting((64, 64), 0.4, 100, (0.1, 0.03, 1e-3), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)),
+    "S": Setting((64, 64), 0.4, 100, (0.5, 0.1, 5e-3), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)),
 }
 
 
@@ -115,18 +113,6 @@ class Problem:
         return x
 
 
-def draw(examples: int, generator: torch.Generator) -> Tensor:
-    """Returns the indices of a random batch."""
-    return torch.randperm(examples, generator=generator)[:BATCH_SIZE]
-
-
-def make_optimizer(name: str, weights: Tensor, lr: float) -> torch.optim.Optimizer:
-    """Returns one of the three optimizers."""
-    if name == "adamw":
-        return torch.optim.AdamW([weights], lr=lr, weight_decay=0.0)
-    return torch.optim.SGD([weights], lr=lr, momentum=0.9 * (name == "momentum"))
-
-
 def unrolled(problem: Problem, optimizer: torch.optim.Optimizer, steps: int, seed: int) -> Tensor:
     """Returns d(outer loss after so many more steps of the optimizer) / dλ; the run itself is not touched."""
     group, state = optimizer.param_groups[0], optimizer.state[problem.weights]
@@ -137,7 +123,8 @@ def unrolled(problem: Problem, optimizer: torch.optim.Optimizer, steps: int, see
     m = state["exp_avg"] if adaptive else state.get("momentum_buffer", torch.zeros_like(w))
     s = state["exp_avg_sq"] if adaptive else torch.zeros_like(w)
     for t in range(1, steps + 1):
-        loss, _ = problem.inner(w, hyperparameter, draw(TRAINING, generator))
+        batch = torch.randperm(TRAINING, generator=generator)[:BATCH_SIZE]
+        loss, _ = problem.inner(w, hyperparameter, batch)
         (g,) = torch.autograd.grad(loss, w, create_graph=True)
         if adaptive:
             count = int(state["step"]) + t
@@ -175,72 +162,65 @@ def make_estimators(lr: float) -> dict[str, Estimator]:
 
 
 class Cell(NamedTuple):
-    """One setting with one optimizer: (cosine, ratio of norms, products, failed) of each estimator at each point."""
+    """One setting with one optimizer: [cosine, ratio of norms, products, failed] of each estimator at each point."""
 
-    values: dict[str, list[tuple[float, float, int, bool]]]
+    values: dict[str, list[list[float]]]
     agreements: list[float]  # cosines between pairs of unrolls
-
-    def cosines(self, name: str) -> Tensor:
-        """Returns an estimator's cosines at all points of all seeds."""
-        return torch.tensor([cosine for cosine, _, _, _ in self.values[name]])
-
-    def entry(self, name: str) -> str:
-        """Returns "cosine (ratio of norms)"; † if a callback would have skipped most of these solves."""
-        _, ratios, _, failures = zip(*self.values[name], strict=True)
-        ratio, failed = sum(ratios) / len(ratios), 2 * sum(failures) > len(failures)
-        size = f"{ratio:.2g}" if ratio < 1e3 else "diverges"
-        return f"{self.cosines(name).mean():.2f} ({size}){'†' if failed else ''}"
 
 
 def measure(setting: Setting, name: str, seeds: int, points: int, unroll: int, unrolls: int) -> Cell:
     """Trains, lets the estimators follow, and compares them with unrolls at some points."""
-    cell = Cell(defaultdict(list), [])
+    cell, lr = Cell(defaultdict(list), []), setting.rates[OPTIMIZERS.index(name)]
     for seed in range(seeds):
-        problem, lr = Problem(setting, seed), setting.rates[OPTIMIZERS.index(name)]
-        optimizer, estimators = make_optimizer(name, problem.weights, lr), make_estimators(lr)
+        problem, estimators = Problem(setting, seed), make_estimators(lr)
+        weights = [problem.weights]
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+        if name != "adamw":
+            optimizer = torch.optim.SGD(weights, lr=lr, momentum=0.9 if name == "momentum" else 0.0)
         estimates: dict[str, Tensor | None] = {}
-        first = setting.start + WARM_UP
+        first, shuffled = setting.start + WARM_UP, partial(torch.randperm, generator=problem.generator)
         for step in range(1, first + GAP * (points - 1) + 1):
-            inner = partial(problem.inner, problem.weights, problem.hyperparameter, draw(TRAINING, problem.generator))
+            batch, outer_batch = shuffled(TRAINING)[:BATCH_SIZE], shuffled(OUTER)[:BATCH_SIZE]
+            inner = partial(problem.inner, problem.weights, problem.hyperparameter, batch)
             (problem.weights.grad,) = torch.autograd.grad(inner()[0], problem.weights)
             optimizer.step()
             if step < setting.start or step % EVERY_N_BATCHES:
                 continue
-            outer = partial(problem.outer, problem.weights, draw(OUTER, problem.generator))
+            outer = partial(problem.outer, problem.weights, outer_batch)
             due = step >= first and (step - first) % GAP == 0
             truths = [unrolled(problem, optimizer, unroll, 100 * step + i) for i in range(unrolls)] if due else []
-            cell.agreements += [_cosine(a, b) for i, a in enumerate(truths) for b in truths[:i]]
-            rule = UpdateRule.of([optimizer], [problem.weights])
-            for key, estimator in estimators.items():
-                if not (due or estimator.warm):
+            cell.agreements.extend(float(a @ b / a.norm() / b.norm()) for i, a in enumerate(truths) for b in truths[:i])
+            rule = UpdateRule.of([optimizer], weights)
+            for key, (solver, curvature, warm) in estimators.items():
+                if not (due or warm):
                     continue
-                solution = implicit_hypergradient(
-                    *(inner, outer, [problem.weights], [problem.hyperparameter]),
-                    curvature=estimator.curvature,
-                    solver=estimator.solver.bound_to(rule),
-                    x0=estimates.get(key),
-                ).solution
-                failed = not solution.status.trustworthy
-                if estimator.warm:
+                solver, x0 = solver.bound_to(rule), estimates.get(key)
+                arguments = (inner, outer, weights, [problem.hyperparameter])
+                result = implicit_hypergradient(*arguments, curvature=curvature, solver=solver, x0=x0, diagnosed=False)
+                solution, failed = result.solution, not result.status.trustworthy
+                if warm:
                     estimates[key] = None if failed else solution.x
                 if due:
-                    truth, estimate = torch.stack(truths).mean(0), problem.hypergradient(solution.x)
-                    ratio = float(estimate.norm() / truth.norm())
-                    cell.values[key].append((_cosine(estimate, truth), ratio, solution.products, failed))
+                    estimate, truth = problem.hypergradient(solution.x), torch.stack(truths).mean(0)
+                    cosine, ratio = F.cosine_similarity(estimate, truth, dim=0), estimate.norm() / truth.norm()
+                    cell.values[key].append([float(cosine), float(ratio), solution.products, failed])
     return cell
 
 
 def table(cells: dict[str, Cell], unrolls: int) -> str:
-    """Returns the Markdown table of all cells."""
+    """Returns the Markdown table: cosine (ratio of norms), and † where a callback would have skipped most solves."""
     columns = list(cells.values())
     rows = [["products", "estimator", *cells], ["---"] * (2 + len(cells))]
     for name in columns[0].values:
-        products = max(products for cell in columns for _, _, products, _ in cell.values[name])
-        rows.append([str(products), name, *(cell.entry(name) for cell in columns)])
+        means = [torch.tensor(cell.values[name]).mean(0).tolist() for cell in columns]
+        row = [f"{max(products for _, _, products, _ in means):.0f}", name]
+        for cosine, ratio, _, failed in means:
+            row.append(f"{cosine:.2f} ({f'{ratio:.2g}' if ratio < 1e3 else 'diverges'}){'†' if failed > 0.5 else ''}")
+        rows.append(row)
     agreements = [torch.tensor(cell.agreements).mean().clamp_min(0) for cell in columns]
     # from the cosine c between two noisy copies of a vector: that between the vector and the mean of k copies
     perfect = [(unrolls * c / (1 + (unrolls - 1) * c)).sqrt() for c in agreements]
-    cosines = [cell.cosines(DEFAULT) for cell in columns]
+    cosines = [torch.tensor(cell.values[DEFAULT])[:, 0] for cell in columns]
     errors = [values.std(correction=0) / (len(values) - 1) ** 0.5 for values in cosines]
     for note, numbers in (("two unrolls", agreements), ("perfect", perfect), (f"standard error of {DEFAULT}", errors)):
         rows.append(["", note, *(f"{number:.2f}" for number in numbers)])
@@ -259,22 +239,19 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     torch.set_num_threads(2)
     seeds, points, unrolls = (2, options.points or 6, 4) if options.full else (1, options.points or 3, 2)
     cells: dict[str, Cell] = {}
+    headlines: dict[str, dict[str, float]] = {}
     for key in options.settings or ("ABCS" if options.full else "ABC"):
         for name in options.optimizers:
-            cells[f"{key} {name}"] = measure(SETTINGS[key], name, seeds, points, options.unroll, unrolls)
+            cell = measure(SETTINGS[key], name, seeds, points, options.unroll, unrolls)
+            cells[f"{key} {name}"] = cell
+            for label, row in (("amortized", DEFAULT), ("cold", COLD)):
+                measured = round(sum(cosine for cosine, *_ in cell.values[row]) / len(cell.values[row]), 2)
+                expected = getattr(SETTINGS[key], label)[OPTIMIZERS.index(name)]
+                headlines[f"{label} {key} {name}"] = {"measured": measured, "expected": expected}
     print("cosine with the truth (ratio of norms); †: most solves failed, and a callback would have skipped them\n")
     print(table(cells, unrolls), end="\n\n")
-    headlines: dict[str, dict[str, float]] = {}
-    for key, cell in cells.items():
-        for label, name, expected in zip(("amortized", "cold CG"), (DEFAULT, COLD), EXPECTED[key], strict=True):
-            measured = round(float(cell.cosines(name).mean()), 2)
-            headlines[f"{label} {key}"] = {"measured": measured, "expected": expected}
     print(json.dumps(headlines))
     return headlines
-
-
-def _cosine(a: Tensor, b: Tensor) -> float:
-    return float(F.cosine_similarity(a, b, dim=0))
 
 
 if __name__ == "__main__":

@@ -399,6 +399,22 @@ def test_a_module_can_be_copied_and_pickled():
         assert clone.decay() > module.decay()
 
 
+def test_weights_may_be_unfrozen_while_training():
+    class Unfreeze(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            pl_module.net[0].requires_grad_(trainer.global_step >= 6)
+
+    sizes = []
+
+    class Spy(Amortized):
+        def _solve(self, operator, b, x0):
+            sizes.append((operator.size, x0 is not None))
+            return super()._solve(operator, b, x0)
+
+    trained([Unfreeze(), IFTHypergradient(3, solver=Spy())])
+    assert sizes == [(43, False), (43, True), (83, False), (83, True)]
+
+
 def test_the_second_fit_begins_anew():
     callback = IFTHypergradient(4)
     for _ in range(2):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ifthpo.callbacks.evaluation import CurvaturePrecision, Losses, twice_differentiable, undisturbed
 from lightning_ifthpo.callbacks.outer_data import OuterData
@@ -53,7 +53,6 @@ class HyperStepper:
         self._solver = solver
         self._warm_start = warm_start
         self._precision = precision
-        self._parameters = [parameter for parameter in module.inner_parameters() if parameter.requires_grad]
         self._hyperparameters = list(module.hyperparameters())
         self.optimizer: torch.optim.Optimizer = module.configure_hyper_optimizer()
         self.steps = 0
@@ -89,7 +88,10 @@ class HyperStepper:
     def compute(self, batch: Any, *, diagnosed: bool) -> Hypergradient:
         """Returns the hypergradient for a training batch and the next outer batch."""
         outer_batch = self._prepared(self._outer_data.next())
-        rule = UpdateRule.of(self._trainer.optimizers, self._parameters)
+        parameters = self._parameters()
+        if self._estimate is not None and self._estimate.numel() != sum(p.numel() for p in parameters):
+            self._estimate = None  # weights were frozen or unfrozen
+        rule = UpdateRule.of(self._trainer.optimizers, parameters)
         with self._evaluation() as losses:
             result = self._hypergradient(losses, batch, outer_batch, self._solver.bound_to(rule), diagnosed=diagnosed)
         self.steps += 1
@@ -122,7 +124,7 @@ class HyperStepper:
         return implicit_hypergradient(
             losses.inner(batch),
             losses.outer(outer_batch),
-            self._parameters,
+            self._parameters(),
             self._hyperparameters,
             curvature=self._curvature,
             solver=solver,
@@ -130,6 +132,9 @@ class HyperStepper:
             allow_unused=True,
             diagnosed=diagnosed,
         )
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self._module.inner_parameters() if parameter.requires_grad]
 
     def _remember(self, solution: SolveResult) -> None:
         """Keeps what the next solve starts from."""
