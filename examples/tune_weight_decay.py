@@ -1,8 +1,8 @@
 """Learned weight decay on 300 images of MNIST: a saving of training runs, not of error.
 
 One run in which `IFTHypergradient` tunes a single decay ends where the best run of a grid ends, and so does one decay
-per tensor. One decay per weight has 39,760 numbers to fit 300 outer images with, and fits them; test images gain nothing
-from that. Training once more on all 600 images, with the single decay that was found, helps more than any of these.
+per tensor. One decay per weight has 39,760 numbers to fit 300 outer images with, and fits them; test images gain
+nothing from that. Training once more on all 600 images, at the single decay that was found, helps more than any of it.
 
 Every method sees the same images: 300 to train on, and 300, the outer set, to choose decays by. All runs have the same
 number of steps, and nothing is chosen by test images.
@@ -40,11 +40,11 @@ GRANULARITIES: tuple[Granularity, ...] = ("global", "tensor", "weight")
 
 PARTS = [300, 300, 4400]  # training, outer, test
 HIDDEN, BATCH, LR, MOMENTUM = 50, 100, 0.1, 0.9
-GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-START = 1e-4  # so small that it is as good as none
+GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+START = 1e-4  # a hundred times too small
 HYPER_EVERY = 5  # steps
-# About the change of log decay per hyper step; from one end of the grid to the other it takes a hundred of them. Outer
-# losses after 0.05, 0.07 and 0.1 are alike.
+# About the change of log decay per hyper step. With 0.05 and with 0.1 a single decay ends within 0.01 of the same outer
+# loss, and so it does from any start on the grid.
 HYPER_LR = 0.07
 TENSORS = ("weights of layer 1", "biases of layer 1", "weights of layer 2", "biases of layer 2")
 METHODS = {
@@ -56,7 +56,7 @@ METHODS = {
     "retrained": ("all 600, at the single decay tuned", 2),
 }
 # Mean test accuracy over seeds 0, 1 and 2; a single seed is off by about 0.01.
-EXPECTED = {"none": 0.839, "grid": 0.847, "global": 0.849, "tensor": 0.849, "weight": 0.845, "retrained": 0.874}
+EXPECTED = {"none": 0.838, "grid": 0.847, "global": 0.848, "tensor": 0.846, "weight": 0.846, "retrained": 0.872}
 
 
 class Classifier(BilevelLightningModule, L.LightningModule):
@@ -173,7 +173,7 @@ def splits(seeds: list[int]) -> list[Split]:
     chosen = []
     for seed in seeds:
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-        training, outer, test = ((images[part], digits[part]) for part in order.split(PARTS))
+        training, outer, test = ((images[part], digits[part]) for part in torch.split(order, PARTS))
         chosen.append(Split(training, outer, test, seed))
     return chosen
 
@@ -203,11 +203,15 @@ def report(results: dict[str, list[Run]]) -> dict[str, dict[str, float]]:
         )
     measured = {name: mean(run.test.accuracy for run in runs) for name, runs in results.items()}
     fitted, followed = (mean(getattr(run, part).accuracy for run in results["weight"]) for part in ("outer", "test"))
+    pairs = zip(results["global"], results["grid"], strict=True)
+    slowdown = median(len(GRID) * tuned.seconds / grid.seconds for tuned, grid in pairs)
     print(
-        f"\nMeans over seeds, ± standard deviation; runs of training and seconds are for one seed.\n"
+        "\nMeans over seeds, ± standard deviation; runs of training, and their seconds, are for one seed.\n"
+        f"The last row trains on the outer images. A tuned run takes {slowdown:.1f} times as long as a plain one.\n"
         f"A single decay tuned in one run, against the best of {len(GRID)} runs: "
-        f"{measured['global'] - measured['grid']:+.3f} (expected: within 0.01). That saves runs, not error.\n"
-        f"One decay per weight fits the outer set: {fitted:.3f} there, {followed:.3f} on test images."
+        f"{measured['global'] - measured['grid']:+.3f} (expected: within 0.01).\nThat saves runs, not error. "
+        f"One decay per weight: outer accuracy {fitted:.3f}, test accuracy {followed:.3f}\n"
+        "(expected: 0.99 and 0.85, because it fits the outer set)."
     )
     return {name: {"measured": round(value, 4), "expected": EXPECTED[name]} for name, value in measured.items()}
 
@@ -215,32 +219,35 @@ def report(results: dict[str, list[Run]]) -> dict[str, dict[str, float]]:
 def draw(results: dict[str, list[Run]], grids: list[list[Run]], path: Path) -> None:
     """Saves where tuned decays end on the curve of the grid, and what each method makes of the two sets."""
     figure = Figure(figsize=(12.5, 6.4), layout="constrained")
-    figure.suptitle("Weight decay on 300 images: one tuned run finds what a grid of runs finds", fontsize=16)
-    left, right = figure.subfigures(1, 2, width_ratios=(1.2, 1.0))
-    above, below = left.subplots(2, 1, sharex=True, height_ratios=(1.0, 1.3))
-    for part, style in (("outer", "o-"), ("test", "s--")):
+    figure.suptitle("Weight decay on 300 images: one tuned run ends where the best of a grid ends", fontsize=16)
+    axes = figure.subplot_mosaic([["grid", "scores"], ["path", "tensors"]], width_ratios=(1.0, 1.1))
+    colors = {"test": "tab:blue", "outer": "tab:orange"}
+    single, steps = results["global"], range(1, len(results["global"][0].path) + 1)
+    for part, color in colors.items():
         curve = [mean(getattr(run, part).loss for run in runs) for runs in zip(*grids, strict=True)]
-        above.plot(GRID, curve, style, color="tab:gray", markersize=4, label=f"grid, {part} images")
-        ends = [(run.path[-1][0], getattr(run, part).loss) for run in results["global"]]
-        above.plot(*zip(*ends, strict=True), style[0], color="tab:blue", markersize=7, label=f"tuned, {part} images")
-    above.set(ylabel="cross-entropy")
-    above.legend(frameon=False, fontsize=9)
-    steps = range(1, len(results["global"][0].path) + 1)
-    for run in results["global"]:
-        below.plot([decays[0] for decays in run.path], steps, color="tab:blue")
-        below.plot(run.path[-1][0], steps[-1], "o", color="tab:blue", markersize=7, clip_on=False)
-    below.set(xlabel="single decay (lines: while it is tuned, one for each seed)", ylabel="training step", xscale="log")
-
-    top, bottom = right.subplots(2, 1)
-    for name, runs in results.items():
-        xs, ys = [run.outer.accuracy for run in runs], [run.test.accuracy for run in runs]
-        top.errorbar(mean(xs), mean(ys), pstdev(ys), pstdev(xs), "o", capsize=3, label=f"{name}: {METHODS[name][0]}")
-    top.set(xlabel="outer accuracy", ylabel="test accuracy")
-    top.legend(frameon=False, fontsize=9)
+        axes["grid"].plot(GRID, curve, "o-", color=color, markersize=4, label=f"grid, {part} images")
+        end = (geometric_mean(run.path[-1][0] for run in single), mean(getattr(run, part).loss for run in single))
+        axes["grid"].plot(*end, "*", color=color, markersize=15, label=f"tuned, {part} images")
+        for row, (name, runs) in enumerate(results.items()):
+            if (name, part) != ("retrained", "outer"):  # it trains on them
+                label = f"{part} images" if row == 0 else None
+                accuracies = [getattr(run, part).accuracy for run in runs]
+                axes["scores"].plot(accuracies, [row] * len(runs), "o", color=color, alpha=0.5, label=label)
+                axes["scores"].plot(mean(accuracies), row, "|", color=color, markersize=22, markeredgewidth=2)
+    axes["grid"].set(title="A grid, and where the tuned decay ends", ylabel="cross-entropy")
+    axes["scores"].set(title="Accuracy of each seed, and the mean", yticks=range(len(results)), yticklabels=results)
+    axes["scores"].set(ylim=(len(results) - 0.5, -0.5))
+    for run in single:
+        axes["path"].plot([decays[0] for decays in run.path], steps, color="tab:green")
+        axes["path"].plot(run.path[-1][0], steps[-1], "*", color="tab:green", markersize=15)
+    axes["path"].set(title="Its way there, for each seed", xlabel="decay", ylabel="training step")
+    for name in ("grid", "path"):
+        axes[name].set(xscale="log", xlim=(GRID[0] / 2, GRID[-1] * 2))
     for tensor, label in enumerate(TENSORS):
-        bottom.semilogy(steps, [decays[tensor] for decays in results["tensor"][0].path], label=label)
-    bottom.set(xlabel="training step", ylabel="decay per tensor")
-    bottom.legend(frameon=False, fontsize=9)
+        axes["tensors"].semilogy(steps, [decays[tensor] for decays in results["tensor"][0].path], label=label)
+    axes["tensors"].set(title="One decay per tensor, first seed", xlabel="training step", ylabel="decay")
+    for name in ("grid", "scores", "tensors"):
+        axes[name].legend(frameon=False, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
@@ -260,7 +267,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder for the picture")
     args = parser.parse_args(argv)
     silence_lightning()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # at this size a second brings nothing, and on a busy machine it costs much
     results: dict[str, list[Run]] = {name: [] for name in METHODS}
     grids: list[list[Run]] = []
     for split in splits(args.seeds):

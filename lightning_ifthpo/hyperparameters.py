@@ -53,18 +53,18 @@ class WeightDecay(nn.Module):
         if not 0.0 < initial < maximum < math.inf:
             raise ValueError(f"expected 0 < initial < maximum < inf, got initial={initial!r} and maximum={maximum!r}")
         # A tuple keeps torch from taking the weights for parameters of this module.
-        self._weights = tuple(parameter for parameter in module.parameters() if parameter.requires_grad)
-        if not self._weights:
+        self.weights = tuple(parameter for parameter in module.parameters() if parameter.requires_grad)
+        if not self.weights:
             raise ValueError(f"{type(module).__name__} has no parameters that require a gradient")
         self.maximum = maximum
         self.granularity = granularity
         start = -math.log(1.0 / initial - 1.0 / maximum)
         shapes: dict[str, list[tuple[int, ...]]] = {
             "global": [()],
-            "tensor": [() for _ in self._weights],
-            "weight": [tuple(weight.shape) for weight in self._weights],
+            "tensor": [() for _ in self.weights],
+            "weight": [tuple(weight.shape) for weight in self.weights],
         }
-        device, dtype = self._weights[0].device, self._weights[0].dtype
+        device, dtype = self.weights[0].device, self.weights[0].dtype
         self.log_decay = nn.ParameterList(
             nn.Parameter(torch.full(shape, start, device=device, dtype=dtype), requires_grad=False)
             for shape in shapes[granularity]
@@ -73,11 +73,11 @@ class WeightDecay(nn.Module):
     def decays(self) -> list[Tensor]:
         """Returns the decay of each weight tensor, shaped so that it broadcasts against it."""
         decays = [1.0 / ((-log_decay).exp() + 1.0 / self.maximum) for log_decay in self.log_decay]
-        return decays * len(self._weights) if self.granularity == "global" else decays
+        return decays * len(self.weights) if self.granularity == "global" else decays
 
     def forward(self) -> Tensor:
         """Returns ½ Σ d_i w_i²."""
-        pairs = zip(self.decays(), self._weights, strict=True)
+        pairs = zip(self.decays(), self.weights, strict=True)
         penalties = [(decay * weight.square()).sum() for decay, weight in pairs]
         return torch.stack(penalties).sum() / 2
 

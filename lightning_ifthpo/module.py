@@ -20,9 +20,10 @@ class BilevelLightningModule:
     optimizer built from `self.parameters()` neither trains nor decays them. `IFTHypergradient` updates them.
 
     Define `outer_loss(batch)`, and either `inner_loss(batch)` or `training_step`; what is not defined follows from the
-    other. The losses must return a scalar tensor and may use dropout, BatchNorm, metrics and `self.log`: while the
-    callback evaluates them, nothing of that leaves a trace. Python side effects beyond rebinding attributes (appending
-    to a list, writing a file) cannot be undone.
+    other: `training_step` logs and returns `inner_loss`, `validation_step` logs `outer_loss`. The losses must return a
+    scalar tensor and may use dropout, BatchNorm, metrics and `self.log`: while the callback evaluates them, nothing of
+    that leaves a trace. Side effects beyond rebinding attributes (appending to a list, changing a parameter or a plain
+    tensor attribute in place, writing a file) cannot be undone.
 
     >>> import lightning as L
     >>> class Ridge(BilevelLightningModule, L.LightningModule):
@@ -42,6 +43,13 @@ class BilevelLightningModule:
     """
 
     _hyperparameter_names: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Gives the class a training and a validation step where no base class has one."""
+        super().__init_subclass__(**options)
+        for name, default in (("training_step", _training_step), ("validation_step", _validation_step)):
+            if _is_stub(getattr(cls, name, None)):
+                setattr(cls, name, default)
 
     def register_hyperparameter(self, name: str, value: Tensor | nn.Module) -> None:
         """Makes a tensor, or all parameters of a module, hyperparameters under `self.<name>`.
@@ -111,7 +119,7 @@ class BilevelLightningModule:
         """
         if not self.trains_by_itself:
             raise NotImplementedError(f"{type(self).__name__} needs inner_loss(batch), or training_step")
-        value = _call_step(self.training_step, batch, max(_module(self).trainer.fit_loop.batch_idx, 0))
+        value = _call_step(_module(self).training_step, batch, max(_module(self).trainer.fit_loop.batch_idx, 0))
         loss = value.get("loss") if isinstance(value, Mapping) else value
         if not isinstance(loss, Tensor):
             raise TypeError(
@@ -132,29 +140,10 @@ class BilevelLightningModule:
         """Returns the optimizer of the hyperparameters; by default Adam with learning rate 1e-2."""
         return torch.optim.Adam(self.hyperparameters(), lr=1e-2)
 
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        """Returns and logs `inner_loss`, unless a later base class has a training step of its own."""
-        inherited = _inherited(self, "training_step")
-        if inherited is not None:
-            return _call_step(inherited, batch, batch_idx)
-        loss = self.inner_loss(batch)
-        _module(self).log("inner_loss", loss, prog_bar=True)
-        return loss
-
-    def validation_step(self, batch: Any, batch_idx: int) -> Any:
-        """Logs `outer_loss`, unless a later base class has a validation step of its own."""
-        inherited = _inherited(self, "validation_step")
-        if inherited is not None:
-            return _call_step(inherited, batch, batch_idx)
-        loss = self.outer_loss(batch)
-        _module(self).log("outer_loss", loss, prog_bar=True)
-        return loss
-
     @property
     def trains_by_itself(self) -> bool:
         """Whether there is a training step that is not made of `inner_loss`."""
-        own = type(self).training_step is not BilevelLightningModule.training_step
-        return own or _inherited(self, "training_step") is not None
+        return _module(type(self)).training_step is not _training_step
 
     @property
     def defines_inner_loss(self) -> bool:
@@ -162,21 +151,32 @@ class BilevelLightningModule:
         return type(self).inner_loss is not BilevelLightningModule.inner_loss
 
 
-def _module(mixin: BilevelLightningModule) -> Any:
+def _module(mixin: object) -> Any:
     """The mixin seen as the LightningModule that it is part of."""
     return mixin
 
 
-def _inherited(mixin: BilevelLightningModule, name: str) -> Any:
-    """Returns the bound method of a base class behind the mixin; None where there is only Lightning's own stub."""
-    bases = type(mixin).__mro__
-    for base in bases[bases.index(BilevelLightningModule) + 1 :]:
-        if name in vars(base):
-            stub = base.__module__.split(".")[0] in ("lightning", "pytorch_lightning")
-            return None if stub else vars(base)[name].__get__(mixin)
-    return None
+def _is_stub(step: Any) -> bool:
+    """Whether a step is missing, or Lightning's own, which does nothing."""
+    return step is None or step.__module__.split(".")[0] in ("lightning", "pytorch_lightning")
+
+
+def _training_step(self: Any, batch: Any, batch_idx: int) -> Tensor:
+    """Returns and logs `inner_loss`."""
+    loss: Tensor = self.inner_loss(batch)
+    self.log("inner_loss", loss, prog_bar=True)
+    return loss
+
+
+def _validation_step(self: Any, batch: Any, batch_idx: int) -> Tensor:
+    """Logs `outer_loss`."""
+    loss: Tensor = self.outer_loss(batch)
+    self.log("outer_loss", loss, prog_bar=True)
+    return loss
 
 
 def _call_step(step: Any, batch: Any, batch_idx: int) -> Any:
-    """Calls a training or validation step with the arguments that it takes, as the Trainer does."""
-    return step(batch, batch_idx) if len(inspect.signature(step).parameters) > 1 else step(batch)
+    """Calls a training step with the arguments that it takes, as the Trainer does."""
+    parameters = inspect.signature(step).parameters
+    several = len(parameters) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+    return step(batch, batch_idx) if several else step(batch)

@@ -74,7 +74,9 @@ def lanczos(
         basis.extend()
         values, bounds = basis.ritz()
         wanted = torch.cat([bounds[-k:], bounds[:k]])
-        converged = len(values) >= k and bool((wanted <= rtol * values.abs().amax()).all())
+        settled = len(values) >= k and bool((wanted <= rtol * values.abs().amax()).all())
+        # A given start may lie in an invariant subspace, and know nothing of the rest of the spectrum.
+        converged = settled and not (basis.confined and basis.products < operator.size)
         if converged or not basis.finite or basis.products >= min(max_iterations, operator.size):
             break
     return LanczosResult(
@@ -100,6 +102,8 @@ class _Basis:
         self._next = None if start is None or not bool(start.any()) else start.to(operator.dtype)
         self.products = 0
         self.finite = True
+        self._given = self._next is not None
+        self.confined = False
 
     def extend(self) -> None:
         """Adds one vector, by one product."""
@@ -116,6 +120,7 @@ class _Basis:
         self._scale = max(self._scale, length)
         # below this the residual is rounding: the Krylov space is invariant, and a fresh direction must be drawn
         exhausted = norm <= 10 * torch.finfo(residual.dtype).eps * self._scale
+        self.confined, self._given = exhausted and self._given, self._given and not exhausted
         self._diagonal.append(diagonal)
         self._off_diagonal.append(0.0 if exhausted else norm)
         self._next = None if exhausted else residual

@@ -1,4 +1,4 @@
-"""What one step of the inner optimizer does to a gradient."""
+"""What the inner optimizer does to a gradient."""
 
 from __future__ import annotations
 
@@ -8,47 +8,47 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 
 from lightning_ifthpo.space import ParameterSpace
+
+_KNOWN = (SGD, Adam, AdamW, NAdam, RMSprop, Adagrad)
 
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """u ← βu + g, w ← w − s∘u for a gradient g.
+    """How a gradient g moves the weights in the long run, w ← w − s∘(g + d∘w).
 
     Attributes:
-        step: s, the learning rate times the preconditioner: a number, or [n]; in parameter² / loss.
-        momentum: β of the heavy ball, in [0, 1).
+        step: s, the learning rate times the preconditioner, over 1 − β for momentum β: a number, or [n]; in
+            parameter² / loss.
+        decay: d, the weight decay of the optimizer itself, which is curvature that no loss knows: a number, or [n]; in
+            loss / parameter².
 
-    >>> round(UpdateRule(step=0.1, momentum=0.9).damping(horizon=100), 6)
+    >>> round(UpdateRule(step=1.0).damping(horizon=100), 6)
     0.01
     """
 
     step: float | Tensor
-    momentum: float = 0.0
-
-    @property
-    def lasting_step(self) -> float | Tensor:
-        """How far a gradient moves the weights in the long run, a number or [n]."""
-        return self.step / (1.0 - self.momentum)
+    decay: float | Tensor = 0.0
 
     def damping(self, horizon: int) -> float | Tensor:
-        """Returns 1 / (lasting_step · horizon), a number or [n]: with it H⁻¹ looks `horizon` training steps ahead.
+        """Returns 1 / (s · horizon), a number or [n]: with it H⁻¹ looks `horizon` training steps ahead.
 
         After T steps a direction of curvature h has gone a fraction 1 − (1 − sh)ᵀ of its way to the minimum, which
         h / (h + 1/(sT)) follows closely. A weight that no optimizer moves is damped like the slowest one that moves.
         """
-        step = self.lasting_step
+        step = self.step
         if isinstance(step, Tensor):
             step = step.clamp_min(step[step > 0].min() if bool((step > 0).any()) else 1.0)
         return 1.0 / (horizon * step)
 
     @classmethod
-    def of(cls, optimizers: Iterable[torch.optim.Optimizer], parameters: Sequence[Tensor]) -> UpdateRule:
+    def of(cls, optimizers: Iterable[Optimizer], parameters: Sequence[Tensor]) -> UpdateRule:
         """Returns the rule that optimizers apply to parameters at this moment.
 
-        Learning rates of groups, momentum and the diagonal preconditioners of Adam, RMSprop, Adagrad and their kin are
-        read from `param_groups` and `state`. An optimizer that keeps no such state counts as gradient descent.
+        Learning rates, momentum, weight decay and diagonal preconditioners are read from the groups and the state of
+        SGD, Adam, AdamW, NAdam, RMSprop and Adagrad; see `is_known`. Others count as gradient descent.
 
         Args:
             optimizers: Those that train the parameters.
@@ -56,38 +56,50 @@ class UpdateRule:
         """
         space = ParameterSpace(parameters)
         steps: dict[int, Tensor] = {}
-        momenta: list[float] = []
+        decays: dict[int, Tensor] = {}
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                momentum, fresh = _momentum(group)
-                momenta.append(momentum)
                 for parameter in group["params"]:
-                    scale = float(group["lr"]) * fresh
-                    steps[id(parameter)] = scale * _preconditioner(group, optimizer.state.get(parameter, {}), parameter)
-        flat = space.flatten([steps.get(id(parameter)) for parameter in parameters])
-        return cls(flat, max(momenta, default=0.0))
+                    state = optimizer.state.get(parameter, {})
+                    step = _lasting_rate(optimizer, group) * _preconditioner(optimizer, group, state, parameter)
+                    steps[id(parameter)] = step
+                    decays[id(parameter)] = _decay(optimizer, group, step)
+        return cls(*(space.flatten([found.get(id(p)) for p in parameters]) for found in (steps, decays)))
 
 
-def _momentum(group: Mapping[str, Any]) -> tuple[float, float]:
-    """Returns β and the weight with which a new gradient enters the velocity."""
-    if "betas" in group:
-        beta = float(group["betas"][0])
-        return beta, 1.0 - beta
-    momentum = float(group.get("momentum", 0.0))
-    return momentum, 1.0 - float(group.get("dampening", 0.0)) if momentum else 1.0
+def is_known(optimizer: Optimizer) -> bool:
+    """Returns whether `UpdateRule.of` can read the optimizer's preconditioner and decay."""
+    return isinstance(optimizer, _KNOWN)
 
 
-def _preconditioner(group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor) -> Tensor:
+def _lasting_rate(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
+    """Returns the learning rate over 1 − β, with the weight at which a new gradient enters the velocity."""
+    rate = float(group["lr"])
+    if isinstance(optimizer, (SGD, RMSprop)) and group["momentum"]:
+        rate *= (1.0 - float(group.get("dampening", 0.0))) / (1.0 - float(group["momentum"]))
+    return rate
+
+
+def _decay(optimizer: Optimizer, group: Mapping[str, Any], step: Tensor) -> Tensor:
+    """Returns d: of a decoupled decay w ← w(1 − lr·d₀), what would act as much through the step."""
+    decay = float(group.get("weight_decay", 0.0)) if is_known(optimizer) else 0.0
+    decoupled = isinstance(optimizer, AdamW) or bool(group.get("decoupled_weight_decay", False))
+    return float(group["lr"]) * decay / step.clamp_min(1e-30) if decoupled else torch.full_like(step, decay)
+
+
+def _preconditioner(
+    optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor
+) -> Tensor:
     """Returns the factor between velocity and update, shaped like the parameter."""
-    eps = float(group.get("eps", 0.0))
-    if "exp_avg_sq" in state:
-        bias_correction = 1.0 - float(group["betas"][1]) ** float(state["step"])
-        second: Tensor = state.get("max_exp_avg_sq", state["exp_avg_sq"]) / bias_correction
-    elif "square_avg" in state:
+    if not state or isinstance(optimizer, SGD) or not is_known(optimizer):
+        return torch.ones_like(parameter)
+    second: Tensor
+    if isinstance(optimizer, RMSprop):
         mean = state.get("grad_avg")
         second = state["square_avg"] if mean is None else state["square_avg"] - mean.square()
-    elif "sum" in state:
+    elif isinstance(optimizer, Adagrad):
         second = state["sum"]
     else:
-        return torch.ones_like(parameter)
-    return 1.0 / (second.sqrt() + eps)
+        bias_correction = 1.0 - float(group["betas"][1]) ** float(state["step"])
+        second = state.get("max_exp_avg_sq", state["exp_avg_sq"]) / bias_correction
+    return 1.0 / (second.sqrt() + float(group["eps"]))

@@ -27,15 +27,16 @@ def right_hand_side():
     "rule",
     [
         UpdateRule(step=0.01),
-        UpdateRule(step=0.01, momentum=0.9),
-        UpdateRule(step=torch.linspace(0.005, 0.05, SIZE, dtype=torch.float64), momentum=0.5),
+        UpdateRule(step=0.1),
+        UpdateRule(step=torch.linspace(0.01, 0.1, SIZE, dtype=torch.float64)),
+        UpdateRule(step=0.01, decay=3.0),
     ],
-    ids=["gradient descent", "heavy ball", "preconditioned"],
+    ids=["gradient descent", "beyond stability", "preconditioned", "decaying"],
 )
 @pytest.mark.parametrize("products", [2, 5])
 def test_it_tends_to_the_system_damped_by_the_horizon(products, rule):
     matrix, b = spd_matrix(SIZE, 30.0), right_hand_side()
-    damping = torch.as_tensor((1 - rule.momentum) / (rule.step * 40), dtype=torch.float64).expand(SIZE)
+    damping = torch.as_tensor(1 / (rule.step * 40) + rule.decay, dtype=torch.float64).expand(SIZE)
     wanted = torch.linalg.solve(matrix + torch.diag(damping), b)
     result = run(Amortized(products=products, horizon=40).bound_to(rule), matrix, b, solves=2000)
     assert relative_error(result.x, wanted) < 1e-9

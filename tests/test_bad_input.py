@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ifthpo import BilevelLightningModule, IFTHypergradient
 from lightning_ifthpo.hyperparameters import WeightDecay
+from lightning_ifthpo.solvers import ConjugateGradient
 from tests.trainers import Classifier, loader, quiet_trainer
 
 
@@ -128,6 +129,17 @@ class TooMuchDecay(Classifier):
         self.decay = WeightDecay(self.net, initial=0.1, maximum=4.0)
 
 
+class StaleDecay(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.net[0].weight = nn.Parameter(torch.zeros(8, 4))
+
+
+class Maximizing(Scaled):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, maximize=True)
+
+
 def empty_loader():
     return DataLoader(TensorDataset(torch.zeros(0, 4)), batch_size=2)
 
@@ -151,6 +163,8 @@ CASES = {
     "in the inner optimizer": (InTheOptimizer, {}, ValueError, r"'scale' requires a gradient.*inner_parameters"),
     "empty outer data": (Scaled, {"outer_dataloader": empty_loader()}, ValueError, "outer data loader is empty"),
     "no outer data": (Scaled, {"outer_dataloader": None}, ValueError, "no outer data: define outer_dataloader"),
+    "stale decay": (StaleDecay, {}, ValueError, "'decay' decays tensors that are no parameters"),
+    "maximizing": (Maximizing, {}, ValueError, "the inner optimizer maximizes"),
     "decay beyond stability": (TooMuchDecay, {}, ValueError, r"learning rate 0.5 a decay of 2/lr = 4"),
 }
 
@@ -183,6 +197,25 @@ def test_a_clear_error_before_the_first_batch(name):
 def test_the_constructor_checks_its_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         IFTHypergradient(**options)
+
+
+@pytest.mark.parametrize("solver", [ConjugateGradient, "cg"], ids=["class", "name"])
+def test_the_solver_must_be_an_instance(solver):
+    with pytest.raises(TypeError, match="expected solver to be an instance"):
+        IFTHypergradient(solver=solver)
+
+
+@pytest.mark.parametrize(("trainer", "callback"), [("bf16-mixed", "inherit"), ("bf16-true", "32")])
+def test_finite_differences_need_float32(trainer, callback):
+    callback = IFTHypergradient(1, curvature="finite_difference", precision=callback)
+    with pytest.raises(ValueError, match="finite differences need float32 gradients"):
+        quiet_trainer(callbacks=[callback], precision=trainer).fit(Classifier())
+
+
+def test_an_optimizer_that_is_not_understood_is_named():
+    module = Classifier(optimizer="Adadelta")
+    with pytest.warns(UserWarning, match="Adadelta is not among the optimizers"):
+        quiet_trainer(callbacks=[IFTHypergradient(2)]).fit(module)
 
 
 def test_a_partly_used_module_is_no_error():

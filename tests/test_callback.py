@@ -61,6 +61,7 @@ def trained(callbacks, make=Classifier, **options):
     return module, trainer, recorder
 
 
+@pytest.mark.filterwarnings("ignore:hyper step .* ended with status 'negative_curvature'")
 @pytest.mark.parametrize("curvature", ["hessian", "gauss_newton", "finite_difference"])
 @pytest.mark.parametrize(
     "options", [{}, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}], ids=["plain", "accumulated and clipped"]
@@ -360,6 +361,7 @@ class Attention(Classifier):
         return F.cross_entropy(self.net(batch[0].view(2, -1, 4)).flatten(0, 1)[:, :3], batch[1])
 
 
+@pytest.mark.filterwarnings("ignore:hyper step .* ended with status 'negative_curvature'")
 @pytest.mark.parametrize("curvature", ["hessian", "gauss_newton", "finite_difference"])
 def test_fused_attention_is_replaced_for_the_measurement(curvature):
     _, trainer, _ = trained([IFTHypergradient(4, curvature=curvature)], Attention)
@@ -456,3 +458,135 @@ def test_the_stepper_uses_a_new_outer_batch_each_time(monkeypatch):
     trained([IFTHypergradient(1)])
     assert batches[0] == batches[1]  # the rehearsal uses nothing up
     assert len(set(batches[1:])) > 6
+
+
+def test_weight_decay_of_the_optimizer_is_part_of_the_curvature():
+    """Half of the decay in the loss, half in the optimizer: the same minimum, and the same hypergradient."""
+
+    class Halved(Ridge):
+        def inner_loss(self, batch):
+            return super().inner_loss(batch) - 0.25 * self.w @ self.w
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.inner_parameters(), lr=self.lr, weight_decay=0.5)
+
+    moved = []
+    for make in (Ridge, Halved):
+        module = make()
+        solver = ConjugateGradient(max_iterations=50, rtol=1e-12)
+        quiet_trainer(max_epochs=500, callbacks=[IFTHypergradient(1, solver=solver, start_after_batches=499)]).fit(
+            module
+        )
+        moved.append(-1 - module.log_decay)
+    assert relative_error(*moved) < 1e-8
+
+
+class Rude(Classifier):
+    """Does in its losses what existing modules do: logs to the logger, changes its batch, differentiates by itself."""
+
+    def inner_loss(self, batch):
+        x, y = batch
+        self.logger.log_metrics({"from inside": 1.0})
+        self.logger.experiment.add_scalar("from inside", 1.0)
+        x.mul_(0.5)
+        x.requires_grad_()
+        loss = super().inner_loss((x, y))
+        (slope,) = torch.autograd.grad(self.net[0](x).tanh().sum(), x, create_graph=True)
+        return loss + 0.01 * slope.square().sum()
+
+
+def test_losses_may_log_change_their_batch_and_differentiate(tmp_path):
+    results = []
+    for callbacks in ([IFTHypergradient(1, on_failure="use", curvature="hessian")], []):
+        logger = TensorBoardLogger(tmp_path / str(len(callbacks)))
+        results.append(trained(callbacks, lambda: Rude(hyper_lr=0.0), logger=logger)[2].batches)
+    assert same(*results)
+
+
+def test_modules_made_in_the_first_forward_pass_are_made_by_training():
+    class Lazy(Classifier):
+        def inner_loss(self, batch):
+            if not hasattr(self, "late"):
+                self.late = nn.Linear(4, 3)
+            return super().inner_loss(batch) + self.late(batch[0]).square().mean()
+
+    def run(callbacks):
+        return [batch[0] for batch in trained(callbacks, lambda: Lazy(hyper_lr=0.0))[2].batches]
+
+    assert same(run([IFTHypergradient(1, on_failure="use")]), run([]))
+
+
+def test_several_validation_loaders_and_any_step_signature():
+    class Several(Classifier):
+        def training_step(self, *arguments):
+            return self.inner_loss(arguments[0])
+
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            self.log(f"val_{dataloader_idx}", self.outer_loss(batch), add_dataloader_idx=False)
+
+        def val_dataloader(self):
+            return [loader(8), loader(8)]
+
+    _, trainer, _ = trained([IFTHypergradient(4)], Several)
+    assert {"val_0", "val_1"} <= trainer.callback_metrics.keys()
+
+
+def test_a_loaded_state_belongs_to_its_own_fit(tmp_path):
+    callback = IFTHypergradient(4)
+    _, trainer, _ = trained([callback])
+    trainer.save_checkpoint(tmp_path / "old.ckpt")
+    trainer = quiet_trainer(callbacks=[callback], max_epochs=1)
+    trainer.validate(Classifier(), ckpt_path=tmp_path / "old.ckpt", verbose=False)
+    trainer.fit(Classifier())
+    assert callback._stepper.steps == 1
+
+
+def test_worker_processes_of_the_outer_data_end_with_the_fit():
+    import multiprocessing
+
+    outer = DataLoader(TensorDataset(torch.randn(8, 4), torch.zeros(8, dtype=torch.long)), batch_size=4, num_workers=1)
+    trained([IFTHypergradient(4, outer_dataloader=outer)])
+    assert not multiprocessing.active_children()
+
+
+def test_a_learning_rate_of_zero_is_survived():
+    _, trainer, _ = trained([IFTHypergradient(4)], lambda: Classifier(lr=0.0))
+    assert float(trainer.callback_metrics["hypergrad/skipped"]) == 0
+
+
+def test_it_serves_pytorch_lightning_too():
+    pl = pytest.importorskip("pytorch_lightning")
+    dtypes = []
+
+    class Module(BilevelLightningModule, pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(4, 3)
+            self.register_hyperparameter("decay", WeightDecay(self.net, initial=0.01))
+
+        def inner_loss(self, batch):
+            return F.cross_entropy(self.mark_outputs(self.net(batch[0])), batch[1]) + self.decay()
+
+        def outer_loss(self, batch):
+            logits = self.net(batch[0])
+            if torch.is_grad_enabled():
+                dtypes.append(logits.dtype)
+            return F.cross_entropy(logits, batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module = Module()
+    trainer = pl.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        precision="bf16-mixed",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[IFTHypergradient(2, outer_dataloader=loader(seed=1))],
+    )
+    trainer.fit(module, loader(), loader(seed=2))
+    assert module.decay.decays()[0].item() != pytest.approx(0.01, rel=1e-3)
+    assert set(dtypes) == {torch.float32}

@@ -80,7 +80,7 @@ def test_with_the_safeguard_the_cause_is_named(problem, solver):
     smallest, largest = re.search(r"λ_min = (\S+), λ_max = ([\d.]+)", result.diagnosis).groups()
     assert float(smallest) == pytest.approx(-1.749, rel=1e-2)
     assert float(largest) == pytest.approx(2.118, rel=1e-2)
-    assert "gauss_newton" in result.diagnosis
+    assert "Gauss–Newton" in result.diagnosis
 
 
 def test_default_settings_do_not_return_nonsense(problem):

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
 
 from lightning_ifthpo.callbacks.outer_data import EndlessBatchSampler, OuterData
 
@@ -117,6 +117,27 @@ def test_anything_else_is_cycled_in_its_own_order(source):
 
 def test_a_sampler_with_replacement_is_kept():
     assert OuterData(weighted(), CPU, seed=0).next()[0].shape == (2,)
+
+
+def test_a_sampler_of_a_part_is_kept():
+    loader = DataLoader(dataset(10), batch_size=2, sampler=SequentialSampler(range(4)))
+    stream = OuterData(loader, CPU, seed=0)
+    assert [stream.next()[0].tolist() for _ in range(3)] == [[0, 1], [2, 3], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (lambda: dataset(4), "got TensorDataset; wrap it in a DataLoader"),
+        (lambda: iter([1, 2]), "got list_iterator"),
+        (lambda: [DataLoader(dataset(4))], "got list of loaders"),
+        (lambda: 3, "got int"),
+    ],
+    ids=["data set", "iterator", "loaders", "number"],
+)
+def test_what_yields_no_batches_again_and_again_is_refused(source, message):
+    with pytest.raises(TypeError, match=f"expected one DataLoader.*{message}"):
+        OuterData(source(), CPU, seed=0)
 
 
 def test_several_ranks_are_told_that_the_data_are_not_split():

@@ -69,6 +69,12 @@ def test_a_good_start_saves_products_and_a_generator_changes_the_start():
     assert other.largest != lanczos(MatrixOperator(matrix), max_iterations=3).largest
 
 
+def test_a_start_in_an_invariant_subspace_does_not_hide_the_rest():
+    matrix = torch.diag(torch.tensor([5.0, 1.0, -3.0], dtype=torch.float64))
+    result = lanczos(MatrixOperator(matrix), start=torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64))
+    assert (result.largest.item(), result.smallest.item()) == pytest.approx((5.0, -3.0))
+
+
 def test_global_random_state_is_not_touched():
     before = torch.get_rng_state()
     lanczos(MatrixOperator(torch.eye(4)))

@@ -8,7 +8,8 @@ from typing import Any, Literal, TypeAlias
 
 import lightning as L
 import torch
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchmetrics import Metric
@@ -30,11 +31,12 @@ def undisturbed(trainer: L.Trainer, module: L.LightningModule, seed: int) -> Ite
     with ExitStack() as stack:
         stack.enter_context(isolated(module.device, seed))
         for submodule in module.modules():
-            stack.enter_context(_attributes_restored(submodule))
+            if not isinstance(submodule, torch.jit.ScriptModule):  # whose attributes live elsewhere
+                stack.enter_context(_attributes_restored(submodule))
         _exchange_state(module)
         loggers = trainer.loggers
         stack.callback(setattr, trainer, "loggers", loggers)
-        trainer.loggers = []
+        trainer.loggers = [DummyLogger()]  # which takes all calls, as under fast_dev_run
         vars(module).update(log=_ignore, log_dict=_ignore)
         yield
 
@@ -66,7 +68,7 @@ class Losses:
         self._module = module
         self._modes = {submodule: submodule.training for submodule in module.modules()}
         plugin = trainer.precision_plugin
-        autocasts = isinstance(plugin, MixedPrecision)
+        autocasts = "mixed" in str(plugin.precision)
         self._context = _no_context if autocasts and precision == "32" else plugin.forward_context
 
     def inner(self, batch: Any) -> Callable[[], Tensor]:
@@ -80,6 +82,8 @@ class Losses:
     def _evaluate(self, loss: Callable[[Any], Tensor], batch: Any, *, training: bool) -> Tensor:
         for submodule, mode in self._modes.items():
             submodule.training = mode and training
+        # a copy, because a loss may change its batch in place, or take it apart
+        batch = apply_to_collection(batch, Tensor, Tensor.clone)
         with self._context():
             return loss(batch)
 
@@ -95,23 +99,25 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
 
 @contextmanager
 def _attributes_restored(module: nn.Module) -> Iterator[None]:
-    attributes, buffers = vars(module).copy(), module._buffers.copy()
+    attributes = vars(module).copy()
+    tensors = {name: vars(module)[name].copy() for name in ("_buffers", "_parameters", "_modules")}
     try:
         yield
     finally:
         vars(module).update(attributes)
         for name in vars(module).keys() - attributes.keys():
             del vars(module)[name]
-        module._buffers.clear()
-        module._buffers.update(buffers)
+        for name, values in tensors.items():
+            vars(module)[name].clear()
+            vars(module)[name].update(values)
 
 
 def _exchange_state(module: nn.Module) -> None:
     """Gives the module copies of its buffers and metric states to work on."""
     copies: dict[int, Tensor] = {}  # a buffer may be shared
     for submodule in module.modules():
-        for name, buffer in submodule._buffers.items():
-            if buffer is not None:
+        for name, buffer in list(submodule.named_buffers(recurse=False)):
+            if not isinstance(submodule, torch.jit.ScriptModule):
                 submodule._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
         if isinstance(submodule, Metric):
             for name, state in submodule.metric_state.items():

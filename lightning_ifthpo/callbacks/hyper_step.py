@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lightning_ifthpo.autodiff import differentiable
 from lightning_ifthpo.callbacks.evaluation import CurvaturePrecision, Losses, twice_differentiable, undisturbed
 from lightning_ifthpo.callbacks.outer_data import OuterData
 from lightning_ifthpo.callbacks.preflight import data_module
@@ -76,12 +77,12 @@ class HyperStepper:
         """
         outer_batch = self._prepared(self._outer_data.peek())
         with self._evaluation() as losses:
+            with differentiable(self._hyperparameters):
+                with recording_outputs() as outputs:
+                    _check_value("inner_loss", losses.inner(batch)())
+                _check_value("outer_loss", losses.outer(outer_batch)())
             if self._curvature == "auto":
-                with recording_outputs() as outputs, torch.no_grad():
-                    losses.inner(batch)()
                 self._curvature = "gauss_newton" if outputs else "hessian"
-            for name, loss in (("inner_loss", losses.inner(batch)), ("outer_loss", losses.outer(outer_batch))):
-                _check_value(name, loss())
             result = self._hypergradient(losses, batch, outer_batch, Identity(), diagnosed=False)
         self._check_influence(set(result.unused))
 
@@ -106,6 +107,10 @@ class HyperStepper:
         self.optimizer.step()
         for hyperparameter in self._hyperparameters:
             hyperparameter.grad = None
+
+    def close(self) -> None:
+        """Ends the worker processes of the outer data."""
+        self._outer_data.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all that resuming needs, as tensors and plain numbers."""
@@ -140,8 +145,8 @@ class HyperStepper:
         """Keeps what the next solve starts from."""
         if solution.status in (Status.NEGATIVE_CURVATURE, Status.DIVERGED):
             self._estimate = None  # it grew where it should not have
-        elif solution.status is not Status.NONFINITE:  # a bad batch says nothing about the estimate
-            self._estimate = solution.x
+        elif solution.status is not Status.NONFINITE and (solution.products or solution.checks):
+            self._estimate = solution.x  # a bad batch, or a flat outer loss, says nothing about the estimate
 
     @contextmanager
     def _evaluation(self) -> Iterator[Losses]:

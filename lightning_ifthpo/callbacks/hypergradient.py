@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -15,7 +14,7 @@ from lightning_ifthpo.callbacks.cadence import Cadence
 from lightning_ifthpo.callbacks.evaluation import CurvaturePrecision
 from lightning_ifthpo.callbacks.hyper_step import HyperStepper
 from lightning_ifthpo.callbacks.logging import log_metrics
-from lightning_ifthpo.callbacks.preflight import check_module, find_outer_data
+from lightning_ifthpo.callbacks.preflight import check_module, check_precision, find_outer_data
 from lightning_ifthpo.hypergradient import Hypergradient
 from lightning_ifthpo.module import BilevelLightningModule
 from lightning_ifthpo.solvers import Amortized, Solver, Status
@@ -68,6 +67,8 @@ class IFTHypergradient(L.Callback):
         precision: CurvaturePrecision = "32",
     ) -> None:
         super().__init__()
+        if not isinstance(solver, Solver | None):
+            raise TypeError(f"expected solver to be an instance such as ConjugateGradient(), or None, got {solver!r}")
         _require_choice("curvature", curvature, _CURVATURES)
         _require_choice("on_failure", on_failure, ("skip", "use", "raise"))
         _require_choice("precision", precision, ("32", "inherit"))
@@ -117,6 +118,7 @@ class IFTHypergradient(L.Callback):
         if stage != "fit":
             return
         self._begin()
+        self._restored = {}  # a checkpoint that belongs to this fit is loaded after this
         if isinstance(pl_module, BilevelLightningModule):
             tunable = dict(pl_module.named_hyperparameters())
             self._unfrozen = [name for name, parameter in tunable.items() if parameter.requires_grad]
@@ -126,6 +128,7 @@ class IFTHypergradient(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Checks what can be checked without data."""
         check_module(trainer, pl_module, self._unfrozen)
+        check_precision(trainer, self.curvature, self.precision)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Opens the outer data and restores a checkpoint's state."""
@@ -173,6 +176,15 @@ class IFTHypergradient(L.Callback):
                 stepper.apply(result)
         metrics = {**_metrics(result), "hypergrad/skipped": float(self.skipped), **_summaries(pl_module)}
         log_metrics(trainer, pl_module, metrics, headline="hypergrad/norm")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Ends the worker processes of the outer data."""
+        if self._stepper is not None:
+            self._stepper.close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Does what teardown would, which is not called after an exception."""
+        self.teardown(trainer, pl_module, "fit")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Says how many hyper steps were skipped."""
@@ -233,7 +245,7 @@ def _synchronization(device: torch.device) -> Callable[[], None]:
     """Returns what waits until the device has done its work."""
     if device.type == "cpu":
         return lambda: None
-    return partial(torch.get_device_module(device).synchronize, device)
+    return torch.accelerator.synchronize
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 
 from lightning_ifthpo.random_state import isolated
 
@@ -72,6 +72,7 @@ class OuterData:
         world_size: Number of processes.
 
     Raises:
+        TypeError: If the source cannot be iterated again and again, or yields no batches.
         ValueError: If the source holds no batch.
     """
 
@@ -85,6 +86,7 @@ class OuterData:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        _check_kind(source)
         if _length(source) == 0:
             raise ValueError("the outer data loader is empty: Check its data set, and drop_last beside batch_size")
         self.consumed = consumed
@@ -97,6 +99,10 @@ class OuterData:
             _warn_if_inexact(consumed, world_size)
         with isolated(device, seed):
             self._batches: Iterator[Any] = _cycled(source, skip=consumed) if rebuilt is None else iter(rebuilt)
+
+    def close(self) -> None:
+        """Ends worker processes; no batch can be had after that."""
+        self._batches = iter(())
 
     def peek(self) -> Any:
         """Returns the next batch without using it up."""
@@ -114,6 +120,15 @@ class OuterData:
         return batch
 
 
+def _check_kind(source: object) -> None:
+    loaders = isinstance(source, (list, tuple)) and any(isinstance(item, DataLoader) for item in source)
+    if isinstance(source, (Dataset, Iterator)) or loaders or not isinstance(source, Iterable):
+        raise TypeError(
+            f"expected one DataLoader of outer batches, or a list of batches, got {type(source).__name__}"
+            + (" of loaders" if loaders else "; wrap it in a DataLoader" if isinstance(source, Dataset) else "")
+        )
+
+
 def _length(source: Iterable[Any]) -> int | None:
     """Returns the number of batches, None where it is not known; a DataLoader of a stream raises when asked."""
     try:
@@ -126,14 +141,16 @@ def _rebuilt(source: Iterable[Any], seed: int, rank: int, world_size: int, consu
     """Returns the loader around an endless sampler; None where that would change what the user asked for."""
     if type(source) is not DataLoader or source.batch_size is None:
         return None
-    usual = isinstance(source.sampler, (RandomSampler, SequentialSampler))
-    if not usual or getattr(source.sampler, "replacement", False):
+    sampler = source.sampler
+    if not isinstance(sampler, (RandomSampler, SequentialSampler)) or getattr(sampler, "replacement", False):
         return None
     size = len(source.dataset)  # type: ignore[arg-type]
-    sampler = EndlessBatchSampler(size, source.batch_size, seed, rank, world_size, consumed)
+    if sampler.data_source is not source.dataset or len(sampler) != size:  # type: ignore[comparison-overlap]
+        return None
+    batches = EndlessBatchSampler(size, source.batch_size, seed, rank, world_size, consumed)
     return DataLoader(
         source.dataset,
-        batch_sampler=sampler,
+        batch_sampler=batches,
         num_workers=source.num_workers,
         collate_fn=source.collate_fn,
         pin_memory=source.pin_memory,

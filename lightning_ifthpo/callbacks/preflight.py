@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_ifthpo.hyperparameters import WeightDecay
 from lightning_ifthpo.module import BilevelLightningModule
+from lightning_ifthpo.update_rule import is_known
 
 
 def check_module(trainer: L.Trainer, module: Any, unfrozen: Iterable[str]) -> None:
@@ -55,23 +56,37 @@ def find_outer_data(trainer: L.Trainer, module: Any, given: Iterable[Any] | None
     Raises:
         ValueError: If there is none, or several validation loaders to choose from.
     """
-    candidates = (given, module.outer_dataloader(), _call(data_module(trainer), "outer_dataloader"))
-    for loader in candidates:
+    if given is not None:
+        return given
+    for owner in (module, data_module(trainer)):
+        loader = _call(owner, "outer_dataloader")
         if loader is not None:
-            return loader
+            return loader  # type: ignore[no-any-return]
     validation = trainer.val_dataloaders
     if isinstance(validation, (list, tuple)) and len(validation) == 1:
         validation = validation[0]
     if validation is None or isinstance(validation, (list, tuple, dict)):
+        several = "" if validation is None else " (there are several validation loaders to choose from)"
         raise ValueError(
-            "no outer data: define outer_dataloader() on the LightningModule or the LightningDataModule, or pass "
-            "IFTHypergradient(outer_dataloader=...). It should hold data that training does not see"
+            f"no outer data{several}: define outer_dataloader() on the LightningModule or the LightningDataModule, or "
+            "pass IFTHypergradient(outer_dataloader=...). It should hold data that training does not see"
         )
     rank_zero_warn(
         "no outer_dataloader() is defined: hyperparameters are tuned on the validation data, so validation results "
         "will look better than they are. Hold out other data to report from"
     )
     return validation  # type: ignore[no-any-return]
+
+
+def check_precision(trainer: L.Trainer, curvature: str, precision: str) -> None:
+    """Raises ValueError where a difference of gradients would be nothing but rounding."""
+    kind = str(trainer.precision_plugin.precision)
+    rough = kind.endswith("-true") and kind.startswith(("16", "bf16"))
+    if curvature == "finite_difference" and (rough or ("mixed" in kind and precision == "inherit")):
+        raise ValueError(
+            f"finite differences need float32 gradients, and the Trainer's precision is {kind!r}: use precision='32' "
+            "in the callback with a mixed precision of the Trainer, or curvature='hessian'"
+        )
 
 
 def data_module(trainer: L.Trainer) -> Any:
@@ -92,10 +107,25 @@ def _check_optimizers(trainer: L.Trainer, module: BilevelLightningModule, unfroz
                         "self.inner_parameters(), or leave the hyperparameter frozen"
                     )
             _check_decay(module, group["lr"])
+            if group.get("maximize"):
+                raise ValueError(
+                    "the inner optimizer maximizes; hypergradients are for an inner loss that is minimized"
+                )
+        if not is_known(optimizer):
+            rank_zero_warn(
+                f"{type(optimizer).__name__} is not among the optimizers whose update is understood; Amortized and "
+                "damping='horizon' take it for gradient descent with its learning rate, and its weight decay is ignored"
+            )
 
 
 def _check_decay(module: Any, lr: float | Tensor) -> None:
+    parameters = {id(parameter) for parameter in module.parameters()}
     for name, submodule in module.named_modules():
+        if isinstance(submodule, WeightDecay) and not all(id(weight) in parameters for weight in submodule.weights):
+            raise ValueError(
+                f"WeightDecay {name!r} decays tensors that are no parameters of the module any more; make it anew "
+                "after weights were replaced (load_state_dict(assign=True), pruning, parametrizations)"
+            )
         if isinstance(submodule, WeightDecay) and float(lr) * submodule.maximum >= 2.0:
             raise ValueError(
                 f"WeightDecay {name!r} may reach {submodule.maximum:g}, and with the learning rate {float(lr):g} "

@@ -68,7 +68,7 @@ class Amortized(Solver):
 
     def _solve(self, operator: CurvatureOperator, b: Tensor, x0: Tensor | None) -> SolveResult:
         assert self.rule is not None
-        metric = _Metric(torch.as_tensor(self.rule.lasting_step, dtype=b.dtype, device=b.device))
+        metric = _Metric(torch.as_tensor(self.rule.step, dtype=b.dtype, device=b.device))
         left = self.products
         x, residual = torch.zeros_like(b), b
         stiffest = softest = torch.zeros((), dtype=b.dtype, device=b.device)
@@ -79,12 +79,14 @@ class Amortized(Solver):
         while left:
             move = metric.step * residual
             image = operator.matvec(move)
-            stiffest = torch.maximum(stiffest, metric.curvature(move, image))
+            curvature = metric.curvature(move, image)
+            stiffest, softest = torch.maximum(stiffest, curvature), torch.minimum(softest, curvature)
             pace = 1.0 / stiffest.clamp_min(1.0)
             x, residual, left = x + pace * move, residual - pace * image, left - 1
         error = float(torch.linalg.vector_norm(residual))
         x = x + metric.step * residual / stiffest.clamp_min(1.0)
-        x = x * (self.horizon * metric.dual_norm(b) / metric.norm(x)).clamp_max(1.0)
+        length = metric.norm(x)
+        x = x * torch.where(length > 0.0, self.horizon * metric.dual_norm(b) / length, 1.0).clamp_max(1.0)
         status = Status.NEGATIVE_CURVATURE if bool(softest < 0.0) else Status.COMPLETE
         return SolveResult(x, error, self.products, status)
 

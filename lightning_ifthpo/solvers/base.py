@@ -74,17 +74,24 @@ class Solver(ABC):
     horizon: int = 100
 
     def __post_init__(self) -> None:
-        number = isinstance(self.damping, (int, float)) and 0.0 <= self.damping < math.inf
-        if not (number or isinstance(self.damping, Tensor) or self.damping == "horizon"):
+        if isinstance(self.damping, Tensor):
+            valid = bool((torch.isfinite(self.damping) & (self.damping >= 0.0)).all())
+        else:
+            valid = self.damping == "horizon" or (
+                isinstance(self.damping, (int, float)) and 0 <= self.damping < math.inf
+            )
+        if not valid:
             raise ValueError(f"expected a finite damping >= 0 or 'horizon', got {self.damping!r}")
         require_at_least("horizon", self.horizon, 1)
 
     def bound_to(self, rule: UpdateRule) -> Self:
-        """Returns this solver with what depends on the inner optimizer filled in."""
-        return replace(self, damping=rule.damping(self.horizon)) if self.damping == "horizon" else self
+        """Returns this solver with what depends on the inner optimizer filled in: the horizon, and its weight decay."""
+        damping = rule.damping(self.horizon) if isinstance(self.damping, str) else self.damping
+        decays = bool(torch.as_tensor(rule.decay).any())
+        return replace(self, damping=damping + rule.decay if decays else damping)
 
     def solve(self, operator: CurvatureOperator, b: Tensor, x0: Tensor | None = None) -> SolveResult:
-        """Returns an approximate solution of (A + δI) x = b; a failure is a status, never an exception or a NaN.
+        """Returns an approximate solution of (A + δI) x = b; a failed solve is a status, never a NaN.
 
         Args:
             operator: A, symmetric, on vectors [n].
@@ -104,7 +111,10 @@ class Solver(ABC):
         if largest == 0.0:
             return SolveResult(torch.zeros_like(b), 0.0, 0, Status.CONVERGED)
         norm = largest * torch.linalg.vector_norm(b / largest)
-        result = self._solve(self.damped(operator), b / norm, None if x0 is None else x0 / norm)
+        x0 = None if x0 is None else x0 / norm
+        if x0 is not None and not bool(x0.abs().amax() < torch.finfo(b.dtype).max ** (1 / 3)):
+            x0 = None  # its square would overflow; b is nothing beside it
+        result = self._solve(self.damped(operator), b / norm, x0)
         if math.isnan(result.relative_residual) or not bool(torch.isfinite(result.x).all()):
             return replace(result, x=torch.zeros_like(b), relative_residual=math.nan, status=Status.NONFINITE)
         return replace(result, x=result.x * norm)
