@@ -495,6 +495,7 @@ class Rude(Classifier):
         return loss + 0.01 * slope.square().sum()
 
 
+@pytest.mark.filterwarnings("ignore:hyper step .* ended with status 'negative_curvature'")
 def test_losses_may_log_change_their_batch_and_differentiate(tmp_path):
     results = []
     for callbacks in ([IFTHypergradient(1, on_failure="use", curvature="hessian")], []):
