@@ -42,22 +42,22 @@ HYPER_LEARNING_RATE = 0.1
 WARM_UP = 100  # steps; a fresh network has no opinion on its labels
 HYPER_EVERY = 5  # steps
 CHECK_EVERY = 20  # steps
-# One long epoch; the networks are too small to gain from an accelerator.
-TRAINER: dict[str, Any] = {"max_epochs": 1, "accelerator": "cpu", "enable_checkpointing": False}
-TRAINER["enable_model_summary"] = False
+# The networks are too small to gain from an accelerator.
+TRAINER: dict[str, Any] = {"accelerator": "cpu", "enable_checkpointing": False, "enable_model_summary": False}
 
 # What is measured, and its mean over the seeds 0, 1 and 2; a single seed can be 0.01 off.
 MEASURED = {
-    "noisy": ("test accuracy after training on noisy labels alone", 0.894),
-    "clean": ("on clean images alone", 0.853),
-    "both": ("on both, all weights equal", 0.906),
-    "learned": ("on both, weights learned by hypergradients", 0.933),
-    "identity": ("on both, weights learned without curvature", 0.924),
-    "oracle": ("on both, wrong labels left out", 0.933),
-    "auc": ("how well the learned weights tell wrong from right", 0.962),
-    "identity_auc": ("the same of those learned without curvature", 0.96),
+    "noisy": ("test accuracy, trained on noisy labels alone", 0.894),
+    "clean": ("... on clean images alone", 0.853),
+    "both": ("... on both, all weights equal", 0.906),
+    "learned": ("... on both, weights learned by hypergradients", 0.933),
+    "identity": ("... on both, weights learned without curvature", 0.924),
+    "oracle": ("... on both, wrong labels left out", 0.933),
+    "auc": ("AUC of the learned weights as a test for wrong labels", 0.962),
+    "identity_auc": ("AUC of those learned without curvature", 0.96),
 }
 BASELINES = ("noisy", "clean", "both")
+AUC = {"learned": "auc", "identity": "identity_auc"}
 
 
 class Data(NamedTuple):
@@ -182,7 +182,7 @@ def learn_weights(data: Data, seed: int, steps: int, solver: Solver | None, logs
     )
     loggers = [CSVLogger(logs, name="csv"), TensorBoardLogger(logs, name="tensorboard")]
     callbacks = [hypergradient, RichProgressBar()]
-    trainer = L.Trainer(**TRAINER, callbacks=callbacks, logger=loggers, log_every_n_steps=HYPER_EVERY)
+    trainer = L.Trainer(max_epochs=1, callbacks=callbacks, logger=loggers, log_every_n_steps=HYPER_EVERY, **TRAINER)
     trainer.fit(learner, loader(IndexedDataset(data.noisy), steps, seed + 1))
     weights: Tensor = learner.weights(torch.arange(NOISY))
     return weights
@@ -201,7 +201,7 @@ def train(dataset: Dataset[Any], data: Data, seed: int, steps: int) -> list[Chec
     """Trains a fresh network and returns its checks."""
     torch.manual_seed(seed)
     classifier = Classifier(data)
-    trainer = L.Trainer(**TRAINER, logger=False, enable_progress_bar=False)
+    trainer = L.Trainer(max_epochs=1, logger=False, enable_progress_bar=False, **TRAINER)
     trainer.fit(classifier, loader(dataset, steps, seed + 2))
     return classifier.checks
 
@@ -236,7 +236,7 @@ def draw(data: Data, weights: Tensor, checks: dict[str, list[Check]], path: Path
     colors = {"oracle": "tab:green", "learned": blue, "both": "tab:orange", "noisy": "tab:gray", "clean": "tab:brown"}
     for name, color in colors.items():
         _, steps, accuracies = zip(*checks[name], strict=True)
-        panel.plot(steps, accuracies, color=color, label=f"{name}: {MEASURED[name][0]}")
+        panel.plot(steps, accuracies, color=color, label=name)
         stop = min(checks[name])
         panel.plot(stop.step, stop.test_accuracy, "o", color=color, markersize=9)
     panel.set(xlabel="training step (dots: stopped by 100 held-out images)", ylabel="test accuracy", ylim=(0.75, 0.96))
@@ -249,11 +249,11 @@ def draw(data: Data, weights: Tensor, checks: dict[str, list[Check]], path: Path
 def summarize(scores: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     """Prints means over seeds beside the expected ones, and returns them."""
     means = {name: mean(values) for name, values in scores.items()}
-    print(f"\n{'':66}mean  expected  over seeds")
+    print(f"\n{'':68}mean  expected  over seeds")
     for name, (meaning, expected) in MEASURED.items():
         if name in scores:
             spread = f"{min(scores[name]):.3f} to {max(scores[name]):.3f}"
-            print(f"{name:13}{meaning:>51}  {means[name]:.3f}     {expected:.3f}  {spread}")
+            print(f"{name:13}{meaning:53}  {means[name]:.3f}     {expected:.3f}  {spread}")
     best = max(BASELINES, key=lambda name: means[name])
     if means["oracle"] > means[best]:
         closed = (means["learned"] - means[best]) / (means["oracle"] - means[best])
@@ -288,10 +288,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         data = load_data(seed)
         logs = args.output / "clean_noisy_labels" / f"seed_{seed}"
         learned = {name: learn_weights(data, seed, args.learn_steps, solvers[name], logs / name) for name in solvers}
-        checks, results = {}, {}
-        for name, auc in zip(solvers, ("auc", "identity_auc"), strict=False):
-            results[auc] = float(roc_auc_score(data.wrong, -learned[name]))
+        results = {AUC[name]: float(roc_auc_score(data.wrong, -weights)) for name, weights in learned.items()}
         print(f"seed {seed}   auc {results['auc']:.3f}", end="", flush=True)
+        checks = {}
         for name, dataset in training_sets(data, learned).items():
             checks[name] = train(dataset, data, seed, args.final_steps)
             results[name] = min(checks[name]).test_accuracy
