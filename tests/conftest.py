@@ -7,12 +7,11 @@ import torch
 
 from tests.problems import SoftmaxRegression
 
-torch.set_num_threads(1)  # the problems are small, and threads would only wait for each other
-
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _reproducible():
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # the problems are small, and threads would only wait for each other; examples set two
 
 
 @pytest.fixture(scope="session")
