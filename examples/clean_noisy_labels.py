@@ -233,10 +233,16 @@ def draw(data: Data, weights: Tensor, checks: dict[str, list[Check]], path: Path
     panel.legend(frameon=False, loc="upper center")
 
     panel = panels["accuracy"]
-    colors = {"oracle": "tab:green", "learned": blue, "both": "tab:orange", "noisy": "tab:gray", "clean": "tab:brown"}
-    for name, color in colors.items():
+    curves = {
+        "oracle": ("tab:green", "oracle: wrong labels left out"),
+        "learned": (blue, "learned weights"),
+        "both": ("tab:orange", "noisy and clean, all weights equal"),
+        "noisy": ("tab:gray", "noisy labels alone"),
+        "clean": ("tab:brown", "clean images alone"),
+    }
+    for name, (color, label) in curves.items():
         _, steps, accuracies = zip(*checks[name], strict=True)
-        panel.plot(steps, accuracies, color=color, label=name)
+        panel.plot(steps, accuracies, color=color, label=label)
         stop = min(checks[name])
         panel.plot(stop.step, stop.test_accuracy, "o", color=color, markersize=9)
     panel.set(xlabel="training step (dots: stopped by 100 held-out images)", ylabel="test accuracy", ylim=(0.75, 0.96))
@@ -249,11 +255,11 @@ def draw(data: Data, weights: Tensor, checks: dict[str, list[Check]], path: Path
 def summarize(scores: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     """Prints means over seeds beside the expected ones, and returns them."""
     means = {name: mean(values) for name, values in scores.items()}
-    print(f"\n{'':68}mean  expected  over seeds")
+    print(f"\n{'':68} mean  over all seeds  expected")
     for name, (meaning, expected) in MEASURED.items():
         if name in scores:
-            spread = f"{min(scores[name]):.3f} to {max(scores[name]):.3f}"
-            print(f"{name:13}{meaning:53}  {means[name]:.3f}     {expected:.3f}  {spread}")
+            lowest, highest = min(scores[name]), max(scores[name])
+            print(f"{name:13}{meaning:53}  {means[name]:.3f}  {lowest:.3f} to {highest:.3f}     {expected:.3f}")
     best = max(BASELINES, key=lambda name: means[name])
     if means["oracle"] > means[best]:
         closed = (means["learned"] - means[best]) / (means["oracle"] - means[best])
