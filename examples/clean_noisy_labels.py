@@ -45,7 +45,8 @@ CHECK_EVERY = 20  # steps
 # The networks are too small to gain from an accelerator.
 TRAINER: dict[str, Any] = {"accelerator": "cpu", "enable_checkpointing": False, "enable_model_summary": False}
 
-# What is measured, and its mean over the seeds 0, 1 and 2; a single seed can be 0.01 off.
+# What is measured, and its mean over the seeds 0, 1 and 2. Other seeds differ: over 0 to 5 it is 0.901 for "both", 0.927 for
+# "learned", 0.922 for "identity" and 0.929 for "oracle".
 MEASURED = {
     "noisy": ("test accuracy, trained on noisy labels alone", 0.894),
     "clean": ("... on clean images alone", 0.853),
@@ -54,7 +55,7 @@ MEASURED = {
     "identity": ("... on both, weights learned without curvature", 0.924),
     "oracle": ("... on both, wrong labels left out", 0.933),
     "auc": ("AUC of the learned weights as a test for wrong labels", 0.962),
-    "identity_auc": ("AUC of those learned without curvature", 0.96),
+    "identity_auc": ("AUC of those learned without curvature", 0.961),
 }
 BASELINES = ("noisy", "clean", "both")
 AUC = {"learned": "auc", "identity": "identity_auc"}
@@ -285,7 +286,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--final-steps", type=int, default=800, help=f"of each run after it, at least {CHECK_EVERY}")
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder for the picture and the logs")
     args = parser.parse_args(argv)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # a second one gains nothing at this size, and stalls on a busy machine
     silence_lightning()
     solvers: dict[str, Solver | None] = {"learned": None} | ({"identity": Identity()} if args.controls else {})
     picture = args.output / "clean_noisy_labels.png"
