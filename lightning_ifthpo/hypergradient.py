@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_ifthpo.autodiff import add, differentiable, vjp
-from lightning_ifthpo.curvature import FiniteDifferenceOperator, GaussNewtonOperator, HessianOperator
+from lightning_ifthpo.curvature import Curvature, HessianOperator, curvature_operator
 from lightning_ifthpo.loss_graph import LossGraph, LossValue, check_loss, loss_and_outputs
 from lightning_ifthpo.random_state import RandomState
 from lightning_ifthpo.solvers import ConjugateGradient, Direct, Solver, SolveResult, Status
@@ -19,15 +19,7 @@ from lightning_ifthpo.solvers.base import require_at_least
 from lightning_ifthpo.solvers.diagnosis import diagnose
 from lightning_ifthpo.space import ParameterSpace, check_real
 
-Curvature: TypeAlias = Literal["hessian", "gauss_newton", "finite_difference"]
 Loss: TypeAlias = Callable[[], LossValue]
-
-_OPERATORS: dict[str, type[HessianOperator] | type[GaussNewtonOperator] | type[FiniteDifferenceOperator]] = {
-    "hessian": HessianOperator,
-    "gauss_newton": GaussNewtonOperator,
-    "finite_difference": FiniteDifferenceOperator,
-}
-
 
 @dataclass(frozen=True)
 class Hypergradient:
@@ -114,14 +106,12 @@ def implicit_hypergradient(
     >>> implicit_hypergradient(inner, outer, [w], [log_decay]).gradients  # w · dw/dλ = 1 · (−2 · 1/4)
     [tensor(-0.5000)]
     """
-    if curvature not in _OPERATORS:
-        raise ValueError(f"expected curvature to be one of {sorted(_OPERATORS)}, got {curvature!r}")
     space = ParameterSpace(parameters)
     for index, tensor in enumerate(hyperparameters):
         check_real(tensor, f"hyperparameter {index}")
     with differentiable(hyperparameters):
         outer = _OuterGradient.of(outer_loss, space, hyperparameters)
-        operator = _OPERATORS[curvature](inner_loss, parameters)
+        operator = curvature_operator(curvature, inner_loss, parameters)
         solution = solver.solve(operator, outer.v, x0)
         mixed = operator.mixed_product(solution.x, hyperparameters)
         result = _assembled(outer, hyperparameters, mixed, [operator.loss], solution)

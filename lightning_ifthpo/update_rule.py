@@ -61,7 +61,7 @@ class UpdateRule:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     state = optimizer.state.get(parameter, {})
-                    step = _lasting_rate(optimizer, group) * _preconditioner(optimizer, group, state, parameter)
+                    step = _lasting_rate(optimizer, group, state) * preconditioner(optimizer, group, state, parameter)
                     steps[id(parameter)] = step
                     decays[id(parameter)] = _decay(optimizer, group, step)
         return cls(*(space.flatten([found.get(id(p)) for p in parameters]) for found in (steps, decays)))
@@ -72,22 +72,20 @@ def is_known(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, _KNOWN)
 
 
-def _lasting_rate(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
-    """Returns the learning rate over 1 − β, with the weight at which a new gradient enters the velocity."""
+def is_decoupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    """Returns whether the weight decay shrinks the weights directly, w ← (1 − lr·d)w, instead of entering the gradient."""
+    return isinstance(optimizer, AdamW) or bool(group.get("decoupled_weight_decay", False))
+
+
+def learning_rate(optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any]) -> float:
+    """Returns the learning rate of a parameter's next update, as a number."""
     rate = float(group["lr"])
-    if isinstance(optimizer, (SGD, RMSprop)) and group["momentum"]:
-        rate *= (1.0 - float(group.get("dampening", 0.0))) / (1.0 - float(group["momentum"]))
+    if isinstance(optimizer, Adagrad):
+        rate /= 1.0 + float(state.get("step", 0.0)) * float(group["lr_decay"])
     return rate
 
 
-def _decay(optimizer: Optimizer, group: Mapping[str, Any], step: Tensor) -> Tensor:
-    """Returns d: of a decoupled decay w ← w(1 − lr·d₀), what would act as much through the step."""
-    decay = float(group.get("weight_decay", 0.0)) if is_known(optimizer) else 0.0
-    decoupled = isinstance(optimizer, AdamW) or bool(group.get("decoupled_weight_decay", False))
-    return float(group["lr"]) * decay / step.clamp_min(1e-30) if decoupled else torch.full_like(step, decay)
-
-
-def _preconditioner(
+def preconditioner(
     optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor
 ) -> Tensor:
     """Returns the factor between velocity and update, shaped like the parameter."""
@@ -96,10 +94,26 @@ def _preconditioner(
     second: Tensor
     if isinstance(optimizer, RMSprop):
         mean = state.get("grad_avg")
-        second = state["square_avg"] if mean is None else state["square_avg"] - mean.square()
+        second = state["square_avg"] if mean is None else (state["square_avg"] - mean.square()).clamp_min(0.0)
     elif isinstance(optimizer, Adagrad):
         second = state["sum"]
     else:
         bias_correction = 1.0 - float(group["betas"][1]) ** float(state["step"])
         second = state.get("max_exp_avg_sq", state["exp_avg_sq"]) / bias_correction
     return 1.0 / (second.sqrt() + float(group["eps"]))
+
+
+def _lasting_rate(optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any]) -> float:
+    """Returns the learning rate over 1 − β, with the weight at which a new gradient enters the velocity."""
+    rate = learning_rate(optimizer, group, state)
+    if isinstance(optimizer, (SGD, RMSprop)) and group["momentum"]:
+        rate *= (1.0 - float(group.get("dampening", 0.0))) / (1.0 - float(group["momentum"]))
+    return rate
+
+
+def _decay(optimizer: Optimizer, group: Mapping[str, Any], step: Tensor) -> Tensor:
+    """Returns d: of a decoupled decay w ← w(1 − lr·d₀), what would act as much through the step."""
+    decay = float(group.get("weight_decay", 0.0)) if is_known(optimizer) else 0.0
+    if is_decoupled(optimizer, group):
+        return float(group["lr"]) * decay / step.clamp_min(1e-30)
+    return torch.full_like(step, decay)

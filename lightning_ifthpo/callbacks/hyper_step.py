@@ -14,8 +14,9 @@ from lightning_ifthpo.autodiff import differentiable
 from lightning_ifthpo.callbacks.evaluation import CurvaturePrecision, Losses, twice_differentiable, undisturbed
 from lightning_ifthpo.callbacks.outer_data import OuterData
 from lightning_ifthpo.callbacks.preflight import data_module
+from lightning_ifthpo.curvature import Curvature
 from lightning_ifthpo.curvature.marking import recording_outputs
-from lightning_ifthpo.hypergradient import Curvature, Hypergradient, implicit_hypergradient
+from lightning_ifthpo.hypergradient import Hypergradient, implicit_hypergradient
 from lightning_ifthpo.loss_graph import check_loss
 from lightning_ifthpo.random_state import isolated
 from lightning_ifthpo.solvers import Identity, Solver, SolveResult, Status

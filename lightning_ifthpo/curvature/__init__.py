@@ -1,12 +1,22 @@
 """Curvature of a loss as symmetric operators, known by their products."""
 
+from lightning_ifthpo.curvature.average import AverageOperator
 from lightning_ifthpo.curvature.finite_difference import FiniteDifferenceOperator
 from lightning_ifthpo.curvature.gauss_newton import GaussNewtonOperator
 from lightning_ifthpo.curvature.hessian import HessianOperator
+from lightning_ifthpo.curvature.kinds import Curvature, curvature_operator
 from lightning_ifthpo.curvature.marking import mark_outputs
-from lightning_ifthpo.curvature.operator import CurvatureOperator, DampedOperator, LossOperator, MatrixOperator
+from lightning_ifthpo.curvature.operator import (
+    CurvatureOperator,
+    DampedOperator,
+    LossOperator,
+    MatrixOperator,
+    PreconditionedOperator,
+)
 
 __all__ = [
+    "AverageOperator",
+    "Curvature",
     "CurvatureOperator",
     "DampedOperator",
     "FiniteDifferenceOperator",
@@ -14,5 +24,7 @@ __all__ = [
     "HessianOperator",
     "LossOperator",
     "MatrixOperator",
+    "PreconditionedOperator",
+    "curvature_operator",
     "mark_outputs",
 ]

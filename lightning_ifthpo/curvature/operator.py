@@ -43,6 +43,10 @@ class CurvatureOperator(ABC):
         """Returns A + δI, or A + diag(δ) for δ: [n]; δ in loss / parameter²."""
         return DampedOperator(self, delta)
 
+    def preconditioned(self, preconditioner: Tensor) -> CurvatureOperator:
+        """Returns P^½ A P^½ for a diagonal P ≥ 0: [n]; its eigenvalues are those of PA."""
+        return PreconditionedOperator(self, preconditioner)
+
 
 class LossOperator(CurvatureOperator):
     """The curvature of an inner loss L(λ, w) in w, which also knows how w and λ interact."""
@@ -98,3 +102,23 @@ class DampedOperator(CurvatureOperator):
 
     def _product(self, v: Tensor) -> Tensor:
         return self.operator.matvec(v) + self.delta * v
+
+
+class PreconditionedOperator(CurvatureOperator):
+    """P^½ A P^½ with a diagonal P: symmetric, and similar to PA, by which a preconditioned gradient step contracts.
+
+    Raises:
+        ValueError: If P does not have shape [n].
+    """
+
+    def __init__(self, operator: CurvatureOperator, preconditioner: Tensor) -> None:
+        if preconditioner.shape != (operator.size,):
+            raise ValueError(f"expected a preconditioner of shape ({operator.size},), got {tuple(preconditioner.shape)}")
+        self.operator = operator
+        self._root = preconditioner.sqrt()
+        self.size = operator.size
+        self.dtype = operator.dtype
+        self.device = operator.device
+
+    def _product(self, v: Tensor) -> Tensor:
+        return self._root * self.operator.matvec(self._root * v)

@@ -1,0 +1,39 @@
+"""Curvatures by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
+
+from torch import Tensor
+
+from lightning_ifthpo.curvature.finite_difference import FiniteDifferenceOperator
+from lightning_ifthpo.curvature.gauss_newton import GaussNewtonOperator
+from lightning_ifthpo.curvature.hessian import HessianOperator
+from lightning_ifthpo.loss_graph import LossValue
+
+Curvature: TypeAlias = Literal["hessian", "gauss_newton", "finite_difference"]
+
+OPERATORS: dict[str, type[HessianOperator] | type[GaussNewtonOperator] | type[FiniteDifferenceOperator]] = {
+    "hessian": HessianOperator,
+    "gauss_newton": GaussNewtonOperator,
+    "finite_difference": FiniteDifferenceOperator,
+}
+
+
+def curvature_operator(
+    curvature: Curvature, loss: Callable[[], LossValue], parameters: Sequence[Tensor]
+) -> HessianOperator | GaussNewtonOperator | FiniteDifferenceOperator:
+    """Returns the curvature of a loss under its name.
+
+    Args:
+        curvature: "hessian", "gauss_newton" or "finite_difference".
+        loss: Callable without arguments that returns the scalar loss, or (loss, outputs).
+        parameters: The tensors w, together [n].
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if curvature not in OPERATORS:
+        raise ValueError(f"expected curvature to be one of {sorted(OPERATORS)}, got {curvature!r}")
+    return OPERATORS[curvature](loss, parameters)

@@ -1,0 +1,128 @@
+"""How many eigenvalues lie where."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_ifthpo.curvature.operator import CurvatureOperator
+from lightning_ifthpo.spectrum.krylov import KrylovBasis, random_vector, seeded
+
+
+@dataclass(frozen=True)
+class SpectralDensity:
+    """The distribution of the eigenvalues of an operator, as point masses.
+
+    Attributes:
+        eigenvalues: [q], ascending, float64; NaN for a non-finite operator.
+        weights: [q]; the fraction of all eigenvalues that each point stands for; they sum to one.
+        error: Estimated Wasserstein distance to the true distribution, in the unit of an eigenvalue.
+        products: Products with the operator that were spent.
+        converged: Whether the error is at most rtol times the range of the eigenvalues.
+    """
+
+    eigenvalues: Tensor
+    weights: Tensor
+    error: float
+    products: int
+    converged: bool
+
+    def smoothed(self, points: Tensor, width: float) -> Tensor:
+        """Returns the density at points [p], [p], per unit of eigenvalue, with Gaussians of a width for masses."""
+        distances = (points.to(self.eigenvalues)[:, None] - self.eigenvalues) / width
+        return torch.exp(-distances.square() / 2) @ self.weights / (width * math.sqrt(2 * math.pi))
+
+
+def spectral_density(
+    operator: CurvatureOperator,
+    *,
+    max_probes: int = 20,
+    iterations: int = 50,
+    rtol: float = 1e-2,
+    generator: torch.Generator | None = None,
+) -> SpectralDensity:
+    """Returns the distribution of the eigenvalues, by stochastic Lanczos quadrature.
+
+    Each random probe gives a Gauss quadrature whose nodes are Ritz values and whose weights are the squared first
+    entries of their vectors (Golub and Welsch 1969); their mean estimates the distribution (Ubaru, Chen, Saad 2017).
+    The large operators of deep learning average themselves, so that few probes are enough: sampling stops when the
+    estimated error is below rtol times the range.
+
+    Args:
+        operator: A, symmetric, on vectors [n].
+        max_probes: Random vectors to draw at most.
+        iterations: Products for each of them.
+        rtol: Error to stop at, relative to the range of the eigenvalues found.
+        generator: CPU generator that draws the random vectors; a fixed seed where not given.
+
+    Raises:
+        ValueError: If max_probes < 1 or iterations < 2.
+
+    >>> from lightning_ifthpo.curvature import MatrixOperator
+    >>> density = spectral_density(MatrixOperator(torch.diag(torch.tensor([3.0, 3.0, 3.0, -1.0]))))
+    >>> density.smoothed(torch.tensor([3.0, 1.0, -1.0]), width=0.1).round(decimals=0)
+    tensor([3., 0., 1.], dtype=torch.float64)
+    """
+    if max_probes < 1 or iterations < 2:
+        raise ValueError(f"expected max_probes >= 1 and iterations >= 2, got {max_probes} and {iterations}")
+    generator = seeded(generator)
+    quadratures: list[_Quadrature] = []
+    converged = False
+    while len(quadratures) < max_probes and not converged:
+        quadratures.append(_quadrature(operator, iterations, generator))
+        values, weights = _pooled(quadratures)
+        if not bool(values.isfinite().all()):
+            return SpectralDensity(values, weights, math.nan, sum(q.products for q in quadratures), converged=False)
+        truncation = sum(quadrature.truncation for quadrature in quadratures) / len(quadratures)
+        error = truncation + _sampling_error(values, weights, operator.size, len(quadratures))
+        converged = error <= rtol * float(values[-1] - values[0])
+    return SpectralDensity(values, weights, error, sum(q.products for q in quadratures), converged)
+
+
+@dataclass(frozen=True)
+class _Quadrature:
+    """What one probe says: nodes and weights, and how far they moved in the second half of the iterations."""
+
+    values: Tensor
+    weights: Tensor
+    truncation: float
+    products: int
+
+
+def _quadrature(operator: CurvatureOperator, iterations: int, generator: torch.Generator) -> _Quadrature:
+    # signs rather than normal numbers: exact for a diagonal operator, and never worse
+    basis = KrylovBasis(operator, random_vector(operator, generator).sign(), generator)
+    for _ in range(min(iterations, operator.size)):
+        basis.extend()
+        if basis.exhausted or not basis.finite:
+            break
+    ritz = basis.ritz()
+    truncation = 0.0
+    if not basis.exhausted and basis.finite:
+        half = basis.ritz(basis.products // 2)
+        truncation = wasserstein(half.values, half.weights, ritz.values, ritz.weights)
+    return _Quadrature(ritz.values, ritz.weights, truncation, basis.products)
+
+
+def _pooled(quadratures: list[_Quadrature]) -> tuple[Tensor, Tensor]:
+    values, order = torch.cat([quadrature.values for quadrature in quadratures]).sort()
+    return values, torch.cat([quadrature.weights for quadrature in quadratures])[order] / len(quadratures)
+
+
+def _sampling_error(values: Tensor, weights: Tensor, size: int, probes: int) -> float:
+    """Returns how far the mean over probes is expected to be off.
+
+    The weight below a point x that a random unit vector sees varies about the true one, F(x), with variance 2F(1 − F)/n.
+    """
+    below = weights.cumsum(0)[:-1].clamp(0.0, 1.0)
+    return float(((2 * below * (1 - below) / (size * probes)).sqrt() * values.diff()).sum())
+
+
+def wasserstein(values: Tensor, weights: Tensor, other_values: Tensor, other_weights: Tensor) -> float:
+    """Returns the Wasserstein-1 distance of two sets of point masses on a line, the area between their cumulatives."""
+    points, order = torch.cat([values, other_values]).sort()
+    gap = torch.cat([weights, -other_weights])[order].cumsum(0)[:-1]
+    return float((gap.abs() * points.diff()).sum())

@@ -1,0 +1,103 @@
+"""Both ends of a spectrum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_ifthpo.curvature.operator import CurvatureOperator
+from lightning_ifthpo.spectrum.krylov import KrylovBasis, seeded
+
+
+@dataclass(frozen=True)
+class ExtremeEigenvalues:
+    """Both ends of a spectrum.
+
+    Attributes:
+        largest: [k], descending; largest[0] is λ_max.
+        smallest: [k], ascending; smallest[0] is λ_min.
+        largest_bounds: [k]; an eigenvalue lies within this distance of each of `largest`.
+        smallest_bounds: [k]; the same for `smallest`.
+        products: Products with the operator that were spent.
+        converged: Whether each bound is at most rtol · max(|λ_max|, |λ_min|). Never true for a non-finite operator,
+            whose eigenvalues are reported as NaN.
+        largest_vectors: [k, n]; unit vectors that belong to `largest`, where they were asked for.
+        smallest_vectors: [k, n]; the same for `smallest`.
+    """
+
+    largest: Tensor
+    smallest: Tensor
+    largest_bounds: Tensor
+    smallest_bounds: Tensor
+    products: int
+    converged: bool
+    largest_vectors: Tensor | None = None
+    smallest_vectors: Tensor | None = None
+
+    @property
+    def relative_residual(self) -> float:
+        """The largest bound over max(|λ_max|, |λ_min|); zero for a zero operator."""
+        scale = float(torch.stack([self.largest[0], self.smallest[0]]).abs().amax())
+        bound = float(torch.cat([self.largest_bounds, self.smallest_bounds]).amax())
+        return bound / scale if scale else bound
+
+
+def lanczos(
+    operator: CurvatureOperator,
+    *,
+    k: int = 1,
+    max_iterations: int = 100,
+    rtol: float = 1e-6,
+    start: Tensor | None = None,
+    vectors: bool = False,
+    generator: torch.Generator | None = None,
+) -> ExtremeEigenvalues:
+    """Returns the k largest and the k smallest eigenvalues, by Lanczos with full reorthogonalization.
+
+    Ritz values lie inside the spectrum, so that a negative one proves negative curvature; each comes with a residual
+    bound, within which there is some eigenvalue. The sum of old eigenvectors is a good start for a nearby operator.
+    Cost beside the products: O(n · iterations²), and memory iterations · n.
+
+    Args:
+        operator: A, symmetric, on vectors [n].
+        k: Eigenvalues wanted at each end; at most n.
+        max_iterations: Products to spend at most.
+        rtol: Stop when all bounds are below rtol times the largest magnitude.
+        start: First vector, [n]; a random one where not given.
+        vectors: Return the eigenvectors too.
+        generator: CPU generator that draws the random vectors; a fixed seed where not given.
+
+    Raises:
+        ValueError: If k does not lie in 1 … n, or max_iterations < k.
+
+    >>> from lightning_ifthpo.curvature import MatrixOperator
+    >>> result = lanczos(MatrixOperator(torch.diag(torch.tensor([1.001, -1.002, 0.3, 0.1]))))
+    >>> round(result.largest.item(), 4), round(result.smallest.item(), 4), result.converged
+    (1.001, -1.002, True)
+    """
+    if not 1 <= k <= operator.size:
+        raise ValueError(f"expected 1 <= k <= {operator.size} (the dimension), got {k}")
+    if max_iterations < k:
+        raise ValueError(f"expected max_iterations >= k = {k}, got {max_iterations}")
+    basis = KrylovBasis(operator, start, seeded(generator))
+    while True:
+        basis.extend()
+        ritz = basis.ritz()
+        wanted = torch.cat([ritz.bounds[-k:], ritz.bounds[:k]])
+        settled = basis.products >= k and bool((wanted <= rtol * ritz.values.abs().amax()).all())
+        # A given start may lie in an invariant subspace, and know nothing of the rest of the spectrum.
+        converged = settled and not (basis.confined and basis.products < operator.size)
+        if converged or not basis.finite or basis.products >= min(max_iterations, operator.size):
+            break
+    return ExtremeEigenvalues(
+        largest=ritz.values.flip(0)[:k],
+        smallest=ritz.values[:k],
+        largest_bounds=ritz.bounds.flip(0)[:k],
+        smallest_bounds=ritz.bounds[:k],
+        products=basis.products,
+        converged=converged,
+        largest_vectors=basis.combined(ritz.coefficients.flip(1)[:, :k]) if vectors else None,
+        smallest_vectors=basis.combined(ritz.coefficients[:, :k]) if vectors else None,
+    )
