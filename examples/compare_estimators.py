@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_ifthpo import implicit_hypergradient
-from lightning_ifthpo.hypergradient import Curvature
+from lightning_ifthpo.curvature import Curvature
 from lightning_ifthpo.solvers import Amortized, ConjugateGradient, Identity, Neumann, Solver
 from lightning_ifthpo.update_rule import UpdateRule
 

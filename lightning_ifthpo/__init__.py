@@ -1,6 +1,6 @@
 """Hyperparameters by implicit differentiation, inside one Lightning training run."""
 
-from lightning_ifthpo.callbacks import IFTHypergradient
+from lightning_ifthpo.callbacks import IFTHypergradient, SharpnessMonitor
 from lightning_ifthpo.hypergradient import (
     Hypergradient,
     HypergradientMismatchError,
@@ -15,6 +15,7 @@ __all__ = [
     "Hypergradient",
     "HypergradientMismatchError",
     "IFTHypergradient",
+    "SharpnessMonitor",
     "check_hypergradient",
     "implicit_hypergradient",
     "unrolled_hypergradient",

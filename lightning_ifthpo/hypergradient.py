@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from lightning_ifthpo.autodiff import add, differentiable, vjp
+from lightning_ifthpo.checks import require_at_least
 from lightning_ifthpo.curvature import Curvature, HessianOperator, curvature_operator
 from lightning_ifthpo.loss_graph import LossGraph, LossValue, check_loss, loss_and_outputs
 from lightning_ifthpo.random_state import RandomState
 from lightning_ifthpo.solvers import ConjugateGradient, Direct, Solver, SolveResult, Status
-from lightning_ifthpo.solvers.base import require_at_least
 from lightning_ifthpo.solvers.diagnosis import diagnose
 from lightning_ifthpo.space import ParameterSpace, check_real
 
 Loss: TypeAlias = Callable[[], LossValue]
+
 
 @dataclass(frozen=True)
 class Hypergradient:

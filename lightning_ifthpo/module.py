@@ -119,14 +119,7 @@ class BilevelLightningModule:
         """
         if not self.trains_by_itself:
             raise NotImplementedError(f"{type(self).__name__} needs inner_loss(batch), or training_step")
-        value = _call_step(_module(self).training_step, batch, max(_module(self).trainer.fit_loop.batch_idx, 0))
-        loss = value.get("loss") if isinstance(value, Mapping) else value
-        if not isinstance(loss, Tensor):
-            raise TypeError(
-                f"expected training_step to return a loss, or a dict with the key 'loss', got {type(value).__name__}; "
-                "define inner_loss(batch) to say what the weights minimize"
-            )
-        return loss
+        return _loss_of_step(_module(self), batch)
 
     def outer_loss(self, batch: Any) -> Tensor:
         """Returns L_V(λ, w) on an outer batch, a scalar: what the hyperparameters minimize; evaluated in eval mode."""
@@ -149,6 +142,16 @@ class BilevelLightningModule:
     def defines_inner_loss(self) -> bool:
         """Whether there is an `inner_loss` that is not made of `training_step`."""
         return type(self).inner_loss is not BilevelLightningModule.inner_loss
+
+
+def training_loss(module: Any, batch: Any) -> Tensor:
+    """Returns what the weights of any LightningModule minimize on a batch, a scalar.
+
+    That is its `inner_loss`, with the mixin or without, or else the loss of its `training_step`.
+    """
+    inner_loss = getattr(module, "inner_loss", None)
+    loss: Tensor = inner_loss(batch) if callable(inner_loss) else _loss_of_step(module, batch)
+    return loss
 
 
 def _module(mixin: object) -> Any:
@@ -175,8 +178,16 @@ def _validation_step(self: Any, batch: Any, batch_idx: int) -> Tensor:
     return loss
 
 
-def _call_step(step: Any, batch: Any, batch_idx: int) -> Any:
-    """Calls a training step with the arguments that it takes, as the Trainer does."""
+def _loss_of_step(module: Any, batch: Any) -> Tensor:
+    """Calls the training step as the Trainer does, with the arguments that it takes."""
+    step = module.training_step
     parameters = inspect.signature(step).parameters
     several = len(parameters) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
-    return step(batch, batch_idx) if several else step(batch)
+    value = step(batch, max(module.trainer.fit_loop.batch_idx, 0)) if several else step(batch)
+    loss = value.get("loss") if isinstance(value, Mapping) else value
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"expected training_step to return a loss, or a dict with the key 'loss', got {type(value).__name__}; "
+            "define inner_loss(batch) to say what the weights minimize"
+        )
+    return loss

@@ -73,7 +73,7 @@ def is_known(optimizer: Optimizer) -> bool:
 
 
 def is_decoupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
-    """Returns whether the weight decay shrinks the weights directly, w ← (1 − lr·d)w, instead of entering the gradient."""
+    """Returns whether the weight decay shrinks the weights, w ← (1 − lr·d)w, instead of entering the gradient."""
     return isinstance(optimizer, AdamW) or bool(group.get("decoupled_weight_decay", False))
 
 

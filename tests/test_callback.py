@@ -19,46 +19,7 @@ from lightning_ifthpo.callbacks.hyper_step import HyperStepper
 from lightning_ifthpo.hyperparameters import WeightDecay
 from lightning_ifthpo.solvers import Amortized, ConjugateGradient, Identity, Neumann
 from tests.problems import relative_error
-from tests.trainers import Classifier, Ridge, loader, quiet_trainer
-
-
-class Recorder(Callback):
-    """Notes what each batch leaves behind."""
-
-    def __init__(self):
-        self.batches, self.logged = [], []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        gradients = [p.grad.clone() for p in pl_module.inner_parameters() if p.grad is not None]
-        state = {k: v.clone() for k, v in pl_module.state_dict().items()}
-        modes = [m.training for m in pl_module.modules()]
-        self.batches.append((state, gradients, modes, torch.get_rng_state(), outputs["loss"].clone()))
-        metric = getattr(pl_module, "accuracy", None)
-        if metric is not None:
-            self.logged.append({k: v.clone() for k, v in metric.metric_state.items()} | {"count": metric.update_count})
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items() if "hyper" not in k})
-
-
-def same(left, right):
-    if isinstance(left, torch.Tensor):
-        return torch.equal(left, right)
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(same, left, right))
-    return left == right or (left != left and right != right)
-
-
-def trained(callbacks, make=Classifier, **options):
-    """Makes a module, and trains it for three epochs of four batches."""
-    torch.manual_seed(7)
-    module = make()
-    recorder = Recorder()
-    trainer = quiet_trainer(callbacks=[*callbacks, recorder], **({"max_epochs": 3} | options))
-    trainer.fit(module)
-    return module, trainer, recorder
+from tests.trainers import Classifier, Ridge, loader, quiet_trainer, same, trained
 
 
 @pytest.mark.filterwarnings("ignore:hyper step .* ended with status 'negative_curvature'")

@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
@@ -145,3 +146,43 @@ class ResumableLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.first = state["next"] % len(self)  # an epoch at its end is over
+
+
+class Recorder(Callback):
+    """Notes what each batch leaves behind."""
+
+    def __init__(self) -> None:
+        self.batches, self.logged = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        gradients = [p.grad.clone() for p in pl_module.parameters() if p.grad is not None]
+        state = {k: v.clone() for k, v in pl_module.state_dict().items()}
+        modes = [m.training for m in pl_module.modules()]
+        self.batches.append((state, gradients, modes, torch.get_rng_state(), outputs["loss"].clone()))
+        metric = getattr(pl_module, "accuracy", None)
+        if metric is not None:
+            self.logged.append({k: v.clone() for k, v in metric.metric_state.items()} | {"count": metric.update_count})
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        own = ("hyper", "sharpness")
+        self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(own)})
+
+
+def same(left, right):
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right or (left != left and right != right)
+
+
+def trained(callbacks, make=Classifier, **options):
+    """Makes a module, and trains it for three epochs of four batches."""
+    torch.manual_seed(7)
+    module = make()
+    recorder = Recorder()
+    trainer = quiet_trainer(callbacks=[*callbacks, recorder], **({"max_epochs": 3} | options))
+    trainer.fit(module)
+    return module, trainer, recorder

@@ -1,5 +1,6 @@
 """Callbacks for the Trainer."""
 
 from lightning_ifthpo.callbacks.hypergradient import IFTHypergradient
+from lightning_ifthpo.callbacks.sharpness import SharpnessMonitor
 
-__all__ = ["IFTHypergradient"]
+__all__ = ["IFTHypergradient", "SharpnessMonitor"]

@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from lightning_ifthpo.solvers.base import require_at_least
+import torch
+
+from lightning_ifthpo.checks import require_at_least
 
 
 class Cadence:
@@ -95,3 +97,10 @@ class Cadence:
         if self._max_overhead is not None:
             synchronize()
         return self._clock()
+
+
+def synchronization(device: torch.device) -> Callable[[], None]:
+    """Returns what waits until the device has done its work."""
+    if device.type == "cpu":
+        return lambda: None
+    return torch.accelerator.synchronize

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import lightning as L
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchmetrics import Metric
 
+from lightning_ifthpo.module import training_loss
 from lightning_ifthpo.random_state import isolated
 
 CurvaturePrecision: TypeAlias = Literal["32", "inherit"]
@@ -60,7 +62,7 @@ class Losses:
 
     Args:
         trainer: Whose precision plugin is used.
-        module: The module, with methods `inner_loss` and `outer_loss`.
+        module: The module, with an inner loss or a training step, and with `outer_loss` where that is evaluated.
         precision: "32" evaluates without autocast; "inherit" as training does.
     """
 
@@ -73,7 +75,7 @@ class Losses:
 
     def inner(self, batch: Any) -> Callable[[], Tensor]:
         """Returns the inner loss on a batch, as a callable without arguments."""
-        return lambda: self._evaluate(self._module.inner_loss, batch, training=True)
+        return lambda: self._evaluate(partial(training_loss, self._module), batch, training=True)
 
     def outer(self, batch: Any) -> Callable[[], Tensor]:
         """Returns the outer loss on a batch, as a callable without arguments."""
@@ -86,6 +88,30 @@ class Losses:
         batch = apply_to_collection(batch, Tensor, Tensor.clone)
         with self._context():
             return loss(batch)
+
+
+def prepared(trainer: L.Trainer, module: L.LightningModule, batch: Any, seed: int) -> Any:
+    """Returns a batch on the device, converted as a validation batch would be; random transforms draw from a seed."""
+    trainer.validating = True  # augmentations that ask self.trainer.training must not touch it
+    try:
+        with isolated(module.device, seed):
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = _transfer_hook_owner(trainer, module).on_before_batch_transfer(batch, 0)
+            return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    finally:
+        trainer.training = True
+
+
+def _transfer_hook_owner(trainer: L.Trainer, module: Any) -> Any:
+    """Returns the data module where it overrides the hook, else the module, as the Trainer does."""
+    owner = data_module(trainer)
+    hook = None if owner is None else type(owner).on_before_batch_transfer
+    return module if hook is None or hook.__module__.split(".")[0] in ("lightning", "pytorch_lightning") else owner
+
+
+def data_module(trainer: L.Trainer) -> Any:
+    """Returns the LightningDataModule in use, if any."""
+    return getattr(trainer, "datamodule", None)
 
 
 @contextmanager

@@ -11,14 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ifthpo.autodiff import differentiable
-from lightning_ifthpo.callbacks.evaluation import CurvaturePrecision, Losses, twice_differentiable, undisturbed
+from lightning_ifthpo.callbacks.evaluation import (
+    CurvaturePrecision,
+    Losses,
+    prepared,
+    twice_differentiable,
+    undisturbed,
+)
 from lightning_ifthpo.callbacks.outer_data import OuterData
-from lightning_ifthpo.callbacks.preflight import data_module
 from lightning_ifthpo.curvature import Curvature
 from lightning_ifthpo.curvature.marking import recording_outputs
 from lightning_ifthpo.hypergradient import Hypergradient, implicit_hypergradient
 from lightning_ifthpo.loss_graph import check_loss
-from lightning_ifthpo.random_state import isolated
 from lightning_ifthpo.solvers import Identity, Solver, SolveResult, Status
 from lightning_ifthpo.update_rule import UpdateRule
 
@@ -158,16 +162,7 @@ class HyperStepper:
             yield Losses(self._trainer, self._module, self._precision)
 
     def _prepared(self, batch: Any) -> Any:
-        """Returns the batch on the device, converted as a validation batch would be."""
-        trainer = self._trainer
-        trainer.validating = True  # augmentations that ask self.trainer.training must not touch outer data
-        try:
-            with isolated(self._module.device, self._seed + self.steps):
-                batch = trainer.precision_plugin.convert_input(batch)
-                batch = _transfer_hook_owner(trainer, self._module).on_before_batch_transfer(batch, 0)
-                return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-        finally:
-            trainer.training = True
+        return prepared(self._trainer, self._module, batch, self._seed + self.steps)
 
     def _check_influence(self, unused: set[int]) -> None:
         """Raises unless each registered hyperparameter, a module as a whole, has an influence."""
@@ -181,13 +176,6 @@ class HyperStepper:
                     "so that implicit differentiation cannot tune it. Use it in inner_loss; for a learning rate, "
                     "ExactGeN or a sweep is the tool"
                 )
-
-
-def _transfer_hook_owner(trainer: L.Trainer, module: Any) -> Any:
-    """Returns the data module where it overrides the hook, else the module, as the Trainer does."""
-    owner = data_module(trainer)
-    hook = None if owner is None else type(owner).on_before_batch_transfer
-    return module if hook is None or hook.__module__.split(".")[0] in ("lightning", "pytorch_lightning") else owner
 
 
 def _check_value(name: str, value: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import lightning as L
@@ -10,11 +10,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_ifthpo.callbacks.cadence import Cadence
+from lightning_ifthpo.callbacks.cadence import Cadence, synchronization
 from lightning_ifthpo.callbacks.evaluation import CurvaturePrecision
 from lightning_ifthpo.callbacks.hyper_step import HyperStepper
 from lightning_ifthpo.callbacks.logging import log_metrics
 from lightning_ifthpo.callbacks.preflight import check_module, check_precision, find_outer_data
+from lightning_ifthpo.checks import require_choice
 from lightning_ifthpo.hypergradient import Hypergradient
 from lightning_ifthpo.module import BilevelLightningModule
 from lightning_ifthpo.solvers import Amortized, Solver, Status
@@ -69,9 +70,9 @@ class IFTHypergradient(L.Callback):
         super().__init__()
         if not isinstance(solver, Solver | None):
             raise TypeError(f"expected solver to be an instance such as ConjugateGradient(), or None, got {solver!r}")
-        _require_choice("curvature", curvature, _CURVATURES)
-        _require_choice("on_failure", on_failure, ("skip", "use", "raise"))
-        _require_choice("precision", precision, ("32", "inherit"))
+        require_choice("curvature", curvature, _CURVATURES)
+        require_choice("on_failure", on_failure, ("skip", "use", "raise"))
+        require_choice("precision", precision, ("32", "inherit"))
         self.every_n_batches = every_n_batches
         self.curvature = curvature
         self.solver = Amortized(products=2, horizon=100) if solver is None else solver
@@ -169,7 +170,7 @@ class IFTHypergradient(L.Callback):
         stepper = self._active_stepper
         if not self._cadence.is_due(hurry=bool(getattr(trainer, "fast_dev_run", False)) and stepper.steps == 0):
             return
-        with self._cadence.firing(_synchronization(pl_module.device)):
+        with self._cadence.firing(synchronization(pl_module.device)):
             # A diagnosis costs products, so only the failure that is told about gets one.
             result = stepper.compute(batch, diagnosed=not self._warned or self.on_failure == "raise")
             if self._accepts(result, stepper.steps):
@@ -239,15 +240,3 @@ def _summaries(module: Any) -> dict[str, float]:
 
 def _norm(tensors: Iterable[Tensor]) -> float:
     return float(torch.linalg.vector_norm(torch.cat([tensor.reshape(-1) for tensor in tensors])))
-
-
-def _synchronization(device: torch.device) -> Callable[[], None]:
-    """Returns what waits until the device has done its work."""
-    if device.type == "cpu":
-        return lambda: None
-    return torch.accelerator.synchronize
-
-
-def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"expected {name} to be one of {choices}, got {value!r}")

@@ -86,7 +86,7 @@ class OuterData:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        _check_kind(source)
+        check_batches(source)
         if _length(source) == 0:
             raise ValueError("the outer data loader is empty: Check its data set, and drop_last beside batch_size")
         self.consumed = consumed
@@ -120,11 +120,12 @@ class OuterData:
         return batch
 
 
-def _check_kind(source: object) -> None:
+def check_batches(source: object) -> None:
+    """Raises TypeError unless the source yields batches, and does so again and again."""
     loaders = isinstance(source, (list, tuple)) and any(isinstance(item, DataLoader) for item in source)
     if isinstance(source, (Dataset, Iterator)) or loaders or not isinstance(source, Iterable):
         raise TypeError(
-            f"expected one DataLoader of outer batches, or a list of batches, got {type(source).__name__}"
+            f"expected one DataLoader, or a list of batches, got {type(source).__name__}"
             + (" of loaders" if loaders else "; wrap it in a DataLoader" if isinstance(source, Dataset) else "")
         )
 

@@ -8,7 +8,9 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
+from lightning_ifthpo.callbacks.evaluation import data_module
 from lightning_ifthpo.hyperparameters import WeightDecay
 from lightning_ifthpo.module import BilevelLightningModule
 from lightning_ifthpo.update_rule import is_known
@@ -32,8 +34,7 @@ def check_module(trainer: L.Trainer, module: Any, unfrozen: Iterable[str]) -> No
             f"IFTHypergradient needs a BilevelLightningModule, got {name}; add the mixin: "
             f"class {name}(BilevelLightningModule, LightningModule)"
         )
-    if trainer.world_size > 1:
-        raise ValueError(f"IFTHypergradient runs on one device so far, and the Trainer uses {trainer.world_size}")
+    check_single_device(trainer, "IFTHypergradient")
     if not any(True for _ in module.hyperparameters()):
         raise ValueError(
             f"{name} has no hyperparameters; call self.register_hyperparameter(name, tensor_or_module) in its __init__"
@@ -48,6 +49,29 @@ def check_module(trainer: L.Trainer, module: Any, unfrozen: Iterable[str]) -> No
             "inner_loss(batch) to say what the weights minimize"
         )
     _check_optimizers(trainer, module, set(unfrozen))
+
+
+def check_single_device(trainer: L.Trainer, callback: str) -> None:
+    """Raises ValueError if the Trainer uses several devices."""
+    if trainer.world_size > 1:
+        raise ValueError(f"{callback} runs on one device so far, and the Trainer uses {trainer.world_size}")
+
+
+def check_observed(trainer: L.Trainer, module: Any, top_k: int) -> None:
+    """Raises ValueError unless so many eigenvalues of the module's loss can be measured in this Trainer."""
+    check_single_device(trainer, "SharpnessMonitor")
+    name = type(module).__name__
+    weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not weights:
+        raise ValueError(f"{name} has no trainable parameters, and so no curvature to measure")
+    if not any(map(is_lazy, weights)) and top_k > sum(weight.numel() for weight in weights):
+        raise ValueError(f"top_k={top_k} eigenvalues are asked for, and {name} has fewer trainable weights")
+    by_hand = not module.automatic_optimization
+    if by_hand and getattr(type(module), "inner_loss", None) in (None, BilevelLightningModule.inner_loss):
+        raise ValueError(
+            f"{name} optimizes manually, so that its training_step cannot be evaluated without training; define "
+            "inner_loss(batch), which returns the loss whose curvature is wanted"
+        )
 
 
 def find_outer_data(trainer: L.Trainer, module: Any, given: Iterable[Any] | None) -> Iterable[Any]:
@@ -87,11 +111,6 @@ def check_precision(trainer: L.Trainer, curvature: str, precision: str) -> None:
             f"finite differences need float32 gradients, and the Trainer's precision is {kind!r}: use precision='32' "
             "in the callback with a mixed precision of the Trainer, or curvature='hessian'"
         )
-
-
-def data_module(trainer: L.Trainer) -> Any:
-    """Returns the LightningDataModule in use, if any."""
-    return getattr(trainer, "datamodule", None)
 
 
 def _check_optimizers(trainer: L.Trainer, module: BilevelLightningModule, unfrozen: set[str]) -> None:

@@ -113,7 +113,8 @@ class PreconditionedOperator(CurvatureOperator):
 
     def __init__(self, operator: CurvatureOperator, preconditioner: Tensor) -> None:
         if preconditioner.shape != (operator.size,):
-            raise ValueError(f"expected a preconditioner of shape ({operator.size},), got {tuple(preconditioner.shape)}")
+            shape = tuple(preconditioner.shape)
+            raise ValueError(f"expected a preconditioner of shape ({operator.size},), got {shape}")
         self.operator = operator
         self._root = preconditioner.sqrt()
         self.size = operator.size

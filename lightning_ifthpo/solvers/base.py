@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from lightning_ifthpo.checks import require_at_least
 from lightning_ifthpo.curvature.operator import CurvatureOperator
 from lightning_ifthpo.update_rule import UpdateRule
 
@@ -136,18 +137,6 @@ class Solver(ABC):
     @abstractmethod
     def _solve(self, operator: CurvatureOperator, b: Tensor, x0: Tensor | None) -> SolveResult:
         """Solves A x = b for a damped operator and b of length one."""
-
-
-def require_at_least(name: str, value: int, minimum: int) -> None:
-    """Raises ValueError unless the value is an integer that is large enough."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"expected {name} to be an integer >= {minimum}, got {value!r}")
-
-
-def require_tolerance(rtol: float | None) -> None:
-    """Raises ValueError unless the tolerance is None or lies in [0, 1)."""
-    if rtol is not None and not 0.0 <= rtol < 1.0:
-        raise ValueError(f"expected 0 <= rtol < 1 or None, got {rtol!r}")
 
 
 def measured_residual(operator: CurvatureOperator, x: Tensor, b: Tensor) -> float:

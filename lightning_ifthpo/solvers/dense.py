@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_ifthpo.checks import require_at_least
 from lightning_ifthpo.curvature.operator import CurvatureOperator
-from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, require_at_least
+from lightning_ifthpo.solvers.base import Solver, SolveResult, Status
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_ifthpo.checks import require_at_least, require_tolerance
 from lightning_ifthpo.curvature.operator import CurvatureOperator
-from lightning_ifthpo.solvers.base import (
-    Solver,
-    SolveResult,
-    Status,
-    measured_residual,
-    require_at_least,
-    require_tolerance,
-)
+from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, measured_residual
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_ifthpo.checks import require_at_least
 from lightning_ifthpo.curvature.operator import CurvatureOperator
-from lightning_ifthpo.solvers.base import (
-    Solver,
-    SolveResult,
-    Status,
-    measured_residual,
-    require_at_least,
-)
+from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, measured_residual
 from lightning_ifthpo.spectrum import lanczos
 
 

@@ -1,14 +1,16 @@
-"""Eigenvalues, trace and spectral density of a curvature operator from a few products."""
+"""Eigenvalues, trace and density of the spectrum of a curvature operator from a few products."""
 
 from lightning_ifthpo.spectrum.density import SpectralDensity, spectral_density
 from lightning_ifthpo.spectrum.lanczos import ExtremeEigenvalues, lanczos
 from lightning_ifthpo.spectrum.power_iteration import Eigenpair, power_iteration
 from lightning_ifthpo.spectrum.trace import TraceEstimate, trace
+from lightning_ifthpo.spectrum.tracking import SpectrumTracker
 
 __all__ = [
     "Eigenpair",
     "ExtremeEigenvalues",
     "SpectralDensity",
+    "SpectrumTracker",
     "TraceEstimate",
     "lanczos",
     "power_iteration",

@@ -115,7 +115,7 @@ def _pooled(quadratures: list[_Quadrature]) -> tuple[Tensor, Tensor]:
 def _sampling_error(values: Tensor, weights: Tensor, size: int, probes: int) -> float:
     """Returns how far the mean over probes is expected to be off.
 
-    The weight below a point x that a random unit vector sees varies about the true one, F(x), with variance 2F(1 − F)/n.
+    The weight that a random unit vector sees below a point varies about the true one, F, with variance 2F(1 − F)/n.
     """
     below = weights.cumsum(0)[:-1].clamp(0.0, 1.0)
     return float(((2 * below * (1 - below) / (size * probes)).sqrt() * values.diff()).sum())

@@ -18,7 +18,7 @@ class RitzPairs:
     Attributes:
         values: [size], ascending.
         bounds: [size]; some eigenvalue of the operator lies within this distance of each value: ‖Ay − θy‖ = β|s|, with
-            β the next off-diagonal entry and s the last entry of the eigenvector (Paige 1971).
+            β the next off-diagonal entry and s the last entry of the eigenvector (Paige 1971), plus rounding.
         weights: [size]; squared cosine of each Ritz vector with the first basis vector; they sum to one.
         coefficients: [size, size]; the Ritz vectors in the basis, one a column.
     """
@@ -63,7 +63,9 @@ class KrylovBasis:
 
     def extend(self) -> None:
         """Adds one vector, by one product."""
-        vector = self._orthogonalized(random_vector(self._operator, self._generator)) if self._next is None else self._next
+        vector = self._next
+        if vector is None:
+            vector = self._orthogonalized(random_vector(self._operator, self._generator))
         vector = vector / torch.linalg.vector_norm(vector)
         product = self._operator.matvec(vector)
         self._append(vector)
@@ -91,7 +93,9 @@ class KrylovBasis:
             off = torch.tensor(self._off_diagonal[: size - 1], dtype=torch.float64)
             matrix += torch.diag(off, 1) + torch.diag(off, -1)
         values, vectors = torch.linalg.eigh(matrix)
-        return RitzPairs(values, self._off_diagonal[size - 1] * vectors[-1].abs(), vectors[0].square(), vectors)
+        rounding = torch.finfo(self._rows.dtype).eps * float(values.abs().amax())  # of the products themselves
+        bounds = self._off_diagonal[size - 1] * vectors[-1].abs() + rounding
+        return RitzPairs(values, bounds, vectors[0].square(), vectors)
 
     def combined(self, coefficients: Tensor) -> Tensor:
         """Returns vectors [k, n] from coefficients [size, k] in this basis."""

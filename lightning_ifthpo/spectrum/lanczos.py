@@ -48,6 +48,7 @@ def lanczos(
     operator: CurvatureOperator,
     *,
     k: int = 1,
+    min_iterations: int = 1,
     max_iterations: int = 100,
     rtol: float = 1e-6,
     start: Tensor | None = None,
@@ -63,6 +64,7 @@ def lanczos(
     Args:
         operator: A, symmetric, on vectors [n].
         k: Eigenvalues wanted at each end; at most n.
+        min_iterations: Products to spend at least, which sharpen an end that is near zero beside the other.
         max_iterations: Products to spend at most.
         rtol: Stop when all bounds are below rtol times the largest magnitude.
         start: First vector, [n]; a random one where not given.
@@ -70,7 +72,7 @@ def lanczos(
         generator: CPU generator that draws the random vectors; a fixed seed where not given.
 
     Raises:
-        ValueError: If k does not lie in 1 … n, or max_iterations < k.
+        ValueError: If k does not lie in 1 … n, or max_iterations is less than k or min_iterations.
 
     >>> from lightning_ifthpo.curvature import MatrixOperator
     >>> result = lanczos(MatrixOperator(torch.diag(torch.tensor([1.001, -1.002, 0.3, 0.1]))))
@@ -79,14 +81,17 @@ def lanczos(
     """
     if not 1 <= k <= operator.size:
         raise ValueError(f"expected 1 <= k <= {operator.size} (the dimension), got {k}")
-    if max_iterations < k:
-        raise ValueError(f"expected max_iterations >= k = {k}, got {max_iterations}")
+    if max_iterations < max(k, min_iterations):
+        raise ValueError(
+            f"expected max_iterations >= k = {k} and >= min_iterations = {min_iterations}, got {max_iterations}"
+        )
     basis = KrylovBasis(operator, start, seeded(generator))
     while True:
         basis.extend()
         ritz = basis.ritz()
         wanted = torch.cat([ritz.bounds[-k:], ritz.bounds[:k]])
-        settled = basis.products >= k and bool((wanted <= rtol * ritz.values.abs().amax()).all())
+        enough = basis.products >= max(k, min(min_iterations, operator.size))
+        settled = enough and bool((wanted <= rtol * ritz.values.abs().amax()).all())
         # A given start may lie in an invariant subspace, and know nothing of the rest of the spectrum.
         converged = settled and not (basis.confined and basis.products < operator.size)
         if converged or not basis.finite or basis.products >= min(max_iterations, operator.size):

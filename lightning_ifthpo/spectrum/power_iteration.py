@@ -38,6 +38,7 @@ def power_iteration(
     operator: CurvatureOperator,
     *,
     which: Which = "magnitude",
+    min_iterations: int = 1,
     max_iterations: int = 100,
     rtol: float = 1e-6,
     start: Tensor | None = None,
@@ -45,13 +46,14 @@ def power_iteration(
 ) -> Eigenpair:
     """Returns the eigenvalue of largest magnitude, or the algebraically largest or smallest, by power iteration.
 
-    The largest is found by v ← (A + σI) v, with a shift σ that is the largest ‖Av‖ seen: as soon as it exceeds
-    (|λ_min| − λ_max) / 2, and at the latest when v comes near λ_min, the top of A + σI is the top of A. Slower than
-    `lanczos`, which keeps all vectors; by magnitude, eigenvalues ±λ never settle, and `converged` says so.
+    For an algebraic end it is v ← (A − μI) v with the shift μ that moves the Rayleigh quotient farthest, found by
+    a 2 × 2 eigenvalue problem; a fixed shift may keep it between the ends for ever. By magnitude, a pair ±λ
+    never settles, and `converged` says so. `lanczos` needs fewer products, and keeps all vectors.
 
     Args:
         operator: A, symmetric, on vectors [n].
         which: "magnitude" for the eigenvalue of largest |λ|, "largest" for λ_max, "smallest" for λ_min.
+        min_iterations: Products to spend at least.
         max_iterations: Products to spend at most, at least 1.
         rtol: Stop when the residual is below rtol times the largest ‖Av‖ seen.
         start: First vector, [n]; a random one where not given, or zero. In exact arithmetic the iteration never leaves
@@ -59,7 +61,7 @@ def power_iteration(
         generator: CPU generator that draws the random vector; a fixed seed where not given.
 
     Raises:
-        ValueError: If `which` is none of the three, or max_iterations < 1.
+        ValueError: If `which` is none of the three, or max_iterations is less than 1 or min_iterations.
 
     >>> from lightning_ifthpo.curvature import MatrixOperator
     >>> operator = MatrixOperator(torch.diag(torch.tensor([1.0, -2.0, 0.5])))
@@ -68,22 +70,37 @@ def power_iteration(
     """
     if which not in get_args(Which):
         raise ValueError(f"expected which to be one of {get_args(Which)}, got {which!r}")
-    if max_iterations < 1:
-        raise ValueError(f"expected max_iterations >= 1, got {max_iterations}")
+    if max_iterations < max(1, min_iterations):
+        raise ValueError(f"expected max_iterations >= 1 and >= min_iterations = {min_iterations}, got {max_iterations}")
     sign = -1.0 if which == "smallest" else 1.0
-    given = start is not None and bool(start.any())
-    following = start.to(operator.device, operator.dtype) if given else random_vector(operator, seeded(generator))
-    scale = 0.0
-    for products in range(1, max_iterations + 1):
-        vector = following / torch.linalg.vector_norm(following)
-        product = sign * operator.matvec(vector)
+    vector = random_vector(operator, seeded(generator)) if start is None or not bool(start.any()) else start
+    vector = vector.to(operator.device, operator.dtype)
+    vector = vector / torch.linalg.vector_norm(vector)
+    product = sign * operator.matvec(vector)
+    products, scale = 1, 0.0
+    while True:
         quotient = vector @ product
+        residual = product - quotient * vector
         value, bound, length = torch.stack(
-            [quotient, torch.linalg.vector_norm(product - quotient * vector), torch.linalg.vector_norm(product)]
+            [quotient, torch.linalg.vector_norm(residual), torch.linalg.vector_norm(product)]
         ).tolist()
         scale = max(scale, length)
         converged = bound <= rtol * scale
-        if converged or not math.isfinite(length):
-            break
-        following = product if which == "magnitude" else product + scale * vector
-    return Eigenpair(sign * value, vector, bound, products, converged)
+        settled = converged and products >= min_iterations
+        if settled or products >= max_iterations or bound == 0.0 or not math.isfinite(length):
+            return Eigenpair(sign * value, vector, bound, products, converged)
+        if which == "magnitude":
+            vector = product / length
+            product = operator.matvec(vector)
+        else:
+            other = residual / bound
+            other_product = sign * operator.matvec(other)
+            c, s = _top_of(value, bound, float(other @ other_product))
+            vector, product = c * vector + s * other, c * product + s * other_product
+        products += 1
+
+
+def _top_of(a: float, b: float, d: float) -> tuple[float, float]:
+    """Returns the unit eigenvector of [[a, b], [b, d]] that belongs to its larger eigenvalue."""
+    angle = math.atan2(2.0 * b, a - d) / 2.0
+    return math.cos(angle), math.sin(angle)

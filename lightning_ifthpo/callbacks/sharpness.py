@@ -1,0 +1,297 @@
+"""The callback that watches the curvature of the training loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from typing import Any, get_args
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.data import extract_batch_size
+from torch import Tensor, nn
+
+from lightning_ifthpo import spectrum
+from lightning_ifthpo.autodiff import differentiable
+from lightning_ifthpo.callbacks.cadence import Cadence, synchronization
+from lightning_ifthpo.callbacks.evaluation import Losses, prepared, twice_differentiable, undisturbed
+from lightning_ifthpo.callbacks.logging import log_figure, log_metrics, takes_figures
+from lightning_ifthpo.callbacks.outer_data import check_batches
+from lightning_ifthpo.callbacks.preflight import check_observed
+from lightning_ifthpo.checks import require_choice
+from lightning_ifthpo.curvature import AverageOperator, Curvature, CurvatureOperator, curvature_operator
+from lightning_ifthpo.random_state import isolated
+from lightning_ifthpo.spectrum import ExtremeEigenvalues, SpectrumTracker
+from lightning_ifthpo.spectrum.tracking import Method
+from lightning_ifthpo.stability import StabilityEdge
+from lightning_ifthpo.update_rule import is_known
+
+# One seed for all measurements: dropout masks are the same in each, so that its values can be compared.
+_SEED = 0
+
+
+class SharpnessMonitor(L.Callback):
+    """Logs both ends of the spectrum of the training loss's curvature, and how far training is from instability.
+
+    Works on any LightningModule: it measures the `inner_loss` where there is one, else the loss of `training_step`, in
+    the train/eval modes it finds, on the batch just seen or on a fixed set of examples. It changes nothing: weights,
+    buffers, gradients, modes, metrics, other logged values and the random state stay as they would be without it. A
+    measurement that fails is reported, counted and survived.
+
+    Args:
+        every_n_batches: Training batches between two measurements, at least 1.
+        method: "lanczos"; or "power_iteration", which needs more products, and the memory of two vectors instead of up
+            to max_iterations. Both start from their last result.
+        top_k: Eigenvalues to log from the top.
+        curvature: "hessian"; "gauss_newton", for losses that call `mark_outputs`; "finite_difference", for models
+            without a second derivative.
+        preconditioned: Measure P^½ H P^½ with the preconditioner P of the optimizer and the relative learning rates of
+            its groups, which is what its stability depends on. None and True do so; True insists, and refuses an
+            optimizer that is not known. False measures H itself, which says nothing of the stability of Adam.
+        max_iterations: Products to spend at most on a measurement.
+        rtol: Residual to stop at, relative to max(|λ_max|, |λ_min|). λ_min is known to the same absolute precision: a
+            negative value proves negative curvature, a small positive one does not exclude it.
+        dataloader: Fixed examples to measure on instead of the training batch, kept in memory; weighted per example,
+            with batches of any size. The loss has to be a mean over examples.
+        spectral_density: Log a figure of the spectral density at the first measurement of each epoch, by 50 to some
+            hundred more products.
+        trace: Log the trace too, by 60 more products.
+        max_overhead: Fraction of the training time that measurements may cost; they become as rare as needed. None for
+            no limit.
+
+    Logs `sharpness/lambda_max` (and `lambda_2` to `lambda_<top_k>`), `lambda_min`, `residual` (the larger residual
+    bound of both ends over the larger magnitude), `products`, `failures`; `edge`, the λ_max at which the optimizer
+    becomes unstable, and `edge_ratio`, 1 at the edge, if the optimizer is known; `trace` and `trace_error`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        ModuleNotFoundError: If a figure is asked for and matplotlib is missing.
+
+    >>> monitor = SharpnessMonitor(every_n_batches=50, top_k=3)
+    """
+
+    def __init__(
+        self,
+        every_n_batches: int = 100,
+        *,
+        method: Method = "lanczos",
+        top_k: int = 1,
+        curvature: Curvature = "hessian",
+        preconditioned: bool | None = None,
+        max_iterations: int = 30,
+        rtol: float = 1e-2,
+        dataloader: Iterable[Any] | None = None,
+        spectral_density: bool = False,
+        trace: bool = False,
+        max_overhead: float | None = 0.05,
+    ) -> None:
+        super().__init__()
+        require_choice("curvature", curvature, get_args(Curvature))
+        if spectral_density and find_spec("matplotlib") is None:
+            raise ModuleNotFoundError("spectral_density=True draws with matplotlib; pip install matplotlib")
+        self.every_n_batches = every_n_batches
+        self.method = method
+        self.top_k = top_k
+        self.curvature = curvature
+        self.preconditioned = preconditioned
+        self.max_iterations = max_iterations
+        self.rtol = rtol
+        self.dataloader = dataloader
+        self.spectral_density = spectral_density
+        self.trace = trace
+        self.max_overhead = max_overhead
+        self._begin()
+
+    def _begin(self) -> None:
+        self.failures = 0
+        self._cadence = Cadence(self.every_n_batches, max_overhead=self.max_overhead)
+        self._tracker = SpectrumTracker(self.method, k=self.top_k, max_iterations=self.max_iterations, rtol=self.rtol)
+        self._examples: list[tuple[Any, int]] = []
+        self._pictured_epoch = -1
+        self._measured = False
+        self._told: set[str] = set()
+
+    @property
+    def state_key(self) -> str:
+        """Tells differently configured instances apart in a checkpoint."""
+        return self._generate_state_key(
+            method=self.method,
+            curvature=self.curvature,
+            preconditioned=self.preconditioned,
+            fixed=self.dataloader is not None,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all that resuming needs, as tensors and plain numbers."""
+        return {
+            "failures": self.failures,
+            "cadence": self._cadence.state_dict(),
+            "tracker": self._tracker.state_dict(),
+            "pictured_epoch": self._pictured_epoch,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a state."""
+        self.failures = state_dict["failures"]
+        self._cadence.load_state_dict(state_dict["cadence"])
+        self._tracker.load_state_dict(state_dict["tracker"])
+        self._pictured_epoch = state_dict["pictured_epoch"]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Begins anew; a checkpoint that belongs to this fit is loaded after this."""
+        if stage == "fit":
+            self._begin()
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Checks what can be checked before the first batch, and loads the fixed examples."""
+        check_observed(trainer, pl_module, self.top_k)
+        self._check_optimizers(trainer)
+        if self.dataloader is not None:
+            self._examples = _loaded(self.dataloader, pl_module.device)
+        if self.spectral_density and not any(takes_figures(logger) for logger in trainer.loggers):
+            rank_zero_warn("spectral_density=True, but no logger takes figures; add a TensorBoardLogger, say")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts the clock of the budget."""
+        self._cadence.begin()
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Notes that the weights move."""
+        self._cadence.optimizer_stepped()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measures when it is time to."""
+        if not self._cadence.is_due(hurry=bool(getattr(trainer, "fast_dev_run", False)) and not self._measured):
+            return
+        self._measured = True
+        metrics: dict[str, float] = {}
+        with self._cadence.firing(synchronization(pl_module.device)):
+            try:
+                metrics = self._measure(trainer, pl_module, batch)
+                self._picture(trainer, pl_module, batch)
+            except Exception as error:  # an observer must not end what it observes
+                self.failures += 1
+                self._tell("failure", f"a measurement failed, and training goes on: {type(error).__name__}: {error}")
+        metrics["sharpness/failures"] = float(self.failures)
+        log_metrics(trainer, pl_module, metrics, headline="sharpness/lambda_max")
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Says how many measurements failed."""
+        if self.failures:
+            rank_zero_info(f"SharpnessMonitor: {self.failures} measurements failed")
+
+    def _measure(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
+        """Returns the metrics of one measurement."""
+        edge = StabilityEdge.of(trainer.optimizers, _trainable(module))
+        with self._operator(trainer, module, batch, edge) as operator:
+            ends = self._tracker.measure(operator)
+            if not bool(ends.largest.isfinite().all()):
+                raise FloatingPointError(
+                    "NaN or infinity in the curvature; look at the batch, the loss and the weights"
+                )
+            total = spectrum.trace(operator) if self.trace else None
+        if not ends.converged:
+            self._tell(
+                "unconverged",
+                f"after {ends.products} products the residual is {ends.relative_residual:.2g} of the largest "
+                f"eigenvalue, above rtol={self.rtol:g}; it is logged as sharpness/residual. Raise max_iterations",
+            )
+        metrics = _metrics(ends)
+        if edge is not None and (edge.metric is None or self.preconditioned is not False):
+            assert ends.largest_vectors is not None
+            metrics["sharpness/edge"] = edge.sharpness
+            metrics["sharpness/edge_ratio"] = edge.ratio(float(ends.largest[0]), ends.largest_vectors[0])
+        if total is not None:
+            metrics |= {"sharpness/trace": total.trace, "sharpness/trace_error": total.standard_error}
+            metrics["sharpness/products"] += total.products
+        return metrics
+
+    def _picture(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
+        """Logs a figure of the spectral density, once an epoch."""
+        wanted = self.spectral_density and any(takes_figures(logger) for logger in trainer.loggers)
+        if not wanted or self._pictured_epoch == trainer.current_epoch:
+            return
+        self._pictured_epoch = trainer.current_epoch
+        from lightning_ifthpo.plots import plot_spectral_density
+
+        edge = StabilityEdge.of(trainer.optimizers, _trainable(module))
+        with self._operator(trainer, module, batch, edge) as operator:
+            density = spectrum.spectral_density(operator)
+        log_figure(trainer, "sharpness/spectral_density", plot_spectral_density(density))
+
+    @contextmanager
+    def _operator(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, edge: StabilityEdge | None
+    ) -> Iterator[CurvatureOperator]:
+        """Gives the operator to measure; inside the block nothing that evaluations do is kept."""
+        with ExitStack() as stack:
+            stack.enter_context(undisturbed(trainer, module, _SEED))
+            stack.enter_context(differentiable([]))
+            if self.curvature != "finite_difference":
+                stack.enter_context(twice_differentiable(module))
+            losses = Losses(trainer, module, "32")
+            parameters = _trainable(module)
+            if self._examples:
+                operators = [
+                    lambda examples=examples: curvature_operator(
+                        self.curvature, losses.inner(prepared(trainer, module, examples, _SEED)), parameters
+                    )
+                    for examples, _ in self._examples
+                ]
+                operator: CurvatureOperator = AverageOperator(operators, [size for _, size in self._examples])
+            else:
+                operator = curvature_operator(self.curvature, losses.inner(batch), parameters)
+            metric = None if edge is None or self.preconditioned is False else edge.metric
+            yield operator if metric is None else operator.preconditioned(metric)
+
+    def _check_optimizers(self, trainer: L.Trainer) -> None:
+        unknown = sorted({type(optimizer).__name__ for optimizer in trainer.optimizers if not is_known(optimizer)})
+        if not unknown or self.preconditioned is False:
+            return
+        names = ", ".join(unknown)
+        if self.preconditioned:
+            raise ValueError(f"preconditioned=True needs an optimizer whose update is understood, and {names} is not")
+        rank_zero_warn(
+            f"the stability edge of {names} is not known: sharpness/lambda_max is that of the curvature itself, and "
+            "sharpness/edge_ratio is not logged"
+        )
+
+    def _tell(self, kind: str, message: str) -> None:
+        """Warns the first time that something of a kind happens."""
+        if kind not in self._told:
+            self._told.add(kind)
+            rank_zero_warn(f"SharpnessMonitor: {message}. Further such measurements are not reported")
+
+
+def _metrics(ends: ExtremeEigenvalues) -> dict[str, float]:
+    largest = ends.largest.tolist()
+    return {
+        "sharpness/lambda_max": largest[0],
+        **{f"sharpness/lambda_{rank}": value for rank, value in enumerate(largest[1:], start=2)},
+        "sharpness/lambda_min": float(ends.smallest[0]),
+        "sharpness/residual": ends.relative_residual,
+        "sharpness/products": float(ends.products),
+    }
+
+
+def _trainable(module: nn.Module) -> list[Tensor]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _loaded(source: Iterable[Any], device: torch.device) -> list[tuple[Any, int]]:
+    """Returns the batches of a loader, each with its number of examples."""
+    check_batches(source)
+    with isolated(device, _SEED):
+        batches = [(batch, extract_batch_size(batch)) for batch in source]
+    if not batches or min(size for _, size in batches) < 1:
+        raise ValueError(
+            "the dataloader of SharpnessMonitor is empty, or has an empty batch: check its data set, and drop_last "
+            "beside batch_size"
+        )
+    return batches
