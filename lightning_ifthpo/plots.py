@@ -45,8 +45,9 @@ def plot_spectral_density(density: SpectralDensity, *, bins: int = 60) -> Figure
 
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    colours = ["tab:red" if right <= 0.0 else "tab:blue" for right in edges[1:].tolist()]
-    axes.bar(edges[:-1], heights, width=edges.diff(), align="edge", color=colours, edgecolor="white", linewidth=0.3)
+    lefts, widths = edges[:-1].tolist(), edges.diff().tolist()
+    colors = ["tab:red" if right <= 0.0 else "tab:blue" for right in edges[1:].tolist()]
+    axes.bar(lefts, heights.tolist(), widths, align="edge", color=colors, edgecolor="white", linewidth=0.3)
     axes.set_xscale("asinh", linear_width=width)
     axes.set_yscale("log")
     axes.axvline(0.0, color="black", linewidth=0.8)

@@ -21,9 +21,10 @@ def load(name):
 QUICK = {
     "clean_noisy_labels": ["--seeds", "0", "--learn-steps", "120", "--final-steps", "40", "--controls"],
     "tune_weight_decay": ["--seeds", "0", "--steps", "20"],
+    "edge_of_stability": ["--fraction", "0.02"],
     "compare_estimators": ["--settings", "A", "--optimizers", "sgd", "--points", "1", "--unroll", "20"],
 }
-PICTURES = {"clean_noisy_labels", "tune_weight_decay"}
+PICTURES = {"clean_noisy_labels", "tune_weight_decay", "edge_of_stability"}
 
 
 def test_every_example_is_tested():
@@ -51,3 +52,9 @@ def test_the_main_job_reaches_its_target(tmp_path, capsys):
     assert measured["learned"] - baseline >= 0.5 * (measured["oracle"] - baseline)
     assert len(list(tmp_path.rglob("metrics.csv"))) == 3
     assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+def test_training_runs_at_the_edge_of_stability(tmp_path, capsys):
+    result = load("edge_of_stability").main(["--output", str(tmp_path)])
+    assert result["gradient_descent"]["measured"] == pytest.approx(1.0, abs=0.05)
+    assert result["adam"]["measured"] == pytest.approx(1.0, abs=0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -64,8 +65,9 @@ def check_observed(trainer: L.Trainer, module: Any, top_k: int) -> None:
     weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not weights:
         raise ValueError(f"{name} has no trainable parameters, and so no curvature to measure")
-    if not any(map(is_lazy, weights)) and top_k > sum(weight.numel() for weight in weights):
-        raise ValueError(f"top_k={top_k} eigenvalues are asked for, and {name} has fewer trainable weights")
+    size = math.inf if any(map(is_lazy, weights)) else sum(weight.numel() for weight in weights)
+    if top_k > size:
+        raise ValueError(f"top_k={top_k} eigenvalues are asked for, and {name} has {size} trainable weights")
     by_hand = not module.automatic_optimization
     if by_hand and getattr(type(module), "inner_loss", None) in (None, BilevelLightningModule.inner_loss):
         raise ValueError(

@@ -106,12 +106,12 @@ class SharpnessMonitor(L.Callback):
 
     def _begin(self) -> None:
         self.failures = 0
+        self.unconverged = 0
         self._cadence = Cadence(self.every_n_batches, max_overhead=self.max_overhead)
         self._tracker = SpectrumTracker(self.method, k=self.top_k, max_iterations=self.max_iterations, rtol=self.rtol)
         self._examples: list[tuple[Any, int]] = []
         self._pictured_epoch = -1
         self._measured = False
-        self._told: set[str] = set()
 
     @property
     def state_key(self) -> str:
@@ -127,6 +127,7 @@ class SharpnessMonitor(L.Callback):
         """Returns all that resuming needs, as tensors and plain numbers."""
         return {
             "failures": self.failures,
+            "unconverged": self.unconverged,
             "cadence": self._cadence.state_dict(),
             "tracker": self._tracker.state_dict(),
             "pictured_epoch": self._pictured_epoch,
@@ -134,7 +135,7 @@ class SharpnessMonitor(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a state."""
-        self.failures = state_dict["failures"]
+        self.failures, self.unconverged = state_dict["failures"], state_dict["unconverged"]
         self._cadence.load_state_dict(state_dict["cadence"])
         self._tracker.load_state_dict(state_dict["tracker"])
         self._pictured_epoch = state_dict["pictured_epoch"]
@@ -177,14 +178,23 @@ class SharpnessMonitor(L.Callback):
                 self._picture(trainer, pl_module, batch)
             except Exception as error:  # an observer must not end what it observes
                 self.failures += 1
-                self._tell("failure", f"a measurement failed, and training goes on: {type(error).__name__}: {error}")
+                if self.failures == 1:
+                    rank_zero_warn(
+                        "SharpnessMonitor: a measurement failed, and training goes on: "
+                        f"{type(error).__name__}: {error}. Further ones are counted in sharpness/failures"
+                    )
         metrics["sharpness/failures"] = float(self.failures)
         log_metrics(trainer, pl_module, metrics, headline="sharpness/lambda_max")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Says how many measurements failed."""
+        """Says how many measurements did not do what was asked."""
         if self.failures:
             rank_zero_info(f"SharpnessMonitor: {self.failures} measurements failed")
+        if self.unconverged:
+            rank_zero_info(
+                f"SharpnessMonitor: {self.unconverged} of {self._tracker.measurements} measurements ended above "
+                f"rtol={self.rtol:g}, see sharpness/residual; raise max_iterations, or rtol"
+            )
 
     def _measure(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
         """Returns the metrics of one measurement."""
@@ -196,12 +206,7 @@ class SharpnessMonitor(L.Callback):
                     "NaN or infinity in the curvature; look at the batch, the loss and the weights"
                 )
             total = spectrum.trace(operator) if self.trace else None
-        if not ends.converged:
-            self._tell(
-                "unconverged",
-                f"after {ends.products} products the residual is {ends.relative_residual:.2g} of the largest "
-                f"eigenvalue, above rtol={self.rtol:g}; it is logged as sharpness/residual. Raise max_iterations",
-            )
+        self.unconverged += not ends.converged
         metrics = _metrics(ends)
         if edge is not None and (edge.metric is None or self.preconditioned is not False):
             assert ends.largest_vectors is not None
@@ -261,12 +266,6 @@ class SharpnessMonitor(L.Callback):
             f"the stability edge of {names} is not known: sharpness/lambda_max is that of the curvature itself, and "
             "sharpness/edge_ratio is not logged"
         )
-
-    def _tell(self, kind: str, message: str) -> None:
-        """Warns the first time that something of a kind happens."""
-        if kind not in self._told:
-            self._told.add(kind)
-            rank_zero_warn(f"SharpnessMonitor: {message}. Further such measurements are not reported")
 
 
 def _metrics(ends: ExtremeEigenvalues) -> dict[str, float]:

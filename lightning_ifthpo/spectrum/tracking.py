@@ -36,6 +36,9 @@ class SpectrumTracker:
         max_iterations: Products to spend at most, for each end with power iteration.
         rtol: Residual bound to stop at, relative to max(|λ_max|, |λ_min|).
 
+    Attributes:
+        measurements: How many there were.
+
     Raises:
         ValueError: If an argument is out of range.
 
@@ -61,13 +64,13 @@ class SpectrumTracker:
         self.k = k
         self.max_iterations = max_iterations
         self.rtol = rtol
-        self._measurements = 0
+        self.measurements = 0
         self._last: Tensor | None = None
 
     def measure(self, operator: CurvatureOperator) -> ExtremeEigenvalues:
         """Returns both ends of the spectrum, with eigenvectors; in place of NaN the next start is forgotten."""
-        generator = torch.Generator().manual_seed(self._measurements)
-        self._measurements += 1
+        generator = torch.Generator().manual_seed(self.measurements)
+        self.measurements += 1
         if self._last is not None and self._last.shape[1] != operator.size:
             self._last = None
         last = None if self._last is None else self._last.to(operator.device, operator.dtype)
@@ -84,11 +87,11 @@ class SpectrumTracker:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what the next measurement starts from: vectors [1 or 2, n], and a counter."""
-        return {"measurements": self._measurements, "last": self._last}
+        return {"measurements": self.measurements, "last": self._last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a state."""
-        self._measurements, self._last = state["measurements"], state["last"]
+        self.measurements, self._last = state["measurements"], state["last"]
 
     def _lanczos(
         self, operator: CurvatureOperator, start: Tensor | None, generator: torch.Generator

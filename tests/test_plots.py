@@ -1,0 +1,69 @@
+"""What is in the pictures."""
+
+import csv
+
+import pytest
+import torch
+
+from lightning_ifthpo.curvature import MatrixOperator
+from lightning_ifthpo.plots import plot_sharpness, plot_spectral_density
+from lightning_ifthpo.spectrum import SpectralDensity, spectral_density
+
+
+def test_the_density_shows_each_eigenvalue_and_its_sign():
+    values = torch.cat([torch.full((10,), -0.5), torch.full((80,), 1e-3), torch.full((10,), 20.0)])
+    figure = plot_spectral_density(spectral_density(MatrixOperator(torch.diag(values.double()))), bins=40)
+    (axes,) = figure.axes
+    bars = [bar for bar in axes.patches if bar.get_height() > 1e-6]
+    assert sum(bar.get_height() for bar in bars) == pytest.approx(1.0)
+    assert [bar.get_height() for bar in bars] == pytest.approx([0.1, 0.8, 0.1], abs=1e-6)
+    for bar, value in zip(bars, (-0.5, 1e-3, 20.0), strict=True):
+        assert bar.get_x() <= value <= bar.get_x() + bar.get_width()
+    assert bars[0].get_facecolor() != bars[1].get_facecolor() == bars[2].get_facecolor()
+    assert (axes.get_xscale(), axes.get_yscale()) == ("asinh", "log")
+    assert axes.get_title() == "λ from -0.5 to 20, 10% of them negative"
+
+
+@pytest.mark.parametrize("values", [[0.0], [3.0], [-2.0, -1.0]], ids=str)
+def test_densities_of_few_points_are_drawn(values, tmp_path):
+    matrix = torch.diag(torch.tensor(values).repeat(5).double())
+    plot_spectral_density(spectral_density(MatrixOperator(matrix))).savefig(tmp_path / "density.png")
+
+
+def test_a_density_that_is_not_finite_is_refused():
+    nothing = torch.full((3,), torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        plot_spectral_density(SpectralDensity(nothing, nothing, 0.0, 3, converged=False))
+
+
+def write(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, sorted({key for row in rows for key in row}))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_the_run_is_drawn_from_the_log(tmp_path):
+    rows = [
+        {"step": step, "sharpness/lambda_max": step / 2, "sharpness/lambda_min": -1.0, "sharpness/edge": 20.0}
+        for step in (0, 10, 20)
+    ]
+    write(tmp_path / "metrics.csv", [*rows, {"step": 20, "loss": 0.5}])
+    axes = plot_sharpness(tmp_path / "metrics.csv")
+    lines = {line.get_label(): line for line in axes.lines}
+    assert lines.keys() == {"λ_max", "λ_min", "stability edge"}
+    assert list(lines["λ_max"].get_xdata()) == [0, 10, 20]
+    assert list(lines["λ_max"].get_ydata()) == [0.0, 5.0, 10.0]
+    axes.figure.savefig(tmp_path / "run.png")
+    assert plot_sharpness(tmp_path / "metrics.csv", axes) is axes
+
+
+def test_a_run_without_a_known_edge_has_no_line_for_it(tmp_path):
+    write(tmp_path / "metrics.csv", [{"step": 0, "sharpness/lambda_max": 1.0, "sharpness/lambda_min": -1.0}])
+    assert len(plot_sharpness(tmp_path / "metrics.csv").lines) == 2
+
+
+def test_a_log_without_measurements_is_refused(tmp_path):
+    write(tmp_path / "metrics.csv", [{"step": 0, "loss": 1.0}])
+    with pytest.raises(ValueError, match="train with SharpnessMonitor and CSVLogger"):
+        plot_sharpness(tmp_path / "metrics.csv")
