@@ -19,41 +19,43 @@ _LINES: tuple[tuple[str, str, dict[str, Any]], ...] = (
 )
 
 
-def plot_spectral_density(density: SpectralDensity, *, bins: int = 60) -> Figure:
+def plot_spectral_density(density: SpectralDensity, *, bins_per_decade: int = 6) -> Figure:
     """Returns a histogram of all eigenvalues, in which a few large and many tiny ones can be seen at once.
 
-    Eigenvalues are on an inverse hyperbolic sine scale, linear about zero and logarithmic beyond a thousandth of the
-    largest magnitude; the fraction in each bin is on a logarithmic scale. Negative eigenvalues are red.
+    Both axes are logarithmic. Eigenvalues within a thousandth of the largest magnitude of zero share one grey bin;
+    beyond it, negative ones are red.
 
     Args:
         density: As `spectral_density` returns it.
-        bins: Number of bins.
+        bins_per_decade: How fine the bins are.
 
     Raises:
         ValueError: If the density is not finite.
     """
-    if not bool(density.eigenvalues.isfinite().all()):
+    values, weights = density.eigenvalues, density.weights
+    if not bool(values.isfinite().all()):
         raise ValueError("the spectral density is not finite; look at the loss and the weights it was measured at")
-    smallest, largest = float(density.eigenvalues[0]), float(density.eigenvalues[-1])
-    width = max(-smallest, largest) / 1000 or 1.0
-    scaled = (density.eigenvalues / width).asinh()
-    low, high = float(scaled[0]), float(scaled[-1])
-    edges = torch.linspace(low - 0.1, high + 0.1, bins + 1, dtype=scaled.dtype)
-    heights = torch.zeros(bins, dtype=scaled.dtype)
-    heights.index_add_(0, torch.bucketize(scaled, edges[1:-1]), density.weights)
-    edges = edges.sinh() * width
+    smallest, largest = float(values[0]), float(values[-1])
+    tiny = max(-smallest, largest) / 1000 or 1e-30
+    powers = torch.arange(3 * bins_per_decade + 2, dtype=values.dtype) / bins_per_decade
+    edges = tiny * torch.cat([-(10**powers).flip(0), 10**powers])
+    heights = torch.zeros(len(edges) - 1, dtype=weights.dtype)
+    heights.index_add_(0, torch.bucketize(values, edges[1:-1]), weights)
 
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.add_subplot()
+    middle = len(heights) // 2
+    colors = ["tab:red"] * middle + ["tab:gray"] + ["tab:blue"] * middle
     lefts, widths = edges[:-1].tolist(), edges.diff().tolist()
-    colors = ["tab:red" if right <= 0.0 else "tab:blue" for right in edges[1:].tolist()]
     axes.bar(lefts, heights.tolist(), widths, align="edge", color=colors, edgecolor="white", linewidth=0.3)
-    axes.set_xscale("asinh", linear_width=width)
+    axes.set_xscale("symlog", linthresh=tiny, linscale=0.2)
     axes.set_yscale("log")
-    axes.axvline(0.0, color="black", linewidth=0.8)
     axes.set(xlabel="eigenvalue", ylabel="fraction of eigenvalues")
-    negative = float(density.weights[density.eigenvalues < 0.0].sum())
-    axes.set_title(f"λ from {smallest:.3g} to {largest:.3g}, {negative:.0%} of them negative", fontsize=10)
+    axes.set_title(
+        f"λ from {smallest:.3g} to {largest:.3g}: {float(heights[:middle].sum()):.1%} negative, "
+        f"{float(heights[middle]):.1%} within {tiny:.1g} of zero",
+        fontsize=10,
+    )
     return figure
 
 

@@ -11,17 +11,23 @@ from lightning_ifthpo.spectrum import SpectralDensity, spectral_density
 
 
 def test_the_density_shows_each_eigenvalue_and_its_sign():
-    values = torch.cat([torch.full((10,), -0.5), torch.full((80,), 1e-3), torch.full((10,), 20.0)])
-    figure = plot_spectral_density(spectral_density(MatrixOperator(torch.diag(values.double()))), bins=40)
+    values = torch.cat([torch.full((10,), -0.5), torch.full((80,), 1e-2), torch.full((10,), 20.0)])
+    figure = plot_spectral_density(spectral_density(MatrixOperator(torch.diag(values.double()))))
     (axes,) = figure.axes
     bars = [bar for bar in axes.patches if bar.get_height() > 1e-6]
     assert sum(bar.get_height() for bar in bars) == pytest.approx(1.0)
     assert [bar.get_height() for bar in bars] == pytest.approx([0.1, 0.8, 0.1], abs=1e-6)
-    for bar, value in zip(bars, (-0.5, 1e-3, 20.0), strict=True):
+    for bar, value in zip(bars, (-0.5, 1e-2, 20.0), strict=True):
         assert bar.get_x() <= value <= bar.get_x() + bar.get_width()
-    assert bars[0].get_facecolor() != bars[1].get_facecolor() == bars[2].get_facecolor()
-    assert (axes.get_xscale(), axes.get_yscale()) == ("asinh", "log")
-    assert axes.get_title() == "λ from -0.5 to 20, 10% of them negative"
+    assert len({bar.get_facecolor() for bar in bars}) == 3
+    assert (axes.get_xscale(), axes.get_yscale()) == ("symlog", "log")
+    assert axes.get_title() == "λ from -0.5 to 20: 10.0% negative, 80.0% within 0.02 of zero"
+
+
+def test_bins_are_as_fine_as_asked():
+    density = spectral_density(MatrixOperator(torch.eye(3)))
+    counts = [len(plot_spectral_density(density, bins_per_decade=number).axes[0].patches) for number in (2, 4)]
+    assert counts == [2 * 7 + 1, 2 * 13 + 1]
 
 
 @pytest.mark.parametrize("values", [[0.0], [3.0], [-2.0, -1.0]], ids=str)

@@ -1,11 +1,14 @@
 """What the README shows is run as it stands."""
 
 import contextlib
+import inspect
 import io
 import re
 from pathlib import Path
 
 import pytest
+
+from lightning_ifthpo import IFTHypergradient, SharpnessMonitor
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -45,20 +48,19 @@ def test_both_versions_of_the_module_train(which, tmp_path, monkeypatch):
         assert float(trainer.callback_metrics["hypergrad/skipped"]) == 0
 
 
-def test_the_arguments_of_the_callback_are_those_of_its_constructor():
-    import inspect
-
-    from lightning_ifthpo import IFTHypergradient
-
-    shown = dict(re.findall(r"^    (\w+)=(.*?),", blocks("python")[0], re.MULTILINE))
-    real = {k: v.default for k, v in inspect.signature(IFTHypergradient).parameters.items()}
+@pytest.mark.parametrize("callback", [IFTHypergradient, SharpnessMonitor])
+def test_the_arguments_of_a_callback_are_those_of_its_constructor(callback):
+    (block,) = (block for block in blocks("python") if block.startswith(f"{callback.__name__}("))
+    shown = dict(re.findall(r"^    (\w+)=(.*?),", block, re.MULTILINE))
+    real = {k: v.default for k, v in inspect.signature(callback).parameters.items()}
     assert {k: eval(v) for k, v in shown.items()} == real
 
 
 def test_the_functional_example_prints_its_diagnosis():
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        exec(compile(blocks("python")[1], "README.md", "exec"), {})
+        (block,) = (block for block in blocks("python") if "implicit_hypergradient(" in block)
+        exec(compile(block, "README.md", "exec"), {})
     (shown,) = (block for block in blocks("text") if block.startswith("negative curvature"))
     assert " ".join(shown.split()) in output.getvalue()
     assert "negative_curvature" in output.getvalue()

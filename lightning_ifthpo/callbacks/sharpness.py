@@ -90,7 +90,9 @@ class SharpnessMonitor(L.Callback):
         super().__init__()
         require_choice("curvature", curvature, get_args(Curvature))
         if spectral_density and find_spec("matplotlib") is None:
-            raise ModuleNotFoundError("spectral_density=True draws with matplotlib; pip install matplotlib")
+            raise ModuleNotFoundError(
+                "spectral_density=True draws with matplotlib: pip install 'lightning_ifthpo[plots]'"
+            )
         self.every_n_batches = every_n_batches
         self.method = method
         self.top_k = top_k
