@@ -177,7 +177,6 @@ class SharpnessMonitor(L.Callback):
         with self._cadence.firing(synchronization(pl_module.device)):
             try:
                 metrics = self._measure(trainer, pl_module, batch)
-                self._picture(trainer, pl_module, batch)
             except Exception as error:  # an observer must not end what it observes
                 self.failures += 1
                 if self.failures == 1:
@@ -201,6 +200,7 @@ class SharpnessMonitor(L.Callback):
     def _measure(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
         """Returns the metrics of one measurement."""
         edge = StabilityEdge.of(trainer.optimizers, _trainable(module))
+        pictured = self._picture_is_due(trainer)
         with self._operator(trainer, module, batch, edge) as operator:
             ends = self._tracker.measure(operator)
             if not bool(ends.largest.isfinite().all()):
@@ -208,6 +208,7 @@ class SharpnessMonitor(L.Callback):
                     "NaN or infinity in the curvature; look at the batch, the loss and the weights"
                 )
             total = spectrum.trace(operator) if self.trace else None
+            density = spectrum.spectral_density(operator) if pictured else None
         self.unconverged += not ends.converged
         metrics = _metrics(ends)
         if edge is not None and (edge.metric is None or self.preconditioned is not False):
@@ -217,20 +218,17 @@ class SharpnessMonitor(L.Callback):
         if total is not None:
             metrics |= {"sharpness/trace": total.trace, "sharpness/trace_error": total.standard_error}
             metrics["sharpness/products"] += total.products
+        if density is not None:
+            from lightning_ifthpo.plots import plot_spectral_density  # and so matplotlib
+
+            self._pictured_epoch = trainer.current_epoch
+            metrics["sharpness/products"] += density.products
+            log_figure(trainer, "sharpness/spectral_density", plot_spectral_density(density))
         return metrics
 
-    def _picture(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
-        """Logs a figure of the spectral density, once an epoch."""
-        wanted = self.spectral_density and any(takes_figures(logger) for logger in trainer.loggers)
-        if not wanted or self._pictured_epoch == trainer.current_epoch:
-            return
-        self._pictured_epoch = trainer.current_epoch
-        from lightning_ifthpo.plots import plot_spectral_density
-
-        edge = StabilityEdge.of(trainer.optimizers, _trainable(module))
-        with self._operator(trainer, module, batch, edge) as operator:
-            density = spectrum.spectral_density(operator)
-        log_figure(trainer, "sharpness/spectral_density", plot_spectral_density(density))
+    def _picture_is_due(self, trainer: L.Trainer) -> bool:
+        new = self._pictured_epoch != trainer.current_epoch
+        return self.spectral_density and new and any(map(takes_figures, trainer.loggers))
 
     @contextmanager
     def _operator(
