@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     figure = Figure(figsize=(10, 4), layout="constrained")
     figures = {}
     for axes, (name, (title, _, lr, steps)) in zip(figure.subplots(1, 2), OPTIMIZERS.items(), strict=True):
-        log = train(name, round(steps * args.fraction), args.output / "edge_of_stability")
+        log = train(name, max(round(steps * args.fraction), 4 * EVERY), args.output / "edge_of_stability")
         ratios = column(log, "sharpness/edge_ratio")
         settled = ratios[-len(ratios) // 4 :]
         print(

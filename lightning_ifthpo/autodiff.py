@@ -50,13 +50,20 @@ def vjp(
 
 
 @contextmanager
+def gradients_on() -> Iterator[None]:
+    """Records graphs inside the block, wherever it stands."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextmanager
 def differentiable(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Turns on gradients (modes and flags) for leaf tensors inside the block, and restores the flags after it."""
     frozen = [tensor for tensor in tensors if not tensor.requires_grad]
     try:
         for tensor in frozen:
             tensor.requires_grad_(True)
-        with torch.inference_mode(False), torch.enable_grad():
+        with gradients_on():
             yield
     finally:
         for tensor in frozen:

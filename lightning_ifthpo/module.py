@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from lightning_ifthpo.curvature import mark_outputs
 from lightning_ifthpo.space import check_real
 
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
 
 class BilevelLightningModule:
     """Adds hyperparameters, an inner and an outer loss to a LightningModule; name it first among the bases.
@@ -22,8 +24,8 @@ class BilevelLightningModule:
     Define `outer_loss(batch)`, and either `inner_loss(batch)` or `training_step`; what is not defined follows from the
     other: `training_step` logs and returns `inner_loss`, `validation_step` logs `outer_loss`. The losses must return a
     scalar tensor and may use dropout, BatchNorm, metrics and `self.log`: while the callback evaluates them, nothing of
-    that leaves a trace. Side effects beyond rebinding attributes (appending to a list, changing a parameter or a plain
-    tensor attribute in place, writing a file) cannot be undone.
+    that leaves a trace, nor does what they do to attributes of the module: rebinding them, changing tensors in place,
+    appending to a list. Effects elsewhere (a file, a list in a list, a hook's own memory) cannot be undone.
 
     >>> import lightning as L
     >>> class Ridge(BilevelLightningModule, L.LightningModule):
@@ -141,7 +143,7 @@ class BilevelLightningModule:
     @property
     def defines_inner_loss(self) -> bool:
         """Whether there is an `inner_loss` that is not made of `training_step`."""
-        return type(self).inner_loss is not BilevelLightningModule.inner_loss
+        return has_inner_loss(self)
 
 
 def training_loss(module: Any, batch: Any) -> Tensor:
@@ -149,9 +151,15 @@ def training_loss(module: Any, batch: Any) -> Tensor:
 
     That is its `inner_loss`, with the mixin or without, or else the loss of its `training_step`.
     """
-    inner_loss = getattr(module, "inner_loss", None)
-    loss: Tensor = inner_loss(batch) if callable(inner_loss) else _loss_of_step(module, batch)
+    loss: Tensor = module.inner_loss(batch) if has_inner_loss(module) else _loss_of_step(module, batch)
     return loss
+
+
+def has_inner_loss(module: Any) -> bool:
+    """Returns whether a module says what its weights minimize, beside its training step."""
+    function = getattr(module, "inner_loss", None)
+    inherited = getattr(function, "__func__", None) is BilevelLightningModule.inner_loss
+    return callable(function) and not inherited and not isinstance(function, nn.Module)
 
 
 def _module(mixin: object) -> Any:
@@ -182,7 +190,8 @@ def _loss_of_step(module: Any, batch: Any) -> Tensor:
     """Calls the training step as the Trainer does, with the arguments that it takes."""
     step = module.training_step
     parameters = inspect.signature(step).parameters
-    several = len(parameters) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+    kinds = [parameter.kind for parameter in parameters.values()]
+    several = inspect.Parameter.VAR_POSITIONAL in kinds or sum(kind in _POSITIONAL for kind in kinds) > 1
     value = step(batch, max(module.trainer.fit_loop.batch_idx, 0)) if several else step(batch)
     loss = value.get("loss") if isinstance(value, Mapping) else value
     if not isinstance(loss, Tensor):

@@ -56,7 +56,7 @@ class StabilityEdge:
 
     @classmethod
     def of(cls, optimizers: Iterable[Optimizer], parameters: Sequence[Tensor]) -> StabilityEdge | None:
-        """Returns the edge at this moment, None where an optimizer is not known; see `is_known`.
+        """Returns the edge at this moment, None where an optimizer has none that is known; see `has_edge`.
 
         Args:
             optimizers: Those that train the parameters.
@@ -66,7 +66,7 @@ class StabilityEdge:
         metrics: dict[int, Tensor] = {}
         decays: dict[int, float] = {}
         for optimizer in optimizers:
-            if not is_known(optimizer):
+            if not has_edge(optimizer):
                 return None
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -75,15 +75,20 @@ class StabilityEdge:
                     metrics[id(parameter)] = preconditioner(optimizer, group, state, parameter)
                     decays[id(parameter)] = 0.0 if is_decoupled(optimizer, group) else float(group["weight_decay"])
         highest = max((rates.get(id(p), 0.0) for p in parameters), default=0.0)
-        if highest == 0.0:
-            return cls(math.inf)
+        if highest == 0.0:  # in the metric of the preconditioner alone, nothing is unstable
+            rates = dict.fromkeys(rates, 1.0)
         space = ParameterSpace(parameters)
         metric = space.flatten(
-            [metrics[id(p)] * (rates[id(p)] / highest) if id(p) in rates else None for p in parameters]
+            [metrics[id(p)] * (rates[id(p)] / (highest or 1.0)) if id(p) in rates else None for p in parameters]
         )
         decay = space.flatten([torch.full_like(p, decays.get(id(p), 0.0)) for p in parameters])
         plain = bool((metric == 1.0).all())
-        return cls(2.0 / highest, None if plain else metric, metric * decay)
+        return cls(2.0 / highest if highest else math.inf, None if plain else metric, metric * decay)
+
+
+def has_edge(optimizer: Optimizer) -> bool:
+    """Returns whether the stability edge of an optimizer is known: if its update is, and it minimizes."""
+    return is_known(optimizer) and not any(group.get("maximize") for group in optimizer.param_groups)
 
 
 def _alternating_rate(optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any]) -> float:
@@ -105,5 +110,6 @@ def _alternating_rate(optimizer: Optimizer, group: Mapping[str, Any], state: Map
     else:
         answer = 1.0
     if is_decoupled(optimizer, group):  # w ← (1 − ηd)w − …, and −2w is a little less far from (1 − ηd)w
-        answer /= 1.0 - rate * float(group["weight_decay"]) / 2.0
+        # from ηd = 2 on the decay alone diverges, which a very small divisor stands for
+        answer /= max(1.0 - rate * float(group["weight_decay"]) / 2.0, 1e-9)
     return rate * answer

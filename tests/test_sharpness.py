@@ -1,9 +1,12 @@
 """SharpnessMonitor in a real Trainer."""
 
+import copy
 import csv
 import math
+from collections import deque
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -472,11 +475,13 @@ def test_bad_input_is_refused_before_the_first_batch(make, options, error, messa
     [
         ({"every_n_batches": 0}, "every_n_batches"),
         ({"method": "qr"}, "expected method to be one of"),
-        ({"top_k": 0}, "expected k >= 1"),
-        ({"top_k": 2, "method": "power_iteration"}, "k = 1 with 'power_iteration'"),
+        ({"top_k": 0}, "k to be an integer >= 1"),
+        ({"top_k": 2.0}, "k to be an integer"),
+        ({"top_k": 2, "method": "power_iteration"}, "power iteration finds one eigenvalue at each end"),
         ({"curvature": "fisher"}, "expected curvature to be one of"),
-        ({"max_iterations": 1}, "max_iterations > 1"),
-        ({"rtol": -1.0}, "rtol > 0"),
+        ({"max_iterations": 1}, "max_iterations to be an integer >= 2"),
+        ({"rtol": -1.0}, "0 < rtol"),
+        ({"rtol": math.inf}, "rtol < infinity"),
         ({"max_overhead": 0.0}, "max_overhead > 0"),
     ],
     ids=str,
@@ -506,9 +511,9 @@ def test_it_fires_when_due(options, trainer_options, expected):
     fired = []
 
     class Spy(SharpnessMonitor):
-        def _measure(self, trainer, module, batch):
+        def _fire(self, trainer, module, batch):
             fired.append(trainer.fit_loop.total_batch_idx + 1)
-            return super()._measure(trainer, module, batch)
+            return super()._fire(trainer, module, batch)
 
     trained([Spy(**({"max_overhead": None, "rtol": 0.1} | options))], **trainer_options)
     assert fired == expected
@@ -546,11 +551,16 @@ def test_a_second_fit_begins_anew():
     assert callback.state_dict()["tracker"]["measurements"] == 3
 
 
-def test_two_monitors_keep_their_own_state():
-    first, second = monitor(), monitor(method="power_iteration")
-    assert first.state_key != second.state_key
-    _, trainer, _ = trained([first, second])
-    assert len(trainer._checkpoint_connector.dump_checkpoint()["callbacks"]) >= 2
+def test_two_monitors_have_names_and_states_of_their_own(tmp_path):
+    examples = [next(iter(loader(12, batch_size=12, seed=9)))]
+    first, second = monitor(), monitor(dataloader=examples, name="held_out")
+    trainer = quiet_trainer(callbacks=[first, second], max_epochs=2)
+    trainer.fit(Plain())
+    metrics = trainer.callback_metrics
+    assert metrics["sharpness/lambda_max"] != metrics["held_out/lambda_max"]
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    states = torch.load(tmp_path / "two.ckpt", weights_only=True)["callbacks"]
+    assert not torch.equal(states[first.state_key]["tracker"]["last"], states[second.state_key]["tracker"]["last"])
 
 
 def test_several_devices_are_refused():
@@ -586,3 +596,186 @@ def test_it_serves_pytorch_lightning_too():
     trainer.fit(Module(), loader())
     assert float(trainer.callback_metrics["sharpness/edge_ratio"]) > 0
     assert callback.failures == 0
+
+
+class InPlace(Plain):
+    """Changes all sorts of things in its training step that are no registered state."""
+
+    def __init__(self):
+        super().__init__()
+        self.momentum_encoder = nn.Linear(4, 5)
+        self.momentum_encoder.requires_grad_(False)
+        self.generator, self.numpy_generator = torch.Generator().manual_seed(1), np.random.default_rng(1)
+        self.outputs, self.counter, self.seen, self.recent = [], {"n": 0}, set(), deque(maxlen=3)
+        self.moving = torch.zeros(3)
+        self.register_buffer("buffer", torch.zeros(2))
+        self.view = self.buffer[:1]
+        self.scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        with torch.no_grad():
+            for slow, fast in zip(self.momentum_encoder.parameters(), self.net[0].parameters(), strict=True):
+                slow.mul_(0.9).add_(fast, alpha=0.1)
+            self.net[2].weight.mul_(0.99)
+            self.net[2].bias.data = self.net[2].bias.data + 0.01
+            self.moving += y.float().mean()
+            self.view += 1
+        self.momentum_encoder.bias.requires_grad_(not self.momentum_encoder.bias.requires_grad)
+        self.counter["n"] += 1
+        self.seen.add(len(self.seen))
+        noise = torch.randn(x.shape, generator=self.generator) + self.numpy_generator.normal()
+        x = self.scripted(x) + 0.1 * noise * self.counter["n"] + self.momentum_encoder(x).mean() + self.moving.mean()
+        loss = F.cross_entropy(self.net(x), y)
+        self.outputs.append(loss.detach())
+        self.recent.append(len(self.outputs))
+        return loss
+
+    def state(self):
+        tensors = [*self.state_dict().values(), self.moving, self.view, *self.outputs, self.generator.get_state()]
+        numbers = [self.counter, len(self.seen), list(self.recent), self.momentum_encoder.bias.requires_grad]
+        return [t.clone() for t in tensors], copy.deepcopy(numbers), self.numpy_generator.bit_generator.state
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_what_a_training_step_does_in_place_is_undone():
+    states = []
+    for callbacks in ([monitor(rtol=0.1)], []):
+        torch.manual_seed(5)
+        module = InPlace()
+        trainer = quiet_trainer(callbacks=callbacks, max_epochs=4)
+        trainer.fit(module)
+        states.append(module.state())
+        assert float(trainer.callback_metrics.get("sharpness/failures", 0)) == 0
+    assert same(*states)
+
+
+def test_fixed_examples_outlive_a_transfer_hook_that_changes_them():
+    class Halving(Plain):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            batch[0].mul_(0.5)
+            return batch
+
+    x, y = next(iter(loader(32, batch_size=32, seed=5)))
+    for batches in ([(x, y)], [(x[:10], y[:10]), (x[10:], y[10:])]):
+        module = Halving(lr=0.0)
+        metrics, _ = fit(module, monitor(dataloader=batches, rtol=1e-8), precision="64-true")
+        expected = torch.linalg.eigvalsh(dense_hessian(module, (x * 0.5, y)))[-1]
+        assert metrics["sharpness/lambda_max"] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_the_batch_is_measured_as_it_came():
+    """Although the training step takes it apart and changes it."""
+
+    class Greedy(Plain):
+        def training_step(self, batch, batch_idx):
+            y = batch.pop("y")
+            batch["x"].mul_(0.3)
+            return F.cross_entropy(self.net(batch.pop("x")), y)
+
+        def train_dataloader(self):
+            x, y = next(iter(super().train_dataloader()))
+            return DataLoader([{"x": x, "y": y}], batch_size=None)
+
+    module = Greedy(lr=0.0)
+    x, y = next(iter(loader(32, batch_size=32)))
+    metrics, _ = fit(module, monitor(rtol=1e-8), precision="64-true", max_epochs=1)
+    expected = torch.linalg.eigvalsh(dense_hessian(module, (0.3 * x, y)))[-1]
+    assert metrics["sharpness/lambda_max"] == pytest.approx(float(expected), rel=1e-6)
+    assert metrics["sharpness/failures"] == 0
+
+
+def test_at_a_learning_rate_of_zero_the_metric_stays_and_nothing_is_unstable():
+    module = Plain(torch.optim.Adam, lr=1e-3)
+    rates = [1e-3, 1e-3, 0.0]
+    module.on_train_batch_start = lambda *_: module.optimizers().param_groups[0].update(lr=rates.pop(0))
+    values = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            values.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+    trainer = quiet_trainer(callbacks=[monitor(), Watch()], max_epochs=3)
+    trainer.fit(module)
+    # Adam's preconditioner changes by a few percent in a step, and is about a hundred
+    assert values[2]["sharpness/lambda_max"] > 0.2 * values[1]["sharpness/lambda_max"]
+    assert values[2]["sharpness/edge_ratio"] == 0.0
+    assert values[2]["sharpness/edge"] == values[1]["sharpness/edge"]  # the last finite one
+
+
+def test_an_optimizer_that_maximizes_has_no_edge():
+    class Maximizing(Plain):
+        def training_step(self, batch, batch_idx):
+            return -super().training_step(batch, batch_idx)["loss"]
+
+    with pytest.warns(UserWarning, match="stability edge of SGD is not known"):
+        metrics, _ = fit(Maximizing(maximize=True), monitor())
+    assert "sharpness/edge_ratio" not in metrics
+
+
+def test_half_precision_has_a_trace():
+    metrics, _ = fit(Classifier(), monitor(trace=True, rtol=0.1), precision="bf16-true")
+    assert metrics["sharpness/failures"] == 0
+    assert math.isfinite(metrics["sharpness/trace"])
+
+
+def test_a_picture_that_fails_costs_nothing_else(monkeypatch, tmp_path):
+    def fails(*arguments, **options):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_figure", fails)
+    with pytest.warns(UserWarning, match="OSError: no space left"):
+        metrics, _ = fit(Plain(), monitor(spectral_density=True), logger=TensorBoardLogger(tmp_path))
+    assert metrics["sharpness/lambda_max"] > 0
+    assert metrics["sharpness/failures"] == 3  # and it was tried again
+
+
+def test_manual_optimization_with_optimizers_of_its_own_is_measured():
+    class Manual(Plain):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.inner_loss = lambda batch: F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.inner_loss(batch).backward()
+            optimizer.step()
+
+    metrics, _ = fit(Manual(), monitor())
+    assert metrics["sharpness/lambda_max"] > 0
+
+
+def test_a_criterion_that_is_called_inner_loss_is_none():
+    class Named(Plain):
+        def __init__(self):
+            super().__init__()
+            self.inner_loss = nn.CrossEntropyLoss()
+
+        def training_step(self, batch, **kwargs):
+            return self.inner_loss(self.net(batch[0]), batch[1])
+
+    metrics, _ = fit(Named(), monitor())
+    assert metrics["sharpness/failures"] == 0
+
+
+def test_complex_weights_are_refused():
+    class Complex(Plain):
+        def __init__(self):
+            super().__init__()
+            self.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+
+    with pytest.raises(ValueError, match="Complex has complex weights"):
+        fit(Complex(), monitor())
+
+
+def test_finite_differences_below_float32_are_refused():
+    with pytest.raises(ValueError, match="finite differences need float32 gradients"):
+        fit(Plain(), monitor(curvature="finite_difference"), precision="bf16-true")
+
+
+def test_examples_that_cannot_be_counted_are_refused():
+    with pytest.raises(ValueError, match="cannot tell the number of examples in a batch of type object"):
+        fit(Plain(), monitor(dataloader=[object()]))

@@ -75,7 +75,8 @@ def test_a_good_start_saves_products_and_a_generator_changes_the_start():
     matrix = spd_matrix(80, 1e3)
     _, vectors = torch.linalg.eigh(matrix)
     cold = lanczos(MatrixOperator(matrix), rtol=1e-3)
-    warm = lanczos(MatrixOperator(matrix), rtol=1e-3, start=vectors[:, -1] + vectors[:, 0])
+    start = vectors[:, -1] + vectors[:, 0] + 1e-3 * torch.randn(80, dtype=torch.float64)
+    warm = lanczos(MatrixOperator(matrix), rtol=1e-3, start=start)
     assert warm.products < cold.products
     other = lanczos(MatrixOperator(matrix), max_iterations=3, generator=torch.Generator().manual_seed(5))
     same = lanczos(MatrixOperator(matrix), max_iterations=3, generator=torch.Generator().manual_seed(5))
@@ -87,6 +88,30 @@ def test_a_start_in_an_invariant_subspace_does_not_hide_the_rest():
     matrix = torch.diag(torch.tensor([5.0, 1.0, -3.0], dtype=torch.float64))
     result = lanczos(MatrixOperator(matrix), start=torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64))
     assert (result.largest.item(), result.smallest.item()) == pytest.approx((5.0, -3.0))
+
+
+@pytest.mark.parametrize("bulk", [0.0, 0.1])
+def test_a_start_of_old_eigenvectors_does_not_hide_a_new_one(bulk):
+    values = torch.cat([torch.tensor([1.0, -1.0, 10.0]), bulk * torch.rand(997)]).double()
+    start = torch.zeros(1000, dtype=torch.float64)
+    start[:2] = 1.0
+    result = lanczos(MatrixOperator(torch.diag(values)), start=start)
+    assert result.converged
+    assert (result.largest.item(), result.smallest.item()) == pytest.approx((10.0, -1.0))
+
+
+def test_a_repeated_eigenvalue_is_found_once():
+    values = torch.tensor([3.0, 3.0, 3.0, 2.0, 1.0, 0.5, 0.2, 0.1]).double()
+    assert lanczos(MatrixOperator(torch.diag(values)), k=3).largest.tolist() == pytest.approx([3.0, 2.0, 1.0])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e20, 1e30])
+def test_squares_of_float32_neither_vanish_nor_overflow(scale):
+    matrix = spd_matrix(40, 100.0, signs=True)
+    values = torch.linalg.eigvalsh(matrix)
+    operator = MatrixOperator((scale * matrix).float())
+    ends = [lanczos(operator, rtol=1e-4).largest.item(), power_iteration(operator, which="largest", rtol=1e-2).value]
+    assert ends == pytest.approx([scale * float(values[-1])] * 2, rel=1e-3)
 
 
 def test_global_random_state_is_not_touched():
@@ -392,11 +417,12 @@ def test_a_tracker_survives_a_change_of_size_and_a_nan():
     ("options", "message"),
     [
         ({"method": "lobpcg"}, "method to be one of"),
-        ({"k": 0}, "k >= 1"),
-        ({"method": "power_iteration", "k": 2}, "k = 1 with 'power_iteration'"),
-        ({"max_iterations": 1}, "max_iterations > 1"),
-        ({"rtol": 0.0}, "rtol > 0"),
-        ({"rtol": float("nan")}, "rtol > 0"),
+        ({"k": 0}, "k to be an integer >= 1"),
+        ({"k": 1.5}, "k to be an integer"),
+        ({"method": "power_iteration", "k": 2}, "power iteration finds one eigenvalue"),
+        ({"max_iterations": 1}, "max_iterations to be an integer >= 2"),
+        ({"rtol": 0.0}, "0 < rtol"),
+        ({"rtol": float("nan")}, "0 < rtol"),
     ],
 )
 def test_a_tracker_refuses(options, message):

@@ -15,8 +15,9 @@ class Cadence:
     """Decides after each training batch whether to fire.
 
     Fires every n batches, once a given number has passed; inside an accumulation window it waits for the optimizer
-    step. With a budget it fires as rarely as needed for its own time to stay below a fraction of the training time;
-    when it fires then depends on the clock, so that such a run cannot be repeated exactly.
+    step. With a budget it fires as rarely as needed for its own time to stay below a fraction of the training time,
+    once the first firing, whose cost nobody knows beforehand, is paid off. When it fires then depends on the clock, so
+    that such a run cannot be repeated exactly.
 
     Args:
         every_n_batches: Training batches between two firings, at least 1.
@@ -58,6 +59,11 @@ class Cadence:
     def optimizer_stepped(self) -> None:
         """Tells that the weights have moved during the present batch."""
         self._stepped = True
+
+    def may_fire(self, *, hurry: bool = False) -> bool:
+        """Returns whether the batch that begins may be followed by a firing."""
+        waited = self._since_last + 1 >= self._every and self._batches >= self._start_after
+        return (hurry or waited) and self._affordable()
 
     def is_due(self, *, hurry: bool = False) -> bool:
         """Counts one training batch and returns whether to fire after it; in a hurry, at the first optimizer step."""

@@ -13,8 +13,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torchmetrics import Metric
 
+from lightning_ifthpo.callbacks.snapshot import restored
 from lightning_ifthpo.module import training_loss
 from lightning_ifthpo.random_state import isolated
 
@@ -25,19 +25,14 @@ CurvaturePrecision: TypeAlias = Literal["32", "inherit"]
 def undisturbed(trainer: L.Trainer, module: L.LightningModule, seed: int) -> Iterator[None]:
     """Puts back all that an evaluation of the module's losses inside the block may leave behind.
 
-    That is: buffers (BatchNorm statistics), train/eval modes, metric states, every attribute that is rebound, what is
-    logged, and the random state, which is seeded inside the block so that each evaluation draws the same numbers
-    wherever a run was resumed. Gradients need no care as long as `torch.autograd.grad` is used. Buffers are exchanged
-    for copies rather than restored in place, because a graph may still need them.
+    That is what `restored` puts back of the module, what is logged, and the random state, which is seeded inside the
+    block so that each evaluation draws the same numbers wherever a run was resumed. Gradients need no care as long as
+    `torch.autograd.grad` is used.
     """
     with ExitStack() as stack:
         stack.enter_context(isolated(module.device, seed))
-        for submodule in module.modules():
-            if not isinstance(submodule, torch.jit.ScriptModule):  # whose attributes live elsewhere
-                stack.enter_context(_attributes_restored(submodule))
-        _exchange_state(module)
-        loggers = trainer.loggers
-        stack.callback(setattr, trainer, "loggers", loggers)
+        stack.enter_context(restored(module))
+        stack.callback(setattr, trainer, "loggers", trainer.loggers)
         trainer.loggers = [DummyLogger()]  # which takes all calls, as under fast_dev_run
         vars(module).update(log=_ignore, log_dict=_ignore)
         yield
@@ -84,18 +79,21 @@ class Losses:
     def _evaluate(self, loss: Callable[[Any], Tensor], batch: Any, *, training: bool) -> Tensor:
         for submodule, mode in self._modes.items():
             submodule.training = mode and training
-        # a copy, because a loss may change its batch in place, or take it apart
-        batch = apply_to_collection(batch, Tensor, Tensor.clone)
         with self._context():
-            return loss(batch)
+            return loss(copied(batch))
+
+
+def copied(batch: Any) -> Any:
+    """Returns a copy of a batch, which may be changed in place and taken apart."""
+    return apply_to_collection(batch, Tensor, Tensor.clone)
 
 
 def prepared(trainer: L.Trainer, module: L.LightningModule, batch: Any, seed: int) -> Any:
-    """Returns a batch on the device, converted as a validation batch would be; random transforms draw from a seed."""
+    """Returns a copy of a batch on the device, converted as in validation; random transforms draw from a seed."""
     trainer.validating = True  # augmentations that ask self.trainer.training must not touch it
     try:
         with isolated(module.device, seed):
-            batch = trainer.precision_plugin.convert_input(batch)
+            batch = trainer.precision_plugin.convert_input(copied(batch))
             batch = _transfer_hook_owner(trainer, module).on_before_batch_transfer(batch, 0)
             return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
     finally:
@@ -121,30 +119,3 @@ def _no_context() -> Iterator[None]:
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
     """Stands for `self.log` while nothing may be logged."""
-
-
-@contextmanager
-def _attributes_restored(module: nn.Module) -> Iterator[None]:
-    attributes = vars(module).copy()
-    tensors = {name: vars(module)[name].copy() for name in ("_buffers", "_parameters", "_modules")}
-    try:
-        yield
-    finally:
-        vars(module).update(attributes)
-        for name in vars(module).keys() - attributes.keys():
-            del vars(module)[name]
-        for name, values in tensors.items():
-            vars(module)[name].clear()
-            vars(module)[name].update(values)
-
-
-def _exchange_state(module: nn.Module) -> None:
-    """Gives the module copies of its buffers and metric states to work on."""
-    copies: dict[int, Tensor] = {}  # a buffer may be shared
-    for submodule in module.modules():
-        for name, buffer in list(submodule.named_buffers(recurse=False)):
-            if not isinstance(submodule, torch.jit.ScriptModule):
-                submodule._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
-        if isinstance(submodule, Metric):
-            for name, state in submodule.metric_state.items():
-                vars(submodule)[name] = state.clone() if isinstance(state, Tensor) else list(state)

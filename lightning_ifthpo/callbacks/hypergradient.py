@@ -10,10 +10,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_ifthpo.callbacks.cadence import Cadence, synchronization
+from lightning_ifthpo.callbacks.cadence import Cadence
 from lightning_ifthpo.callbacks.evaluation import CurvaturePrecision
 from lightning_ifthpo.callbacks.hyper_step import HyperStepper
-from lightning_ifthpo.callbacks.logging import log_metrics
+from lightning_ifthpo.callbacks.periodic import PeriodicCallback
 from lightning_ifthpo.callbacks.preflight import check_module, check_precision, find_outer_data
 from lightning_ifthpo.checks import require_choice
 from lightning_ifthpo.hypergradient import Hypergradient
@@ -23,7 +23,7 @@ from lightning_ifthpo.solvers import Amortized, Solver, Status
 _CURVATURES = ("auto", "hessian", "gauss_newton", "finite_difference")
 
 
-class IFTHypergradient(L.Callback):
+class IFTHypergradient(PeriodicCallback):
     """Updates the hyperparameters of a `BilevelLightningModule` by implicit differentiation during training.
 
     After every n-th training batch it takes that batch for the inner loss and a fresh outer batch for the outer loss,
@@ -54,6 +54,11 @@ class IFTHypergradient(L.Callback):
     >>> callback = IFTHypergradient(every_n_batches=10, curvature="gauss_newton")
     """
 
+    @property
+    def headline(self) -> str:
+        """The metric for the progress bar."""
+        return "hypergrad/norm"
+
     def __init__(
         self,
         every_n_batches: int = 5,
@@ -83,11 +88,11 @@ class IFTHypergradient(L.Callback):
         self.max_overhead = max_overhead
         self.precision = precision
         self._restored: dict[str, Any] = {}
-        self._begin()
+        self._restart()
 
-    def _begin(self) -> None:
+    def _restart(self) -> None:
+        self._begin(Cadence(self.every_n_batches, self.start_after_batches, self.max_overhead))
         self.skipped = 0
-        self._cadence = Cadence(self.every_n_batches, self.start_after_batches, self.max_overhead)
         self._stepper: HyperStepper | None = None
         self._unfrozen: list[str] = []
         self._rehearsed = False
@@ -118,7 +123,7 @@ class IFTHypergradient(L.Callback):
         """Freezes the hyperparameters before a strategy wraps the module, and begins anew."""
         if stage != "fit":
             return
-        self._begin()
+        self._restart()
         self._restored = {}  # a checkpoint that belongs to this fit is loaded after this
         if isinstance(pl_module, BilevelLightningModule):
             tunable = dict(pl_module.named_hyperparameters())
@@ -156,27 +161,16 @@ class IFTHypergradient(L.Callback):
         if not self._rehearsed:
             self._active_stepper.rehearse(batch)
             self._rehearsed = True
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Notes that the weights move."""
-        self._cadence.optimizer_stepped()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Makes a hyper step when one is due."""
+    def _fire(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
+        """Makes one hyper step."""
         stepper = self._active_stepper
-        if not self._cadence.is_due(hurry=bool(getattr(trainer, "fast_dev_run", False)) and stepper.steps == 0):
-            return
-        with self._cadence.firing(synchronization(pl_module.device)):
-            # A diagnosis costs products, so only the failure that is told about gets one.
-            result = stepper.compute(batch, diagnosed=not self._warned or self.on_failure == "raise")
-            if self._accepts(result, stepper.steps):
-                stepper.apply(result)
-        metrics = {**_metrics(result), "hypergrad/skipped": float(self.skipped), **_summaries(pl_module)}
-        log_metrics(trainer, pl_module, metrics, headline="hypergrad/norm")
+        # A diagnosis costs products, so only the failure that is told about gets one.
+        result = stepper.compute(batch, diagnosed=not self._warned or self.on_failure == "raise")
+        if self._accepts(result, stepper.steps):
+            stepper.apply(result)
+        return {**_metrics(result), "hypergrad/skipped": float(self.skipped), **_summaries(module)}
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Ends the worker processes of the outer data."""

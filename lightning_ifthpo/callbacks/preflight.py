@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_ifthpo.callbacks.evaluation import data_module
 from lightning_ifthpo.hyperparameters import WeightDecay
-from lightning_ifthpo.module import BilevelLightningModule
+from lightning_ifthpo.module import BilevelLightningModule, has_inner_loss
 from lightning_ifthpo.update_rule import is_known
 
 
@@ -68,8 +68,9 @@ def check_observed(trainer: L.Trainer, module: Any, top_k: int) -> None:
     size = math.inf if any(map(is_lazy, weights)) else sum(weight.numel() for weight in weights)
     if top_k > size:
         raise ValueError(f"top_k={top_k} eigenvalues are asked for, and {name} has {size} trainable weights")
-    by_hand = not module.automatic_optimization
-    if by_hand and getattr(type(module), "inner_loss", None) in (None, BilevelLightningModule.inner_loss):
+    if any(weight.is_complex() for weight in weights):
+        raise ValueError(f"{name} has complex weights, whose curvature is not supported")
+    if not module.automatic_optimization and not has_inner_loss(module):
         raise ValueError(
             f"{name} optimizes manually, so that its training_step cannot be evaluated without training; define "
             "inner_loss(batch), which returns the loss whose curvature is wanted"

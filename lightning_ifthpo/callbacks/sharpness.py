@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
@@ -9,30 +10,31 @@ from typing import Any, get_args
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
 
 from lightning_ifthpo import spectrum
-from lightning_ifthpo.autodiff import differentiable
-from lightning_ifthpo.callbacks.cadence import Cadence, synchronization
+from lightning_ifthpo.autodiff import gradients_on
+from lightning_ifthpo.callbacks.cadence import Cadence
 from lightning_ifthpo.callbacks.evaluation import Losses, prepared, twice_differentiable, undisturbed
-from lightning_ifthpo.callbacks.logging import log_figure, log_metrics, takes_figures
+from lightning_ifthpo.callbacks.logging import log_figure, takes_figures
 from lightning_ifthpo.callbacks.outer_data import check_batches
-from lightning_ifthpo.callbacks.preflight import check_observed
+from lightning_ifthpo.callbacks.periodic import PeriodicCallback
+from lightning_ifthpo.callbacks.preflight import check_observed, check_precision
 from lightning_ifthpo.checks import require_choice
 from lightning_ifthpo.curvature import AverageOperator, Curvature, CurvatureOperator, curvature_operator
 from lightning_ifthpo.random_state import isolated
-from lightning_ifthpo.spectrum import ExtremeEigenvalues, SpectrumTracker
+from lightning_ifthpo.spectrum import SpectralDensity, SpectrumTracker
 from lightning_ifthpo.spectrum.tracking import Method
-from lightning_ifthpo.stability import StabilityEdge
-from lightning_ifthpo.update_rule import is_known
+from lightning_ifthpo.stability import StabilityEdge, has_edge
 
 # One seed for all measurements: dropout masks are the same in each, so that its values can be compared.
 _SEED = 0
 
 
-class SharpnessMonitor(L.Callback):
+class SharpnessMonitor(PeriodicCallback):
     """Logs both ends of the spectrum of the training loss's curvature, and how far training is from instability.
 
     Works on any LightningModule: it measures the `inner_loss` where there is one, else the loss of `training_step`, in
@@ -44,22 +46,23 @@ class SharpnessMonitor(L.Callback):
         every_n_batches: Training batches between two measurements, at least 1.
         method: "lanczos"; or "power_iteration", which needs more products, and the memory of two vectors instead of up
             to max_iterations. Both start from their last result.
-        top_k: Eigenvalues to log from the top.
+        top_k: Eigenvalues to log from the top, a repeated one once.
         curvature: "hessian"; "gauss_newton", for losses that call `mark_outputs`; "finite_difference", for models
             without a second derivative.
         preconditioned: Measure P^½ H P^½ with the preconditioner P of the optimizer and the relative learning rates of
             its groups, which is what its stability depends on. None and True do so; True insists, and refuses an
             optimizer that is not known. False measures H itself, which says nothing of the stability of Adam.
-        max_iterations: Products to spend at most on a measurement.
+        max_iterations: Products to spend at most on a measurement, or on each end with power iteration.
         rtol: Residual to stop at, relative to max(|λ_max|, |λ_min|). λ_min is known to the same absolute precision: a
-            negative value proves negative curvature, a small positive one does not exclude it.
+            value below −rtol · λ_max proves negative curvature, a small positive one does not exclude it.
         dataloader: Fixed examples to measure on instead of the training batch, kept in memory; weighted per example,
             with batches of any size. The loss has to be a mean over examples.
-        spectral_density: Log a figure of the spectral density at the first measurement of each epoch, by 50 to some
-            hundred more products.
+        spectral_density: Log a figure of the spectral density at the first measurement of each epoch, by 50
+            products for a large network, and up to 1,000 for one of some hundred weights.
         trace: Log the trace too, by 60 more products.
-        max_overhead: Fraction of the training time that measurements may cost; they become as rare as needed. None for
-            no limit.
+        max_overhead: Fraction of the training time that measurements may cost in the long run; they become as rare as
+            needed. The first is always made. None for no limit.
+        name: Prefix of all metrics, by which several monitors are told apart.
 
     Logs `sharpness/lambda_max` (and `lambda_2` to `lambda_<top_k>`), `lambda_min`, `residual` (the larger residual
     bound of both ends over the larger magnitude), `products`, `failures`; `edge`, the λ_max at which the optimizer
@@ -71,6 +74,11 @@ class SharpnessMonitor(L.Callback):
 
     >>> monitor = SharpnessMonitor(every_n_batches=50, top_k=3)
     """
+
+    @property
+    def headline(self) -> str:
+        """The metric for the progress bar."""
+        return f"{self.name}/lambda_max"
 
     def __init__(
         self,
@@ -86,6 +94,7 @@ class SharpnessMonitor(L.Callback):
         spectral_density: bool = False,
         trace: bool = False,
         max_overhead: float | None = 0.05,
+        name: str = "sharpness",
     ) -> None:
         super().__init__()
         require_choice("curvature", curvature, get_args(Curvature))
@@ -104,25 +113,23 @@ class SharpnessMonitor(L.Callback):
         self.spectral_density = spectral_density
         self.trace = trace
         self.max_overhead = max_overhead
-        self._begin()
+        self.name = name
+        self._restart()
 
-    def _begin(self) -> None:
+    def _restart(self) -> None:
+        self._begin(Cadence(self.every_n_batches, max_overhead=self.max_overhead))
         self.failures = 0
         self.unconverged = 0
-        self._cadence = Cadence(self.every_n_batches, max_overhead=self.max_overhead)
         self._tracker = SpectrumTracker(self.method, k=self.top_k, max_iterations=self.max_iterations, rtol=self.rtol)
         self._examples: list[tuple[Any, int]] = []
         self._pictured_epoch = -1
-        self._measured = False
+        self._told = False
 
     @property
     def state_key(self) -> str:
         """Tells differently configured instances apart in a checkpoint."""
         return self._generate_state_key(
-            method=self.method,
-            curvature=self.curvature,
-            preconditioned=self.preconditioned,
-            fixed=self.dataloader is not None,
+            name=self.name, method=self.method, curvature=self.curvature, preconditioned=self.preconditioned
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -145,11 +152,12 @@ class SharpnessMonitor(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Begins anew; a checkpoint that belongs to this fit is loaded after this."""
         if stage == "fit":
-            self._begin()
+            self._restart()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Checks what can be checked before the first batch, and loads the fixed examples."""
         check_observed(trainer, pl_module, self.top_k)
+        check_precision(trainer, self.curvature, "32")
         self._check_optimizers(trainer)
         if self.dataloader is not None:
             self._examples = _loaded(self.dataloader, pl_module.device)
@@ -159,33 +167,6 @@ class SharpnessMonitor(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock of the budget."""
         self._cadence.begin()
-
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Notes that the weights move."""
-        self._cadence.optimizer_stepped()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Measures when it is time to."""
-        if not self._cadence.is_due(hurry=bool(getattr(trainer, "fast_dev_run", False)) and not self._measured):
-            return
-        self._measured = True
-        metrics: dict[str, float] = {}
-        with self._cadence.firing(synchronization(pl_module.device)):
-            try:
-                metrics = self._measure(trainer, pl_module, batch)
-            except Exception as error:  # an observer must not end what it observes
-                self.failures += 1
-                if self.failures == 1:
-                    rank_zero_warn(
-                        "SharpnessMonitor: a measurement failed, and training goes on: "
-                        f"{type(error).__name__}: {error}. Further ones are counted in sharpness/failures"
-                    )
-        metrics["sharpness/failures"] = float(self.failures)
-        log_metrics(trainer, pl_module, metrics, headline="sharpness/lambda_max")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Says how many measurements did not do what was asked."""
@@ -197,38 +178,68 @@ class SharpnessMonitor(L.Callback):
                 f"rtol={self.rtol:g}, see sharpness/residual; raise max_iterations, or rtol"
             )
 
-    def _measure(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
-        """Returns the metrics of one measurement."""
-        edge = StabilityEdge.of(trainer.optimizers, _trainable(module))
-        pictured = self._picture_is_due(trainer)
-        with self._operator(trainer, module, batch, edge) as operator:
-            ends = self._tracker.measure(operator)
-            if not bool(ends.largest.isfinite().all()):
-                raise FloatingPointError(
-                    "NaN or infinity in the curvature; look at the batch, the loss and the weights"
-                )
-            total = spectrum.trace(operator) if self.trace else None
-            density = spectrum.spectral_density(operator) if pictured else None
-        self.unconverged += not ends.converged
-        metrics = _metrics(ends)
-        if edge is not None and (edge.metric is None or self.preconditioned is not False):
-            assert ends.largest_vectors is not None
-            metrics["sharpness/edge"] = edge.sharpness
-            metrics["sharpness/edge_ratio"] = edge.ratio(float(ends.largest[0]), ends.largest_vectors[0])
-        if total is not None:
-            metrics |= {"sharpness/trace": total.trace, "sharpness/trace_error": total.standard_error}
-            metrics["sharpness/products"] += total.products
-        if density is not None:
-            from lightning_ifthpo.plots import plot_spectral_density  # and so matplotlib
+    def _fire(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
+        """Measures all that is asked for; what fails is missing from the metrics."""
+        parts = [self._ends, self._trace] if self.trace else [self._ends]
+        metrics: dict[str, float] = {}
+        try:
+            edge = StabilityEdge.of(trainer.optimizers, _trainable(module))
+            pictured = self._picture_is_due(trainer)
+            for part in parts:
+                with self._operator(trainer, module, batch, edge) as operator:
+                    metrics |= part(operator, edge)
+            if pictured:
+                with self._operator(trainer, module, batch, edge) as operator:
+                    density = spectrum.spectral_density(operator)
+                self._picture(trainer, density)
+        except Exception as error:  # an observer must not end what it observes
+            self._survive(error)
+        return {f"{self.name}/{key}": value for key, value in {**metrics, "failures": float(self.failures)}.items()}
 
-            self._pictured_epoch = trainer.current_epoch
-            metrics["sharpness/products"] += density.products
-            log_figure(trainer, "sharpness/spectral_density", plot_spectral_density(density))
-        return metrics
+    def _ends(self, operator: CurvatureOperator, edge: StabilityEdge | None) -> dict[str, float]:
+        """Returns the ends of the spectrum, and where the edge of stability lies."""
+        ends = self._tracker.measure(operator)
+        self.unconverged += not ends.converged
+        assert ends.largest_vectors is not None
+        largest = ends.largest.tolist()
+        metrics = {
+            "lambda_max": largest[0],
+            **{f"lambda_{rank}": value for rank, value in enumerate(largest[1:], start=2)},
+            "lambda_min": float(ends.smallest[0]),
+            "residual": ends.relative_residual,
+            "products": float(ends.products),
+        }
+        if edge is not None and (edge.metric is None or self.preconditioned is not False):
+            metrics["edge_ratio"] = edge.ratio(largest[0], ends.largest_vectors[0])
+            if math.isfinite(edge.sharpness):  # it is not at a learning rate of zero
+                metrics["edge"] = edge.sharpness
+        return _finite(metrics)
+
+    def _trace(self, operator: CurvatureOperator, edge: StabilityEdge | None) -> dict[str, float]:
+        """Returns the trace."""
+        estimate = spectrum.trace(operator)
+        return _finite({"trace": estimate.trace, "trace_error": estimate.standard_error})
+
+    def _picture(self, trainer: L.Trainer, density: SpectralDensity) -> None:
+        """Logs a figure of the spectral density."""
+        from lightning_ifthpo.plots import plot_spectral_density  # and so matplotlib
+
+        log_figure(trainer, f"{self.name}/spectral_density", plot_spectral_density(density))
+        self._pictured_epoch = trainer.current_epoch
 
     def _picture_is_due(self, trainer: L.Trainer) -> bool:
         new = self._pictured_epoch != trainer.current_epoch
         return self.spectral_density and new and any(map(takes_figures, trainer.loggers))
+
+    def _survive(self, error: Exception) -> None:
+        """Counts a failure, and tells of the first in a fit."""
+        self.failures += 1
+        if not self._told:
+            self._told = True
+            rank_zero_warn(
+                f"SharpnessMonitor: a measurement failed, and training goes on: {type(error).__name__}: {error}. "
+                f"Further ones are counted in {self.name}/failures"
+            )
 
     @contextmanager
     def _operator(
@@ -237,7 +248,7 @@ class SharpnessMonitor(L.Callback):
         """Gives the operator to measure; inside the block nothing that evaluations do is kept."""
         with ExitStack() as stack:
             stack.enter_context(undisturbed(trainer, module, _SEED))
-            stack.enter_context(differentiable([]))
+            stack.enter_context(gradients_on())
             if self.curvature != "finite_difference":
                 stack.enter_context(twice_differentiable(module))
             losses = Losses(trainer, module, "32")
@@ -256,7 +267,7 @@ class SharpnessMonitor(L.Callback):
             yield operator if metric is None else operator.preconditioned(metric)
 
     def _check_optimizers(self, trainer: L.Trainer) -> None:
-        unknown = sorted({type(optimizer).__name__ for optimizer in trainer.optimizers if not is_known(optimizer)})
+        unknown = sorted({type(optimizer).__name__ for optimizer in trainer.optimizers if not has_edge(optimizer)})
         if not unknown or self.preconditioned is False:
             return
         names = ", ".join(unknown)
@@ -268,15 +279,11 @@ class SharpnessMonitor(L.Callback):
         )
 
 
-def _metrics(ends: ExtremeEigenvalues) -> dict[str, float]:
-    largest = ends.largest.tolist()
-    return {
-        "sharpness/lambda_max": largest[0],
-        **{f"sharpness/lambda_{rank}": value for rank, value in enumerate(largest[1:], start=2)},
-        "sharpness/lambda_min": float(ends.smallest[0]),
-        "sharpness/residual": ends.relative_residual,
-        "sharpness/products": float(ends.products),
-    }
+def _finite(metrics: dict[str, float]) -> dict[str, float]:
+    """Returns the metrics, or raises FloatingPointError if one is not finite."""
+    if not all(map(math.isfinite, metrics.values())):
+        raise FloatingPointError("NaN or infinity in the curvature; look at the batch, the loss and the weights")
+    return metrics
 
 
 def _trainable(module: nn.Module) -> list[Tensor]:
@@ -287,10 +294,20 @@ def _loaded(source: Iterable[Any], device: torch.device) -> list[tuple[Any, int]
     """Returns the batches of a loader, each with its number of examples."""
     check_batches(source)
     with isolated(device, _SEED):
-        batches = [(batch, extract_batch_size(batch)) for batch in source]
+        batches = [(batch, _size(batch)) for batch in source]
     if not batches or min(size for _, size in batches) < 1:
         raise ValueError(
             "the dataloader of SharpnessMonitor is empty, or has an empty batch: check its data set, and drop_last "
             "beside batch_size"
         )
     return batches
+
+
+def _size(batch: Any) -> int:
+    try:
+        return extract_batch_size(batch)
+    except MisconfigurationException as error:
+        raise ValueError(
+            f"cannot tell the number of examples in a batch of type {type(batch).__name__}; the dataloader of "
+            "SharpnessMonitor should yield tensors, or tuples, lists or dicts of tensors"
+        ) from error

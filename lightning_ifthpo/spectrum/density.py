@@ -102,7 +102,7 @@ def _quadrature(operator: CurvatureOperator, iterations: int, generator: torch.G
     ritz = basis.ritz()
     truncation = 0.0
     if not basis.exhausted and basis.finite:
-        half = basis.ritz(basis.products // 2)
+        half = basis.ritz(last=basis.products // 2)
         truncation = wasserstein(half.values, half.weights, ritz.values, ritz.weights)
     return _Quadrature(ritz.values, ritz.weights, truncation, basis.products)
 

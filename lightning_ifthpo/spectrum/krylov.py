@@ -44,7 +44,7 @@ class KrylovBasis:
         products: Products with the operator that were spent, one for each basis vector.
         finite: False once a product held a NaN or an infinity.
         exhausted: Whether the space spanned so far is invariant, up to rounding.
-        confined: Whether it is an invariant space around the given start, which knows nothing of the rest.
+        fresh: Vectors since the last exhaustion; what came before spans an invariant space.
     """
 
     def __init__(self, operator: CurvatureOperator, start: Tensor | None, generator: torch.Generator) -> None:
@@ -55,46 +55,44 @@ class KrylovBasis:
         self._rows = torch.empty(0, operator.size, dtype=operator.dtype, device=operator.device)
         self._scale = 0.0
         self._next = None if start is None or not bool(start.any()) else start.to(operator.device, operator.dtype)
-        self._given = self._next is not None
         self.products = 0
         self.finite = True
         self.exhausted = False
-        self.confined = False
+        self.fresh = 0
 
     def extend(self) -> None:
         """Adds one vector, by one product."""
         vector = self._next
         if vector is None:
             vector = self._orthogonalized(random_vector(self._operator, self._generator))
-        vector = vector / torch.linalg.vector_norm(vector)
+        vector = vector / length_of(vector)
         product = self._operator.matvec(vector)
         self._append(vector)
         residual = self._orthogonalized(product)
-        diagonal, norm, length = torch.stack(
-            [vector @ product, torch.linalg.vector_norm(residual), torch.linalg.vector_norm(product)]
-        ).tolist()
+        diagonal, norm, length = torch.stack([vector @ product, length_of(residual), length_of(product)]).tolist()
         self.finite = math.isfinite(length)
         self._scale = max(self._scale, length)
         # below this the residual is rounding
+        self.fresh = 1 if self.exhausted else self.fresh + 1
         self.exhausted = norm <= 10 * torch.finfo(residual.dtype).eps * self._scale
-        self.confined, self._given = self.exhausted and self._given, self._given and not self.exhausted
         self._diagonal.append(diagonal)
         self._off_diagonal.append(0.0 if self.exhausted else norm)
         self._next = None if self.exhausted else residual
 
-    def ritz(self, size: int | None = None) -> RitzPairs:
-        """Returns the eigenvalues of the tridiagonal matrix of the first `size` vectors, of all where not given."""
-        size = self.products if size is None else size
+    def ritz(self, first: int = 0, last: int | None = None) -> RitzPairs:
+        """Returns the eigenvalues of the tridiagonal matrix of the vectors from `first` to before `last`."""
+        diagonal, off_diagonal = self._diagonal[first:last], self._off_diagonal[first:last]
+        size = len(diagonal)
         if not self.finite:
             nothing = torch.full((size,), math.nan, dtype=torch.float64)
             return RitzPairs(nothing, nothing, nothing, torch.full((size, size), math.nan, dtype=torch.float64))
-        matrix = torch.diag(torch.tensor(self._diagonal[:size], dtype=torch.float64))
+        matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
         if size > 1:
-            off = torch.tensor(self._off_diagonal[: size - 1], dtype=torch.float64)
+            off = torch.tensor(off_diagonal[:-1], dtype=torch.float64)
             matrix += torch.diag(off, 1) + torch.diag(off, -1)
         values, vectors = torch.linalg.eigh(matrix)
         rounding = torch.finfo(self._rows.dtype).eps * float(values.abs().amax())  # of the products themselves
-        bounds = self._off_diagonal[size - 1] * vectors[-1].abs() + rounding
+        bounds = off_diagonal[-1] * vectors[-1].abs() + rounding
         return RitzPairs(values, bounds, vectors[0].square(), vectors)
 
     def combined(self, coefficients: Tensor) -> Tensor:
@@ -114,6 +112,14 @@ class KrylovBasis:
         for _ in range(2):  # twice is enough (Giraud, Langou, Rozložník 2005)
             vector = vector - (rows @ vector) @ rows
         return vector
+
+
+def length_of(vector: Tensor) -> Tensor:
+    """Returns the Euclidean norm, a scalar, without underflow or overflow of squares."""
+    largest = vector.abs().amax()
+    scale = torch.where(largest > 0, largest, 1.0)
+    norm: Tensor = torch.linalg.vector_norm(vector / scale) * scale
+    return norm
 
 
 def random_vector(operator: CurvatureOperator, generator: torch.Generator) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_ifthpo.curvature.operator import CurvatureOperator
-from lightning_ifthpo.spectrum.krylov import KrylovBasis, seeded
+from lightning_ifthpo.spectrum.krylov import KrylovBasis, RitzPairs, seeded
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def lanczos(
     """Returns the k largest and the k smallest eigenvalues, by Lanczos with full reorthogonalization.
 
     Ritz values lie inside the spectrum, so that a negative one proves negative curvature; each comes with a residual
-    bound, within which there is some eigenvalue. The sum of old eigenvectors is a good start for a nearby operator.
+    bound, within which there is some eigenvalue. A Krylov space holds one vector for each distinct eigenvalue, and so
+    finds a repeated one once. The sum of old eigenvectors is a good start for a nearby operator.
     Cost beside the products: O(n · iterations²), and memory iterations · n.
 
     Args:
@@ -89,11 +90,13 @@ def lanczos(
     while True:
         basis.extend()
         ritz = basis.ritz()
-        wanted = torch.cat([ritz.bounds[-k:], ritz.bounds[:k]])
-        enough = basis.products >= max(k, min(min_iterations, operator.size))
-        settled = enough and bool((wanted <= rtol * ritz.values.abs().amax()).all())
-        # A given start may lie in an invariant subspace, and know nothing of the rest of the spectrum.
-        converged = settled and not (basis.confined and basis.products < operator.size)
+        # What a given start spans may be invariant, and know nothing of the rest of the spectrum: then what follows it
+        # must settle by itself; roughly, because all that is asked of it is whether it goes beyond.
+        latest = ritz if basis.fresh == basis.products else basis.ritz(basis.products - basis.fresh)
+        blind = start is not None and basis.exhausted and basis.fresh == basis.products < operator.size
+        scale = float(ritz.values.abs().amax())
+        enough = basis.products >= max(k, min(min_iterations, operator.size)) and not blind
+        converged = enough and _settled(ritz, k, rtol * scale) and _settled(latest, 1, max(rtol, 1e-2) * scale)
         if converged or not basis.finite or basis.products >= min(max_iterations, operator.size):
             break
     return ExtremeEigenvalues(
@@ -106,3 +109,7 @@ def lanczos(
         largest_vectors=basis.combined(ritz.coefficients.flip(1)[:, :k]) if vectors else None,
         smallest_vectors=basis.combined(ritz.coefficients[:, :k]) if vectors else None,
     )
+
+
+def _settled(ritz: RitzPairs, k: int, tolerance: float) -> bool:
+    return bool((torch.cat([ritz.bounds[-k:], ritz.bounds[:k]]) <= tolerance).all())

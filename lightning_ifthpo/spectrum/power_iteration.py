@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_ifthpo.curvature.operator import CurvatureOperator
-from lightning_ifthpo.spectrum.krylov import random_vector, seeded
+from lightning_ifthpo.spectrum.krylov import length_of, random_vector, seeded
 
 Which: TypeAlias = Literal["magnitude", "largest", "smallest"]
 
@@ -75,19 +75,19 @@ def power_iteration(
     sign = -1.0 if which == "smallest" else 1.0
     vector = random_vector(operator, seeded(generator)) if start is None or not bool(start.any()) else start
     vector = vector.to(operator.device, operator.dtype)
-    vector = vector / torch.linalg.vector_norm(vector)
+    vector = vector / length_of(vector)
     product = sign * operator.matvec(vector)
     products, scale = 1, 0.0
     while True:
         quotient = vector @ product
         residual = product - quotient * vector
-        value, bound, length = torch.stack(
-            [quotient, torch.linalg.vector_norm(residual), torch.linalg.vector_norm(product)]
-        ).tolist()
+        value, bound, length = torch.stack([quotient, length_of(residual), length_of(product)]).tolist()
         scale = max(scale, length)
         converged = bound <= rtol * scale
         settled = converged and products >= min_iterations
-        if settled or products >= max_iterations or bound == 0.0 or not math.isfinite(length):
+        if not math.isfinite(length):
+            return Eigenpair(math.nan, vector, math.nan, products, converged=False)
+        if settled or products >= max_iterations or bound == 0.0:
             return Eigenpair(sign * value, vector, bound, products, converged)
         if which == "magnitude":
             vector = product / length

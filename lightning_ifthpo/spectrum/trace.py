@@ -63,7 +63,9 @@ def trace(
     generator = seeded(generator)
     third = products // 3
     sketch = [operator.matvec(random_vector(operator, generator).sign()) for _ in range(third)]
-    basis, _ = torch.linalg.qr(torch.stack(sketch, dim=1))
+    columns = torch.stack(sketch, dim=1)
+    # half precision has no QR decomposition
+    basis = torch.linalg.qr(columns.to(torch.promote_types(columns.dtype, torch.float32)))[0].to(columns.dtype)
     dominant = sum(float(operator.quadratic(column)) for column in basis.T)
     samples = torch.tensor(
         [

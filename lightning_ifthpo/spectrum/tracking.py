@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
+from lightning_ifthpo.checks import require_at_least, require_choice
 from lightning_ifthpo.curvature.operator import CurvatureOperator
-from lightning_ifthpo.spectrum.krylov import random_vector
+from lightning_ifthpo.spectrum.krylov import length_of, random_vector
 from lightning_ifthpo.spectrum.lanczos import ExtremeEigenvalues, lanczos
 from lightning_ifthpo.spectrum.power_iteration import power_iteration
 
@@ -50,16 +52,13 @@ class SpectrumTracker:
     """
 
     def __init__(self, method: Method = "lanczos", *, k: int = 1, max_iterations: int = 30, rtol: float = 1e-2) -> None:
-        if method not in get_args(Method):
-            raise ValueError(f"expected method to be one of {get_args(Method)}, got {method!r}")
-        if k < 1 or (k > 1 and method == "power_iteration"):
-            raise ValueError(
-                f"expected k >= 1 with 'lanczos' and k = 1 with 'power_iteration', got {k} with {method!r}"
-            )
-        if max_iterations < k + 1:
-            raise ValueError(f"expected max_iterations > {k}, the number of eigenvalues, got {max_iterations}")
-        if not rtol > 0.0:
-            raise ValueError(f"expected rtol > 0, got {rtol}")
+        require_choice("method", method, get_args(Method))
+        require_at_least("k", k, 1)
+        require_at_least("max_iterations", max_iterations, k + 1)
+        if k > 1 and method == "power_iteration":
+            raise ValueError(f"power iteration finds one eigenvalue at each end, and {k} are asked for; use 'lanczos'")
+        if not 0.0 < rtol < math.inf:
+            raise ValueError(f"expected 0 < rtol < infinity, got {rtol}")
         self.method = method
         self.k = k
         self.max_iterations = max_iterations
@@ -141,5 +140,5 @@ class SpectrumTracker:
 
 def _renewed(vector: Tensor, operator: CurvatureOperator, generator: torch.Generator) -> Tensor:
     noise = random_vector(operator, generator)
-    renewed: Tensor = vector / torch.linalg.vector_norm(vector) + _NOISE * noise / torch.linalg.vector_norm(noise)
+    renewed: Tensor = vector / length_of(vector) + _NOISE * noise / length_of(noise)
     return renewed
