@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from matplotlib.figure import Figure
 from lightning_ifthpo.spectrum import SpectralDensity
 
 _LINES: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("sharpness/lambda_max", "λ_max", {"color": "tab:blue"}),
-    ("sharpness/lambda_min", "λ_min", {"color": "tab:red"}),
-    ("sharpness/edge", "stability edge", {"color": "black", "linestyle": "--", "linewidth": 1}),
+    ("lambda_max", "λ_max", {"color": "tab:blue"}),
+    ("lambda_min", "λ_min", {"color": "tab:red"}),
+    ("edge", "stability edge", {"color": "black", "linestyle": "--", "linewidth": 1}),
 )
 
 
@@ -49,38 +50,49 @@ def plot_spectral_density(density: SpectralDensity, *, bins_per_decade: int = 6)
     lefts, widths = edges[:-1].tolist(), edges.diff().tolist()
     axes.bar(lefts, heights.tolist(), widths, align="edge", color=colors, edgecolor="white", linewidth=0.3)
     axes.set_xscale("symlog", linthresh=tiny, linscale=0.2)
+    decades = [10.0**power for power in range(math.ceil(math.log10(tiny * 3)), math.floor(math.log10(tiny * 1e3)) + 1)]
+    axes.set_xticks([*(-decade for decade in reversed(decades)), 0.0, *decades])
+    axes.minorticks_off()
     axes.set_yscale("log")
     axes.set(xlabel="eigenvalue", ylabel="fraction of eigenvalues")
     axes.set_title(
-        f"λ from {smallest:.3g} to {largest:.3g}: {float(heights[:middle].sum()):.1%} negative, "
+        f"λ from {smallest:.3g} to {largest:.3g}: {float(heights[:middle].sum()):.1%} below −{tiny:.1g}, "
         f"{float(heights[middle]):.1%} within {tiny:.1g} of zero",
         fontsize=10,
     )
     return figure
 
 
-def plot_sharpness(metrics_csv: str | Path, axes: Axes | None = None) -> Axes:
+def plot_sharpness(
+    metrics_csv: str | Path, axes: Axes | None = None, *, name: str = "sharpness", log: bool = False
+) -> Axes:
     """Draws λ_max, λ_min and the stability edge over a run; `axes.figure.savefig(path)` saves it.
 
     Args:
         metrics_csv: The metrics.csv that a `CSVLogger` wrote while a `SharpnessMonitor` was at work.
         axes: Where to draw; a new figure where not given.
+        name: As the monitor was called.
+        log: Draw curvature on a logarithmic scale, for an edge that a schedule moves far away.
 
     Raises:
         ValueError: If the file holds no such measurements.
     """
     with Path(metrics_csv).open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("sharpness/lambda_max")]
+        rows = [row for row in csv.DictReader(file) if row.get(f"{name}/lambda_max")]
     if not rows:
         raise ValueError(
-            f"{metrics_csv} has no values of sharpness/lambda_max; train with SharpnessMonitor and CSVLogger"
+            f"{metrics_csv} has no values of {name}/lambda_max; train with SharpnessMonitor and CSVLogger, and pass "
+            "the name of the monitor if it has one"
         )
     if axes is None:
         axes = Figure(figsize=(6.4, 3.6), layout="constrained").add_subplot()
-    for name, label, style in _LINES:
-        values = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+    for key, label, style in _LINES:
+        values = [(int(row["step"]), float(row[f"{name}/{key}"])) for row in rows if row.get(f"{name}/{key}")]
         if values:
             axes.plot(*zip(*values, strict=True), label=label, **style)
+    if log:
+        largest = max(float(row[f"{name}/lambda_max"]) for row in rows)
+        axes.set_yscale("symlog", linthresh=max(abs(largest), 1e-30) / 100)
     axes.set(xlabel="step", ylabel="curvature")
     axes.legend(fontsize=8)
     return axes

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,13 +34,13 @@ class StabilityEdge:
         decay: p times the weight decay that the optimizer adds to the gradient, a number or [n].
 
     >>> weight = torch.zeros(3, requires_grad=True)
-    >>> StabilityEdge.of([torch.optim.SGD([weight], lr=0.1, momentum=0.5)], [weight]).sharpness
+    >>> StabilityEdge.of(torch.optim.SGD([weight], lr=0.1, momentum=0.5), [weight]).sharpness
     30.0
     """
 
     sharpness: float
-    metric: Tensor | None = None
-    decay: float | Tensor = 0.0
+    metric: Tensor | None = field(default=None, repr=False)
+    decay: float | Tensor = field(default=0.0, repr=False)
 
     def ratio(self, lambda_max: float, vector: Tensor) -> float:
         """Returns 1 at the edge, less where training is stable.
@@ -55,17 +55,18 @@ class StabilityEdge:
         return (lambda_max + float((self.decay * vector) @ vector)) / self.sharpness
 
     @classmethod
-    def of(cls, optimizers: Iterable[Optimizer], parameters: Sequence[Tensor]) -> StabilityEdge | None:
+    def of(cls, optimizers: Optimizer | Iterable[Optimizer], parameters: Iterable[Tensor]) -> StabilityEdge | None:
         """Returns the edge at this moment, None where an optimizer has none that is known; see `has_edge`.
 
         Args:
-            optimizers: Those that train the parameters.
+            optimizers: The one that trains the parameters, or several.
             parameters: The tensors w, together [n]; those that no optimizer holds do not move, and have p = 0.
         """
         rates: dict[int, float] = {}
         metrics: dict[int, Tensor] = {}
         decays: dict[int, float] = {}
-        for optimizer in optimizers:
+        parameters = list(parameters)
+        for optimizer in [optimizers] if isinstance(optimizers, Optimizer) else optimizers:
             if not has_edge(optimizer):
                 return None
             for group in optimizer.param_groups:

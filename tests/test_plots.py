@@ -21,7 +21,7 @@ def test_the_density_shows_each_eigenvalue_and_its_sign():
         assert bar.get_x() <= value <= bar.get_x() + bar.get_width()
     assert len({bar.get_facecolor() for bar in bars}) == 3
     assert (axes.get_xscale(), axes.get_yscale()) == ("symlog", "log")
-    assert axes.get_title() == "λ from -0.5 to 20: 10.0% negative, 80.0% within 0.02 of zero"
+    assert axes.get_title() == "λ from -0.5 to 20: 10.0% below −0.02, 80.0% within 0.02 of zero"
 
 
 def test_bins_are_as_fine_as_asked():
@@ -73,3 +73,13 @@ def test_a_log_without_measurements_is_refused(tmp_path):
     write(tmp_path / "metrics.csv", [{"step": 0, "loss": 1.0}])
     with pytest.raises(ValueError, match="train with SharpnessMonitor and CSVLogger"):
         plot_sharpness(tmp_path / "metrics.csv")
+
+
+def test_a_monitor_with_a_name_and_a_logarithmic_scale(tmp_path):
+    rows = [{"step": step, "held_out/lambda_max": 10.0**step, "held_out/lambda_min": -1.0} for step in (0, 1, 2)]
+    write(tmp_path / "metrics.csv", rows)
+    with pytest.raises(ValueError, match="pass the name of the monitor"):
+        plot_sharpness(tmp_path / "metrics.csv")
+    axes = plot_sharpness(tmp_path / "metrics.csv", name="held_out", log=True)
+    assert axes.get_yscale() == "symlog"
+    assert plot_sharpness(tmp_path / "metrics.csv", name="held_out").get_yscale() == "linear"

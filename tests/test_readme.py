@@ -64,3 +64,11 @@ def test_the_functional_example_prints_its_diagnosis():
     (shown,) = (block for block in blocks("text") if block.startswith("negative curvature"))
     assert " ".join(shown.split()) in output.getvalue()
     assert "negative_curvature" in output.getvalue()
+
+
+def test_the_spectrum_without_a_trainer():
+    output = io.StringIO()
+    (block,) = (block for block in blocks("python") if "lanczos(" in block)
+    with contextlib.redirect_stdout(output):
+        exec(compile(block, "README.md", "exec"), {})
+    assert "StabilityEdge(sharpness=38.0)" in output.getvalue()

@@ -161,7 +161,7 @@ def test_metrics_are_logged_once_at_their_step_to_all_loggers(tmp_path):
     loggers = [CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path, name="tb")]
     fit(Plain(), monitor(every_n_batches=2, max_iterations=20), logger=loggers, max_epochs=6)
     rows = [row for row in read_csv(tmp_path / "csv" / "version_0" / "metrics.csv") if row.get("sharpness/lambda_max")]
-    assert [int(row["step"]) for row in rows] == [1, 3, 5]
+    assert [int(row["step"]) for row in rows] == [0, 2, 4]
     names = ("lambda_max", "lambda_min", "edge", "edge_ratio", "residual", "products", "failures")
     assert all(math.isfinite(float(row[f"sharpness/{name}"])) for row in rows for name in names)
 
@@ -169,7 +169,7 @@ def test_metrics_are_logged_once_at_their_step_to_all_loggers(tmp_path):
 
     events = EventAccumulator(str(tmp_path / "tb" / "version_0"))
     events.Reload()
-    assert [event.step for event in events.Scalars("sharpness/edge_ratio")] == [1, 3, 5]
+    assert [event.step for event in events.Scalars("sharpness/edge_ratio")] == [0, 2, 4]
 
 
 def test_the_spectral_density_is_pictured_once_an_epoch(tmp_path):
@@ -461,6 +461,7 @@ class Empty(Dataset):
         (Plain, {"dataloader": DataLoader(Empty())}, ValueError, "dataloader of SharpnessMonitor is empty"),
         (Plain, {"dataloader": [torch.zeros(0, 4)]}, ValueError, "empty batch"),
         (Plain, {"dataloader": Empty()}, TypeError, "got Empty; wrap it in a DataLoader"),
+        (Plain, {"dataloader": (torch.zeros(3, 4), torch.zeros(3))}, TypeError, "a single batch goes into a list"),
         (Plain, {"dataloader": 3}, TypeError, "expected one DataLoader, or a list of batches, got int"),
     ],
 )
@@ -500,10 +501,11 @@ def test_a_picture_needs_matplotlib(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "trainer_options", "expected"),
     [
-        ({"every_n_batches": 5}, {}, [5, 10]),
+        ({"every_n_batches": 3}, {}, [3, 6, 9, 12]),
+        ({"every_n_batches": 5}, {}, [4, 9]),  # after the first epoch at the latest
         ({"every_n_batches": 1}, {"accumulate_grad_batches": 2}, [2, 4, 6, 8, 10, 12]),
         ({"every_n_batches": 5}, {"fast_dev_run": True}, [1]),
-        ({"every_n_batches": 1, "max_overhead": 1e-9}, {}, [1]),
+        ({"every_n_batches": 1, "max_overhead": 1e-9}, {}, [1, 2]),  # the first is not counted
     ],
     ids=str,
 )
@@ -539,7 +541,8 @@ def test_it_resumes_where_it_was(tmp_path):
     whole, _ = run(8)
     run(5)
     rest, callback = run(8, resume=tmp_path / "5.ckpt")
-    assert rest == whole[5:]
+    assert {} not in whole  # an epoch has one batch, and the first measurement is made after the first epoch
+    assert rest == [{}, *whole[6:]]  # after batch 6 there is none
     state = torch.load(tmp_path / "8.ckpt", weights_only=True)["callbacks"][callback.state_key]
     assert state["tracker"]["measurements"] == 4
 
@@ -725,10 +728,11 @@ def test_a_picture_that_fails_costs_nothing_else(monkeypatch, tmp_path):
         raise OSError("no space left")
 
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_figure", fails)
+    callback = monitor(spectral_density=True)
     with pytest.warns(UserWarning, match="OSError: no space left"):
-        metrics, _ = fit(Plain(), monitor(spectral_density=True), logger=TensorBoardLogger(tmp_path))
+        metrics, _ = fit(Plain(), callback, logger=TensorBoardLogger(tmp_path))
     assert metrics["sharpness/lambda_max"] > 0
-    assert metrics["sharpness/failures"] == 3  # and it was tried again
+    assert callback.failures == 3  # and it was tried again
 
 
 def test_manual_optimization_with_optimizers_of_its_own_is_measured():
@@ -779,3 +783,9 @@ def test_finite_differences_below_float32_are_refused():
 def test_examples_that_cannot_be_counted_are_refused():
     with pytest.raises(ValueError, match="cannot tell the number of examples in a batch of type object"):
         fit(Plain(), monitor(dataloader=[object()]))
+
+
+def test_the_budget_is_told_when_it_cuts(caplog):
+    with caplog.at_level("INFO"):
+        trained([monitor(max_overhead=1e-9)])
+    assert "measured 2 times, more rarely than every 1 batches, to stay below max_overhead=1e-09" in caplog.text

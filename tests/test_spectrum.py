@@ -246,6 +246,18 @@ def test_power_iteration_starts_where_it_is_told():
     assert firsts[0] == firsts[1] != firsts[2]
 
 
+@pytest.mark.parametrize("which", [0, 1], ids=["at the start", "trained"])
+def test_power_iteration_in_float32_keeps_its_vector_a_unit_vector(perceptrons, which):
+    """A bulk of tiny eigenvalues: near convergence the residual is rounding, and not orthogonal to the vector."""
+    operator, values = perceptrons[which]
+    single = MatrixOperator(operator.to_dense().float())
+    for max_iterations in (30, 100, 1000):
+        result = power_iteration(single, which="largest", max_iterations=max_iterations, rtol=1e-7)
+        assert float(result.vector.norm()) == pytest.approx(1.0, abs=1e-5)
+        assert result.value <= float(values[-1]) * (1 + 1e-5)
+    assert result.value == pytest.approx(float(values[-1]), rel=1e-5)
+
+
 def test_power_iteration_on_nothing_and_on_nan():
     assert power_iteration(MatrixOperator(torch.zeros(3, 3))).converged
     operator = MatrixOperator(torch.eye(3))

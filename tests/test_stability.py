@@ -140,3 +140,20 @@ def test_at_a_learning_rate_of_zero_nothing_is_unstable():
     edge = StabilityEdge.of([SGD([weight], lr=0.0)], [weight])
     assert edge.sharpness == math.inf
     assert edge.ratio(5.0, torch.ones(3)) == 0.0
+
+
+def test_one_optimizer_and_a_generator_of_parameters_will_do():
+    net = torch.nn.Linear(2, 1)
+    edge = StabilityEdge.of(SGD(net.parameters(), lr=0.1), net.parameters())
+    assert repr(edge) == "StabilityEdge(sharpness=20.0)"
+
+
+def test_an_optimizer_that_maximizes_has_no_edge():
+    weight = torch.zeros(3, requires_grad=True)
+    assert StabilityEdge.of(SGD([weight], lr=0.1, maximize=True), [weight]) is None
+
+
+def test_a_decay_that_diverges_by_itself_is_far_beyond_the_edge():
+    weight = torch.zeros(3, requires_grad=True)
+    edge = StabilityEdge.of(torch.optim.AdamW([weight], lr=1.0, weight_decay=2.0), [weight])
+    assert edge.ratio(1.0, torch.ones(3)) > 1e6

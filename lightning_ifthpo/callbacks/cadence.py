@@ -16,14 +16,17 @@ class Cadence:
 
     Fires every n batches, once a given number has passed; inside an accumulation window it waits for the optimizer
     step. With a budget it fires as rarely as needed for its own time to stay below a fraction of the training time,
-    once the first firing, whose cost nobody knows beforehand, is paid off. When it fires then depends on the clock, so
-    that such a run cannot be repeated exactly.
+    but for the first firing, whose cost nobody knows beforehand, and which would delay all others. When it fires then
+    depends on the clock, so that such a run cannot be repeated exactly.
 
     Args:
         every_n_batches: Training batches between two firings, at least 1.
         start_after_batches: Training batches before the first.
         max_overhead: Own time allowed per training time; None for no limit.
         clock: Seconds, for tests.
+
+    Attributes:
+        postponed: Batches after which there would have been a firing, had the budget allowed it.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -50,6 +53,8 @@ class Cadence:
         self._began = clock()
         self._own_seconds = 0.0
         self._last_cost = 0.0
+        self._fired = False
+        self.postponed = 0
 
     def begin(self) -> None:
         """Starts the clock of the budget; to be called when training starts."""
@@ -71,19 +76,35 @@ class Cadence:
         if self._batches > self._start_after:
             self._since_last += 1
         stepped, self._stepped = self._stepped, False
-        waited = hurry or self._since_last >= self._every
-        return stepped and waited and self._affordable()
+        waited = stepped and (hurry or self._since_last >= self._every)
+        affordable = self._affordable()
+        self.postponed += waited and not affordable
+        return waited and affordable
 
     @contextmanager
     def firing(self, synchronize: Callable[[], None]) -> Iterator[None]:
         """Measures what a firing costs; the device is synchronized only where a budget needs to know."""
         self._since_last = 0
+        first, self._fired = not self._fired, True
+        if first:
+            with self.uncounted(synchronize):
+                yield
+            return
         began = self._now(synchronize)
         try:
             yield
         finally:
             self._last_cost = self._now(synchronize) - began
             self._own_seconds += self._last_cost
+
+    @contextmanager
+    def uncounted(self, synchronize: Callable[[], None]) -> Iterator[None]:
+        """Keeps what happens inside the block out of the budget, and out of the training time."""
+        began = self._now(synchronize)
+        try:
+            yield
+        finally:
+            self._began += self._now(synchronize) - began
 
     def state_dict(self) -> dict[str, int]:
         """Returns the counters, as plain numbers."""

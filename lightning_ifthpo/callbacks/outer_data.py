@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 
 from lightning_ifthpo.random_state import isolated
@@ -122,12 +123,17 @@ class OuterData:
 
 def check_batches(source: object) -> None:
     """Raises TypeError unless the source yields batches, and does so again and again."""
-    loaders = isinstance(source, (list, tuple)) and any(isinstance(item, DataLoader) for item in source)
-    if isinstance(source, (Dataset, Iterator)) or loaders or not isinstance(source, Iterable):
-        raise TypeError(
-            f"expected one DataLoader, or a list of batches, got {type(source).__name__}"
-            + (" of loaders" if loaders else "; wrap it in a DataLoader" if isinstance(source, Dataset) else "")
-        )
+    hint = None
+    if isinstance(source, Dataset):
+        hint = "; wrap it in a DataLoader"
+    elif isinstance(source, (list, tuple)) and any(isinstance(item, DataLoader) for item in source):
+        hint = " of loaders"
+    elif isinstance(source, tuple) and any(isinstance(item, Tensor) for item in source):
+        hint = " of tensors; a single batch goes into a list"
+    elif isinstance(source, Iterator) or not isinstance(source, Iterable):
+        hint = ""
+    if hint is not None:
+        raise TypeError(f"expected one DataLoader, or a list of batches, got {type(source).__name__}{hint}")
 
 
 def _length(source: Iterable[Any]) -> int | None:

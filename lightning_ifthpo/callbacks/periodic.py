@@ -31,6 +31,9 @@ class PeriodicCallback(L.Callback):
     def _fire(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
         """Does what is to be done and returns metrics to log."""
 
+    def _illustrate(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
+        """Does what was asked for beside that, whatever it costs."""
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -53,8 +56,11 @@ class PeriodicCallback(L.Callback):
         if not self._cadence.is_due(hurry=self._hurries(trainer)) or kept is None:
             return
         self._fired = True
-        with self._cadence.firing(synchronization(pl_module.device)):
+        synchronize = synchronization(pl_module.device)
+        with self._cadence.firing(synchronize):
             log_metrics(trainer, pl_module, self._fire(trainer, pl_module, kept), headline=self.headline)
+        with self._cadence.uncounted(synchronize):
+            self._illustrate(trainer, pl_module, kept)
 
     def _hurries(self, trainer: L.Trainer) -> bool:
         """Whether there may be no second chance."""

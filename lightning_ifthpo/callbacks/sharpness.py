@@ -26,7 +26,7 @@ from lightning_ifthpo.callbacks.preflight import check_observed, check_precision
 from lightning_ifthpo.checks import require_choice
 from lightning_ifthpo.curvature import AverageOperator, Curvature, CurvatureOperator, curvature_operator
 from lightning_ifthpo.random_state import isolated
-from lightning_ifthpo.spectrum import SpectralDensity, SpectrumTracker
+from lightning_ifthpo.spectrum import SpectrumTracker
 from lightning_ifthpo.spectrum.tracking import Method
 from lightning_ifthpo.stability import StabilityEdge, has_edge
 
@@ -43,7 +43,8 @@ class SharpnessMonitor(PeriodicCallback):
     measurement that fails is reported, counted and survived.
 
     Args:
-        every_n_batches: Training batches between two measurements, at least 1.
+        every_n_batches: Training batches between two measurements, at least 1. The first is made after the first epoch
+            at the latest.
         method: "lanczos"; or "power_iteration", which needs more products, and the memory of two vectors instead of up
             to max_iterations. Both start from their last result.
         top_k: Eigenvalues to log from the top, a repeated one once.
@@ -53,15 +54,16 @@ class SharpnessMonitor(PeriodicCallback):
             its groups, which is what its stability depends on. None and True do so; True insists, and refuses an
             optimizer that is not known. False measures H itself, which says nothing of the stability of Adam.
         max_iterations: Products to spend at most on a measurement, or on each end with power iteration.
-        rtol: Residual to stop at, relative to max(|λ_max|, |λ_min|). λ_min is known to the same absolute precision: a
-            value below −rtol · λ_max proves negative curvature, a small positive one does not exclude it.
+        rtol: Residual to stop at, relative to max(|λ_max|, |λ_min|). An eigenvalue lies within the residual of each
+            end, and others may lie beyond: λ_min below −rtol · λ_max proves negative curvature, and a positive one does
+            not exclude it.
         dataloader: Fixed examples to measure on instead of the training batch, kept in memory; weighted per example,
             with batches of any size. The loss has to be a mean over examples.
         spectral_density: Log a figure of the spectral density at the first measurement of each epoch, by 50
             products for a large network, and up to 1,000 for one of some hundred weights.
         trace: Log the trace too, by 60 more products.
-        max_overhead: Fraction of the training time that measurements may cost in the long run; they become as rare as
-            needed. The first is always made. None for no limit.
+        max_overhead: Fraction of the training time that measurements may cost; they become as rare as needed. The first
+            measurement and figures are not counted. None for no limit.
         name: Prefix of all metrics, by which several monitors are told apart.
 
     Logs `sharpness/lambda_max` (and `lambda_2` to `lambda_<top_k>`), `lambda_min`, `residual` (the larger residual
@@ -135,6 +137,7 @@ class SharpnessMonitor(PeriodicCallback):
     def state_dict(self) -> dict[str, Any]:
         """Returns all that resuming needs, as tensors and plain numbers."""
         return {
+            "fired": self._fired,
             "failures": self.failures,
             "unconverged": self.unconverged,
             "cadence": self._cadence.state_dict(),
@@ -148,6 +151,7 @@ class SharpnessMonitor(PeriodicCallback):
         self._cadence.load_state_dict(state_dict["cadence"])
         self._tracker.load_state_dict(state_dict["tracker"])
         self._pictured_epoch = state_dict["pictured_epoch"]
+        self._fired = state_dict["fired"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Begins anew; a checkpoint that belongs to this fit is loaded after this."""
@@ -171,30 +175,59 @@ class SharpnessMonitor(PeriodicCallback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Says how many measurements did not do what was asked."""
         if self.failures:
-            rank_zero_info(f"SharpnessMonitor: {self.failures} measurements failed")
+            rank_zero_info(f"SharpnessMonitor: number of failed measurements: {self.failures}")
         if self.unconverged:
             rank_zero_info(
                 f"SharpnessMonitor: {self.unconverged} of {self._tracker.measurements} measurements ended above "
-                f"rtol={self.rtol:g}, see sharpness/residual; raise max_iterations, or rtol"
+                f"rtol={self.rtol:g}, see {self.name}/residual; raise max_iterations, or rtol"
+            )
+        if self._cadence.postponed:
+            rank_zero_info(
+                f"SharpnessMonitor: measured {self._tracker.measurements} times, more rarely than every "
+                f"{self.every_n_batches} batches, to stay below max_overhead={self.max_overhead}"
             )
 
     def _fire(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
         """Measures all that is asked for; what fails is missing from the metrics."""
-        parts = [self._ends, self._trace] if self.trace else [self._ends]
         metrics: dict[str, float] = {}
-        try:
+        with self._surviving():
             edge = StabilityEdge.of(trainer.optimizers, _trainable(module))
-            pictured = self._picture_is_due(trainer)
-            for part in parts:
+            for part in [self._ends, self._trace] if self.trace else [self._ends]:
                 with self._operator(trainer, module, batch, edge) as operator:
                     metrics |= part(operator, edge)
-            if pictured:
-                with self._operator(trainer, module, batch, edge) as operator:
-                    density = spectrum.spectral_density(operator)
-                self._picture(trainer, density)
-        except Exception as error:  # an observer must not end what it observes
-            self._survive(error)
         return {f"{self.name}/{key}": value for key, value in {**metrics, "failures": float(self.failures)}.items()}
+
+    def _illustrate(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
+        """Logs a figure of the spectral density, once an epoch."""
+        new = self._pictured_epoch != trainer.current_epoch
+        if not (self.spectral_density and new and any(map(takes_figures, trainer.loggers))):
+            return
+        with self._surviving():
+            from lightning_ifthpo.plots import plot_spectral_density  # and so matplotlib
+
+            edge = StabilityEdge.of(trainer.optimizers, _trainable(module))
+            with self._operator(trainer, module, batch, edge) as operator:
+                density = spectrum.spectral_density(operator)
+            log_figure(trainer, f"{self.name}/spectral_density", plot_spectral_density(density))
+            self._pictured_epoch = trainer.current_epoch
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        """Counts an error instead of letting an observer end what it observes, and tells of the first in a fit."""
+        try:
+            yield
+        except Exception as error:
+            self.failures += 1
+            if not self._told:
+                self._told = True
+                rank_zero_warn(
+                    f"SharpnessMonitor: a measurement failed, and training goes on: {type(error).__name__}: {error}. "
+                    f"Further ones are counted in {self.name}/failures"
+                )
+
+    def _hurries(self, trainer: L.Trainer) -> bool:
+        """Others may want to watch a metric from the end of the first epoch on."""
+        return super()._hurries(trainer) or (trainer.is_last_batch and not self._fired)
 
     def _ends(self, operator: CurvatureOperator, edge: StabilityEdge | None) -> dict[str, float]:
         """Returns the ends of the spectrum, and where the edge of stability lies."""
@@ -219,27 +252,6 @@ class SharpnessMonitor(PeriodicCallback):
         """Returns the trace."""
         estimate = spectrum.trace(operator)
         return _finite({"trace": estimate.trace, "trace_error": estimate.standard_error})
-
-    def _picture(self, trainer: L.Trainer, density: SpectralDensity) -> None:
-        """Logs a figure of the spectral density."""
-        from lightning_ifthpo.plots import plot_spectral_density  # and so matplotlib
-
-        log_figure(trainer, f"{self.name}/spectral_density", plot_spectral_density(density))
-        self._pictured_epoch = trainer.current_epoch
-
-    def _picture_is_due(self, trainer: L.Trainer) -> bool:
-        new = self._pictured_epoch != trainer.current_epoch
-        return self.spectral_density and new and any(map(takes_figures, trainer.loggers))
-
-    def _survive(self, error: Exception) -> None:
-        """Counts a failure, and tells of the first in a fit."""
-        self.failures += 1
-        if not self._told:
-            self._told = True
-            rank_zero_warn(
-                f"SharpnessMonitor: a measurement failed, and training goes on: {type(error).__name__}: {error}. "
-                f"Further ones are counted in {self.name}/failures"
-            )
 
     @contextmanager
     def _operator(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -28,7 +28,7 @@ class Eigenpair:
     """
 
     value: float
-    vector: Tensor
+    vector: Tensor = field(repr=False)
     bound: float
     products: int
     converged: bool
@@ -77,26 +77,31 @@ def power_iteration(
     vector = vector.to(operator.device, operator.dtype)
     vector = vector / length_of(vector)
     product = sign * operator.matvec(vector)
-    products, scale = 1, 0.0
+    products, scale, direct = 1, 0.0, True
     while True:
         quotient = vector @ product
         residual = product - quotient * vector
         value, bound, length = torch.stack([quotient, length_of(residual), length_of(product)]).tolist()
         scale = max(scale, length)
         converged = bound <= rtol * scale
-        settled = converged and products >= min_iterations
         if not math.isfinite(length):
             return Eigenpair(math.nan, vector, math.nan, products, converged=False)
-        if settled or products >= max_iterations or bound == 0.0:
+        settled = bound == 0.0 or (converged and products >= min_iterations)
+        if products >= max_iterations or (settled and direct):
             return Eigenpair(sign * value, vector, bound, products, converged)
-        if which == "magnitude":
+        if settled:  # by a product that was combined of others: look whether a direct one agrees
+            product, direct = sign * operator.matvec(vector), True
+        elif which == "magnitude":
             vector = product / length
             product = operator.matvec(vector)
         else:
-            other = residual / bound
+            other = residual - (vector @ residual) * vector  # which rounding has kept from being orthogonal
+            other = other / length_of(other)
             other_product = sign * operator.matvec(other)
             c, s = _top_of(value, bound, float(other @ other_product))
-            vector, product = c * vector + s * other, c * product + s * other_product
+            vector, product, direct = c * vector + s * other, c * product + s * other_product, False
+            norm = length_of(vector)
+            vector, product = vector / norm, product / norm
         products += 1
 
 

@@ -16,9 +16,9 @@ from lightning_ifthpo.spectrum.power_iteration import power_iteration
 
 Method: TypeAlias = Literal["lanczos", "power_iteration"]
 
-# Along 2,000 steps of gradient descent with λ_min about −λ_max/500, five products from such a start give λ_min its
-# right sign in 95 % of all measurements; two, which settle λ_max to 1e-3, in 18 %; five from a start with ten times the
-# noise, in 32 %.
+# Along 2,000 steps of full-batch gradient descent with λ_min about −λ_max/500, five products from such a start give
+# λ_min its right sign in 95 % of all measurements; two, which settle λ_max to 1e-3, in 18 %; five from a start with ten
+# times the noise, in 32 %.
 _LEAST_PRODUCTS = 5
 _NOISE = 0.03
 
@@ -26,10 +26,10 @@ _NOISE = 0.03
 class SpectrumTracker:
     """Measures both ends of the spectrum of an operator that changes slowly, each time from where it was last.
 
-    Each start is the last eigenvectors and a little noise, without which an eigenvalue that overtakes would not be
-    seen as long as its vector is orthogonal to the old ones; power iteration notices it some measurements late. At
-    least five products are taken, so that a small λ_min beside a large λ_max is likely to have its right sign; a
-    negative one is always a proof of negative curvature.
+    Each start is the last eigenvectors and a little noise, without which an eigenvalue that overtakes would not be seen
+    as long as its vector is orthogonal to the old ones; even so one may be noticed late, by power iteration more than
+    by Lanczos. Residual bounds say that an eigenvalue is near, not that none lies beyond. At least five products are
+    taken, for the sake of a small λ_min beside a large λ_max.
 
     Args:
         method: "lanczos", which keeps a basis of up to max_iterations vectors; or "power_iteration", which keeps two
