@@ -1,6 +1,6 @@
 """Hyperparameters by implicit differentiation, inside one Lightning training run."""
 
-from lightning_ifthpo.callbacks import IFTHypergradient, SharpnessMonitor
+from lightning_ifthpo.callbacks import ExactGeN, IFTHypergradient, SharpnessMonitor
 from lightning_ifthpo.hypergradient import (
     Hypergradient,
     HypergradientMismatchError,
@@ -12,6 +12,7 @@ from lightning_ifthpo.module import BilevelLightningModule
 
 __all__ = [
     "BilevelLightningModule",
+    "ExactGeN",
     "Hypergradient",
     "HypergradientMismatchError",
     "IFTHypergradient",

@@ -1,6 +1,7 @@
 """Callbacks for the Trainer."""
 
+from lightning_ifthpo.callbacks.gen import ExactGeN
 from lightning_ifthpo.callbacks.hypergradient import IFTHypergradient
 from lightning_ifthpo.callbacks.sharpness import SharpnessMonitor
 
-__all__ = ["IFTHypergradient", "SharpnessMonitor"]
+__all__ = ["ExactGeN", "IFTHypergradient", "SharpnessMonitor"]

@@ -42,6 +42,11 @@ class FiniteDifferenceOperator(LossOperator):
         self._random_state = RandomState(self.device)
         self.loss = self._evaluate().detach()
 
+    @property
+    def gradient(self) -> Tensor:
+        """∂L/∂w, [n], detached; one more gradient."""
+        return self._space.flatten(vjp([self._evaluate()], self._space.tensors))
+
     def _product(self, v: Tensor) -> Tensor:
         return self._space.flatten(self._difference(v, self._space.tensors))
 

@@ -56,6 +56,11 @@ class GaussNewtonOperator(LossOperator):
         self._u = [torch.zeros_like(output, requires_grad=True) for output in self._outputs]
         self._transposed_product = vjp(self._outputs, parameters, self._u, create_graph=True)
 
+    @property
+    def gradient(self) -> Tensor:
+        """∂L/∂w, [n], detached."""
+        return self._graph.gradient
+
     def _product(self, v: Tensor) -> Tensor:
         outputs, parameters, vs = self._outputs, self._graph.space.tensors, self._graph.space.split(v)
         jv = vjp(self._transposed_product, self._u, vs)

@@ -53,6 +53,11 @@ class LossOperator(CurvatureOperator):
 
     loss: Tensor
 
+    @property
+    @abstractmethod
+    def gradient(self) -> Tensor:
+        """∂L/∂w, [n], detached."""
+
     @abstractmethod
     def mixed_product(self, v: Tensor, hyperparameters: Sequence[Tensor]) -> list[Tensor | None]:
         """Returns (∂²L/∂w∂λᵀ)ᵀ v for v: [n], shaped like the hyperparameters, `None` where it is zero by structure."""

@@ -1,0 +1,168 @@
+"""The callback that chooses the learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, get_args
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+
+from lightning_ifthpo.autodiff import gradients_on
+from lightning_ifthpo.callbacks.evaluation import Losses, copied, twice_differentiable, undisturbed
+from lightning_ifthpo.callbacks.logging import log_metrics
+from lightning_ifthpo.callbacks.preflight import check_precision, check_single_device
+from lightning_ifthpo.checks import require_choice
+from lightning_ifthpo.curvature import Curvature
+from lightning_ifthpo.module import has_inner_loss
+from lightning_ifthpo.step_size import ExactGeNLR
+from lightning_ifthpo.step_size.scheduler import check_options
+
+
+class ExactGeN(L.Callback):
+    """Chooses the learning rate while the Trainer trains, by the generalized Newton's method; none has to be given.
+
+    On every batch until the rate has settled, and on every n-th after that, it looks along the update that the
+    optimizer has just made, with all its momentum, preconditioning, decay and clipping: slope and curvature of the
+    training loss on the next batch say whether a longer or a shorter step would have been better. See `AveragedRule`.
+    Works on any LightningModule with one optimizer whose update is linear in its learning rate. The learning rates in
+    `configure_optimizers` count only in relation to each other, and a configured scheduler is replaced.
+
+    Args:
+        every_n_batches: Optimizer steps between two looks once the rate has settled, at least 1.
+        rule: "averaged", the safe one; "published", the formula of the paper with its smoothing.
+        probe: "next_batch", which did not produce the update; "same_batch", for plain gradient descent.
+        curvature: "auto" and "hessian", exact; "gauss_newton", for losses that call `mark_outputs`;
+            "finite_difference", for models without a second derivative.
+        lr_min: Lower bound of the rate.
+        lr_max: Upper bound of the rate.
+        final_decay: Fraction of the run, at its end, over which the rate goes to zero linearly.
+
+    Logs at each look `gen/lr`; `gen/alpha`, the optimal step along the last update, where there is one;
+    `gen/directional_sharpness`; `gen/accepted`, 0 where the look was of no use; and `gen/refused`, how many were not.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    >>> callback = ExactGeN(every_n_batches=16)
+    """
+
+    def __init__(
+        self,
+        every_n_batches: int = 8,
+        *,
+        rule: Literal["averaged", "published"] = "averaged",
+        probe: Literal["next_batch", "same_batch"] = "next_batch",
+        curvature: Literal["auto"] | Curvature = "auto",
+        lr_min: float = 1e-8,
+        lr_max: float = 10.0,
+        final_decay: float = 0.3,
+    ) -> None:
+        super().__init__()
+        check_options(every_n_batches, rule, probe, lr_min, lr_max, final_decay)
+        require_choice("curvature", curvature, ("auto", *get_args(Curvature)))
+        self.every_n_batches = every_n_batches
+        self.rule = rule
+        self.probe = probe
+        self.curvature: Curvature = "hessian" if curvature == "auto" else curvature
+        self.lr_min = lr_min
+        self.lr_max = lr_max
+        self.final_decay = final_decay
+        self._scheduler: ExactGeNLR | None = None
+        self._looked = False
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Checks the optimizer and takes the place of its scheduler."""
+        check_single_device(trainer, "ExactGeN")
+        check_precision(trainer, self.curvature, "32")
+        if len(trainer.optimizers) != 1:
+            raise ValueError(f"ExactGeN chooses the rate of one optimizer, and there are {len(trainer.optimizers)}")
+        if not pl_module.automatic_optimization and not has_inner_loss(pl_module):
+            raise ValueError(
+                f"{type(pl_module).__name__} optimizes manually, so that its training_step cannot be evaluated without "
+                "training; define inner_loss(batch), which returns the training loss"
+            )
+        steps = float(trainer.estimated_stepping_batches)
+        if self.final_decay and not math.isfinite(steps):
+            rank_zero_warn("ExactGeN does not know how long this run is, and leaves out the final decay; set max_steps")
+        replaced = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
+        if replaced:
+            rank_zero_warn(f"ExactGeN takes the place of {', '.join(replaced)}; do not configure a scheduler beside it")
+        self._scheduler = ExactGeNLR(
+            trainer.optimizers[0],
+            total_steps=int(steps) if math.isfinite(steps) else None,
+            every_n_steps=self.every_n_batches,
+            rule=self.rule,
+            probe=self.probe,
+            curvature=self.curvature,
+            lr_min=self.lr_min,
+            lr_max=self.lr_max,
+            final_decay=self.final_decay,
+        )
+        trainer.strategy.lr_scheduler_configs = [LRSchedulerConfig(self._scheduler, interval="step", name="ExactGeN")]
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Looks along the last update, on a batch that had no part in it."""
+        scheduler, self._looked = self._active_scheduler, False
+        if not scheduler.wants_loss:
+            return
+        kept = copied(batch)
+        losses: list[Losses] = []
+
+        @contextmanager
+        def context() -> Iterator[None]:
+            with ExitStack() as stack:
+                stack.enter_context(undisturbed(trainer, pl_module, seed=scheduler.last_epoch))
+                stack.enter_context(gradients_on())
+                if self.curvature != "finite_difference":
+                    stack.enter_context(twice_differentiable(pl_module))
+                losses.append(Losses(trainer, pl_module, "32"))
+                yield
+
+        seen = scheduler.model
+        scheduler.probe(lambda: losses[-1].inner(kept)(), context)
+        self._looked = scheduler.model is not seen
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs what was seen."""
+        scheduler = self._active_scheduler
+        model = scheduler.model
+        if model is None or not (self._looked or self.probe == "same_batch" or scheduler.last_epoch <= 1):
+            return
+        metrics = {
+            "gen/lr": float(max(torch.as_tensor(rate) for rate in scheduler.get_last_lr())),
+            "gen/accepted": float(scheduler.accepted),
+            "gen/refused": float(scheduler.refused),
+        }
+        if model.is_finite:
+            metrics["gen/directional_sharpness"] = model.sharpness
+            if model.optimal_step is not None:
+                metrics["gen/alpha"] = model.optimal_step
+        log_metrics(trainer, pl_module, metrics, headline="gen/lr")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leaves the optimizer alone."""
+        if self._scheduler is not None:
+            self._scheduler.detach()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Does what teardown would, which is not called after an exception."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Says how many looks were of no use."""
+        if self._active_scheduler.refused:
+            rank_zero_info(f"ExactGeN: number of looks that could not be used: {self._active_scheduler.refused}")
+
+    @property
+    def _active_scheduler(self) -> ExactGeNLR:
+        assert self._scheduler is not None, "training has not started"
+        return self._scheduler

@@ -1,0 +1,23 @@
+"""Learning rates from slope and curvature along the update: the generalized Newton's method (GeN)."""
+
+from lightning_ifthpo.step_size.model import (
+    DirectionalModel,
+    directional_model,
+    fitted_model,
+    group_model,
+    optimal_group_steps,
+)
+from lightning_ifthpo.step_size.rules import AveragedRule, PublishedRule
+from lightning_ifthpo.step_size.scheduler import ExactGeNLR, check_linear_in_lr
+
+__all__ = [
+    "AveragedRule",
+    "DirectionalModel",
+    "ExactGeNLR",
+    "PublishedRule",
+    "check_linear_in_lr",
+    "directional_model",
+    "fitted_model",
+    "group_model",
+    "optimal_group_steps",
+]

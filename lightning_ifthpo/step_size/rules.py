@@ -1,0 +1,164 @@
+"""From noisy parabolas to a learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from statistics import fmean, stdev
+from typing import Any
+
+from lightning_ifthpo.step_size.model import DirectionalModel
+
+_START = 0.003  # of the smallest optimal step seen: from ten times as much, some networks lose units for good
+_FIRST = 3  # probes that decide on the start; a single one is off by a factor of five now and then
+_WINDOW = 8  # probes: with 4 growth overshoots, with 16 it is seen too late
+_GROWTH = 1.08  # per optimizer step: slower than curvature answers (some ten steps), also through momentum of 0.9
+_SHRINKAGE = 1.25
+
+
+class AveragedRule:
+    """Grows the rate while a longer step would have been better, shrinks it when steps make the loss worse.
+
+    The slope n and curvature d along each probed update are seen on a batch that did not produce it. Over the last
+    eight probes, the mean of n − ηd is the slope where the step of length η ends, and the mean of ηn − η²d/2 what the
+    step gains. The rate grows, by at most 8 % a step and never beyond mean(n)/mean(d), while the slope at the end is
+    positive by one standard error; it shrinks by a fifth when the gain is negative by two. Between the two it rests:
+    there lies the stationary state of noisy descent, in which the gain is zero whatever the rate, so that any rule that
+    follows n/d must collapse or explode. Probes are weighed by 1/‖ω‖², and curvature by its magnitude.
+
+    The first rate is 0.003 of the smallest n/d of three probes; no rate has to be given.
+
+    Args:
+        lr_min: Lower bound of the rate.
+        lr_max: Upper bound of the rate.
+
+    Attributes:
+        lr: The rate; None before the first probe.
+        settled: Whether the last eight probes asked for no growth.
+        refused: Probes that were not finite or had no length, and were not used.
+    """
+
+    def __init__(self, lr_min: float = 1e-8, lr_max: float = 10.0) -> None:
+        self.lr: float | None = None
+        self.refused = 0
+        self._bounds = (lr_min, lr_max)
+        self._probes: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
+        self._count = 0
+        self._smallest = math.inf
+        self._resting = 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether the last eight probes asked for no growth."""
+        return self._resting >= _WINDOW
+
+    def observe(self, model: DirectionalModel, steps: int) -> bool:
+        """Changes the rate by what a probe shows, and returns whether it was used.
+
+        Args:
+            model: Slope and curvature along an update.
+            steps: Optimizer steps since the last probe.
+        """
+        if not model.is_finite or model.squared_length == 0.0:
+            self.refused += 1
+            return False
+        slope, curvature = model.slope / model.squared_length, abs(model.sharpness)
+        self._probes.append((slope, curvature))
+        self._count += 1
+        if self._count <= _FIRST:
+            self._begin(slope, curvature)
+        else:
+            self._follow(steps)
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all that changes, as plain numbers."""
+        return {
+            "lr": self.lr,
+            "refused": self.refused,
+            "probes": [list(probe) for probe in self._probes],
+            "count": self._count,
+            "smallest": self._smallest,
+            "resting": self._resting,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a state."""
+        self.lr, self.refused, self._count = state["lr"], state["refused"], state["count"]
+        self._smallest, self._resting = state["smallest"], state["resting"]
+        self._probes.clear()
+        self._probes.extend((slope, curvature) for slope, curvature in state["probes"])
+
+    def _begin(self, slope: float, curvature: float) -> None:
+        if slope > 0.0 and curvature > 0.0:
+            self._smallest = min(self._smallest, slope / curvature)
+        self._set(_START * self._smallest if math.isfinite(self._smallest) else 0.0)
+
+    def _follow(self, steps: int) -> None:
+        assert self.lr is not None
+        lr = self.lr
+        ends = [slope - lr * curvature for slope, curvature in self._probes]
+        gains = [slope - lr * curvature / 2 for slope, curvature in self._probes]
+        if fmean(ends) > _standard_error(ends):
+            curvature = fmean(curvature for _, curvature in self._probes)
+            best = fmean(slope for slope, _ in self._probes) / curvature if curvature else math.inf
+            self._set(min(lr * _GROWTH**steps, best))
+            self._resting = 0
+            return
+        if fmean(gains) < -2 * _standard_error(gains):
+            self._set(lr / _SHRINKAGE)
+        self._resting += 1
+
+    def _set(self, lr: float) -> None:
+        low, high = self._bounds
+        self.lr = min(max(lr, low), high)
+
+
+class PublishedRule:
+    """The rule of the paper: a moving average of the optimal step, η ← γη + (1 − γ) slope / curvature (Bu and Xu 2024).
+
+    Where the parabola has no lowest point ahead, the rate stays as it is. Safe for plain gradient descent; with
+    momentum or Adam accuracy falls to chance, because single estimates are noise.
+
+    Args:
+        lr_min: Lower bound of the rate.
+        lr_max: Upper bound of the rate.
+        smoothing: γ.
+
+    Attributes:
+        lr: The rate; None before the first probe.
+        settled: Always true: it refreshes at regular intervals.
+        refused: Probes that were not used.
+    """
+
+    settled = True
+
+    def __init__(self, lr_min: float = 1e-8, lr_max: float = 10.0, smoothing: float = 0.9) -> None:
+        self.lr: float | None = None
+        self.refused = 0
+        self._bounds = (lr_min, lr_max)
+        self._smoothing = smoothing
+
+    def observe(self, model: DirectionalModel, steps: int) -> bool:
+        """Changes the rate by what a probe shows, and returns whether it was used."""
+        step = model.optimal_step
+        low, high = self._bounds
+        if step is None or step <= 0.0 or not model.is_finite:
+            self.refused += 1
+            self.lr = low if self.lr is None else self.lr
+            return False
+        target = step if self.lr is None else self._smoothing * self.lr + (1.0 - self._smoothing) * step
+        self.lr = min(max(target, low), high)
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all that changes, as plain numbers."""
+        return {"lr": self.lr, "refused": self.refused}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a state."""
+        self.lr, self.refused = state["lr"], state["refused"]
+
+
+def _standard_error(values: list[float]) -> float:
+    return stdev(values) / math.sqrt(len(values))

@@ -1,0 +1,295 @@
+"""GeN as a learning-rate scheduler of PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_ifthpo.checks import require_at_least, require_choice
+from lightning_ifthpo.curvature import Curvature
+from lightning_ifthpo.loss_graph import LossValue
+from lightning_ifthpo.step_size.model import DirectionalModel, directional_model
+from lightning_ifthpo.step_size.rules import AveragedRule, PublishedRule
+
+
+class _Rule(Protocol):
+    lr: float | None
+    refused: int
+
+    @property
+    def settled(self) -> bool: ...
+
+    def observe(self, model: DirectionalModel, steps: int) -> bool: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+_RULES: dict[str, Callable[[float, float], _Rule]] = {"averaged": AveragedRule, "published": PublishedRule}
+
+
+class ExactGeNLR(LRScheduler):
+    """Chooses the learning rate from slope and curvature along the updates that the optimizer really makes.
+
+    Now and then, and on every step until the rate has settled, the optimizer makes its step at a rate of one, so that
+    its update ω with all its momentum, preconditioning, decay and clipping can be read off and be applied with the
+    rate that is wanted; the state of the optimizer advances once. `probe` then takes slope and curvature along ω. The
+    initial rates of the groups count only in relation to each other.
+
+    Call `probe` with the loss of each batch before `optimizer.step()`, and `step()` after it:
+
+    >>> weight = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+    >>> optimizer = torch.optim.SGD([weight], lr=1.0)
+    >>> scheduler = ExactGeNLR(optimizer, total_steps=200)
+    >>> for _ in range(200):
+    ...     loss = lambda: (weight**2 * torch.tensor([1.0, 5.0])).sum()
+    ...     scheduler.probe(loss)
+    ...     optimizer.zero_grad()
+    ...     _ = loss().backward()
+    ...     _ = optimizer.step()
+    ...     scheduler.step()
+    >>> bool(weight.norm() < 1e-3)
+    True
+
+    Args:
+        optimizer: One whose update is linear in its learning rate; see `check_linear_in_lr`.
+        total_steps: Optimizer steps of the whole run, which the final decay needs; None for no decay.
+        every_n_steps: Optimizer steps between two probes once the rate has settled.
+        rule: "averaged", see `AveragedRule`; "published", see `PublishedRule`.
+        probe: "next_batch": slope and curvature on the batch after the one that made the update; "same_batch": on the
+            same, which is safe for plain gradient descent only.
+        curvature: Of the loss along the update: "hessian", "gauss_newton" or "finite_difference".
+        lr_min: Lower bound of the rate.
+        lr_max: Upper bound of the rate.
+        final_decay: Fraction of the run, at its end, over which the rate goes to zero linearly.
+
+    Cost of a probe: one forward pass, one differentiable gradient and one curvature product; a copy of the weights.
+
+    Raises:
+        ValueError: If an argument is out of range, or the optimizer's update is not linear in its rate.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        total_steps: int | None = None,
+        every_n_steps: int = 8,
+        rule: Literal["averaged", "published"] = "averaged",
+        probe: Literal["next_batch", "same_batch"] = "next_batch",
+        curvature: Curvature = "hessian",
+        lr_min: float = 1e-8,
+        lr_max: float = 10.0,
+        final_decay: float = 0.3,
+    ) -> None:
+        check_options(every_n_steps, rule, probe, lr_min, lr_max, final_decay)
+        check_linear_in_lr(optimizer)
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        highest = max(rates)
+        self._multipliers = [rate / highest if highest else 1.0 for rate in rates]
+        self._rule = _RULES[rule](lr_min, lr_max)
+        self._total_steps = total_steps
+        self._every = every_n_steps
+        self._on_same_batch = probe == "same_batch"
+        self._curvature = curvature
+        self._final_decay = final_decay
+        self._loss: Callable[[], LossValue] | None = None
+        self._context: Callable[[], AbstractContextManager[object]] = nullcontext
+        self._before: list[Tensor] | None = None
+        self._update: list[Tensor] | None = None
+        self._applied = 0.0
+        self._probed_step = 0
+        self.model: DirectionalModel | None = None
+        self.accepted = True
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        super().__init__(optimizer)
+
+    @property
+    def refused(self) -> int:
+        """Probes that could not be used."""
+        return self._rule.refused
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is an update to look along, and the next `probe` will."""
+        return self._update is not None
+
+    @property
+    def wants_loss(self) -> bool:
+        """Whether `probe` is of any use at this moment; calling it at any other does no harm."""
+        return self.pending or self._on_same_batch or self._rule.lr is None
+
+    def probe(
+        self,
+        loss: Callable[[], LossValue],
+        context: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        """Takes the loss of the batch at hand, and looks along the last update where there is one to look along.
+
+        Args:
+            loss: Callable without arguments that returns the scalar loss.
+            context: Makes a context manager in which the loss is evaluated and differentiated.
+        """
+        self._loss, self._context = loss, context
+        if self._update is not None:
+            update, self._update = self._update, None
+            self._measure(update, behind=True)
+            self._set_rates(self._rate())
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Returns the rate of each group."""
+        return [self._rate() * multiplier for multiplier in self._multipliers]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all that changes, as tensors and plain numbers."""
+        return {
+            "last_epoch": self.last_epoch,
+            "multipliers": self._multipliers,
+            "rule": self._rule.state_dict(),
+            "update": self._update,
+            "applied": self._applied,
+            "probed_step": self._probed_step,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a state."""
+        self.last_epoch = state_dict["last_epoch"]
+        self._multipliers = state_dict["multipliers"]
+        self._rule.load_state_dict(state_dict["rule"])
+        self._update = state_dict["update"]
+        self._applied, self._probed_step = state_dict["applied"], state_dict["probed_step"]
+        self._set_rates(self._rate())
+
+    def detach(self) -> None:
+        """Leaves the optimizer alone from now on, at the present rate."""
+        for hook in self._hooks:
+            hook.remove()
+        self._set_rates(self._rate())
+
+    def _rate(self) -> float:
+        """Returns the rate of the step that comes, after decay."""
+        rate = self._rule.lr or 0.0
+        if self._total_steps and self._final_decay:
+            left = (self._total_steps - self.last_epoch) / (self._final_decay * self._total_steps)
+            rate *= min(1.0, max(left, 0.0))
+        return rate
+
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        due = self._rule.lr is None or not self._rule.settled or self.last_epoch % self._every == 0
+        if due:
+            self._before = [parameter.detach().clone() for parameter in self._parameters()]
+            self._set_rates(1.0)
+        else:
+            self._set_rates(self._rate())  # whatever an interrupted step has left behind
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._before is None:
+            return
+        update, self._before = self._before, None
+        for parameter, value in zip(self._parameters(), update, strict=True):
+            moved = value - parameter
+            parameter.copy_(value)
+            value.copy_(moved)
+        if self._rule.lr is None or self._on_same_batch:
+            if self._loss is None:
+                raise RuntimeError("ExactGeNLR needs a loss to look at: call probe(loss) before optimizer.step()")
+            self._measure(update, behind=False)
+        self._applied = self._rate()
+        for parameter, value in zip(self._parameters(), update, strict=True):
+            parameter.sub_(value, alpha=self._applied)
+        self._update = None if self._on_same_batch else update
+        self._set_rates(self._applied)
+
+    def _measure(self, update: list[Tensor], *, behind: bool) -> None:
+        """Probes along an update; from behind, where it has been applied, the slope is taken back to its start."""
+        assert self._loss is not None
+        with torch.enable_grad(), self._context():
+            model = directional_model(self._loss, self._parameters(), update, curvature=self._curvature)
+        if behind:
+            curvature = abs(model.curvature) if self._rule_is_averaged else model.curvature
+            slope = model.slope + self._applied * curvature
+            model = DirectionalModel(slope, model.curvature, model.squared_length)
+        self.model = model
+        self.accepted = self._rule.observe(model, max(self.last_epoch - self._probed_step, 1))
+        self._probed_step = self.last_epoch
+
+    @property
+    def _rule_is_averaged(self) -> bool:
+        return isinstance(self._rule, AveragedRule)
+
+    def _parameters(self) -> list[Tensor]:
+        groups = self.optimizer.param_groups
+        return [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
+
+    def _set_rates(self, rate: float) -> None:
+        for group, multiplier in zip(self.optimizer.param_groups, self._multipliers, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate * multiplier)
+            else:
+                group["lr"] = rate * multiplier
+
+
+def check_options(every_n: int, rule: str, probe: str, lr_min: float, lr_max: float, final_decay: float) -> None:
+    """Raises ValueError if an option is out of range."""
+    require_at_least("every_n_batches", every_n, 1)
+    require_choice("rule", rule, tuple(_RULES))
+    require_choice("probe", probe, ("next_batch", "same_batch"))
+    if not 0.0 < lr_min <= lr_max < math.inf:
+        raise ValueError(f"expected 0 < lr_min <= lr_max < infinity, got {lr_min} and {lr_max}")
+    if not 0.0 <= final_decay <= 1.0:
+        raise ValueError(f"expected 0 <= final_decay <= 1, a fraction of the run, got {final_decay}")
+
+
+def check_linear_in_lr(optimizer: Optimizer) -> None:
+    """Raises ValueError unless an optimizer's update is proportional to its learning rate.
+
+    Tried out on a few numbers, by an optimizer of the same class with the same options: the third step is made at
+    two rates. No list of names is needed.
+    """
+    name = type(optimizer).__name__
+    try:
+        once, twice = (_third_update(optimizer, rate) for rate in (0.01, 0.02))
+    except Exception as error:
+        raise ValueError(
+            f"ExactGeN needs an optimizer whose step can be repeated at another learning rate, and {name} cannot: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not torch.allclose(2 * once, twice, rtol=1e-6, atol=1e-12) or not bool(once.any()):
+        raise ValueError(
+            f"ExactGeN needs an optimizer whose update is linear in its learning rate, and that of {name} is not: "
+            "use SGD, Adam, AdamW or their likes"
+        )
+
+
+def _third_update(optimizer: Optimizer, rate: float) -> Tensor:
+    """Returns the third update of a twin of the optimizer, the last step made at a given rate."""
+    weight = torch.linspace(0.5, 1.5, 4, dtype=torch.float64).requires_grad_()
+    accepted = inspect.signature(type(optimizer).__init__).parameters
+    rejected = ("lr", "params", "fused", "foreach", "capturable", "differentiable")
+    options = {
+        key: copy.copy(value)
+        for key, value in optimizer.param_groups[0].items()
+        if key in accepted and key not in rejected
+    }
+    twin = type(optimizer)([weight], **({"lr": 0.01} | options))
+    for step, gradient in enumerate((0.3, -0.7, 0.4)):
+        weight.grad = gradient * torch.linspace(1.0, 2.0, 4, dtype=torch.float64)
+        if step == 2:
+            twin.param_groups[0]["lr"] = rate
+        before = weight.detach().clone()
+        twin.step()
+    return before - weight.detach()
