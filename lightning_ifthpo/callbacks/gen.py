@@ -86,15 +86,11 @@ class ExactGeN(L.Callback):
                 f"{type(pl_module).__name__} optimizes manually, so that its training_step cannot be evaluated without "
                 "training; define inner_loss(batch), which returns the training loss"
             )
-        steps = float(trainer.estimated_stepping_batches)
-        if self.final_decay and not math.isfinite(steps):
-            rank_zero_warn("ExactGeN does not know how long this run is, and leaves out the final decay; set max_steps")
         replaced = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
         if replaced:
             rank_zero_warn(f"ExactGeN takes the place of {', '.join(replaced)}; do not configure a scheduler beside it")
         self._scheduler = ExactGeNLR(
             trainer.optimizers[0],
-            total_steps=int(steps) if math.isfinite(steps) else None,
             every_n_steps=self.every_n_batches,
             rule=self.rule,
             probe=self.probe,
@@ -104,6 +100,14 @@ class ExactGeN(L.Callback):
             final_decay=self.final_decay,
         )
         trainer.strategy.lr_scheduler_configs = [LRSchedulerConfig(self._scheduler, interval="step", name="ExactGeN")]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Finds out how long the run is: asked any earlier, the Trainer forgets where to resume its data."""
+        steps = float(trainer.estimated_stepping_batches)
+        if math.isfinite(steps):
+            self._active_scheduler.total_steps = int(steps)
+        elif self.final_decay:
+            rank_zero_warn("ExactGeN does not know how long this run is, and leaves out the final decay; set max_steps")
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

@@ -14,6 +14,8 @@ _FIRST = 3  # probes that decide on the start; a single one is off by a factor o
 _WINDOW = 8  # probes: with 4 growth overshoots, with 16 it is seen too late
 _GROWTH = 1.08  # per optimizer step: slower than curvature answers (some ten steps), also through momentum of 0.9
 _SHRINKAGE = 1.25
+_ENOUGH = 4  # probes to judge a rate by, after it has shrunk
+_RECOVERY = 1.01  # per probe: more than what shrinking by mistake takes away (two standard errors, 4 % of the windows)
 
 
 class AveragedRule:
@@ -22,9 +24,10 @@ class AveragedRule:
     The slope n and curvature d along each probed update are seen on a batch that did not produce it. Over the last
     eight probes, the mean of n − ηd is the slope where the step of length η ends, and the mean of ηn − η²d/2 what the
     step gains. The rate grows, by at most 8 % a step and never beyond mean(n)/mean(d), while the slope at the end is
-    positive by one standard error; it shrinks by a fifth when the gain is negative by two. Between the two it rests:
-    there lies the stationary state of noisy descent, in which the gain is zero whatever the rate, so that any rule that
-    follows n/d must collapse or explode. Probes are weighed by 1/‖ω‖², and curvature by its magnitude.
+    positive by one standard error; it shrinks by a fifth, and forgets what it saw, when the gain is negative by two.
+    Between the two it rests, and recovers slowly towards the highest rate it has had: there lies the stationary state
+    of noisy descent, in which the gain is zero whatever the rate, so that any rule that follows n/d must collapse or
+    explode. Probes are weighed by 1/‖ω‖², and curvature by its magnitude.
 
     The first rate is 0.003 of the smallest n/d of three probes; no rate has to be given.
 
@@ -45,6 +48,7 @@ class AveragedRule:
         self._probes: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
         self._count = 0
         self._smallest = math.inf
+        self._highest = 0.0
         self._resting = 0
 
     @property
@@ -79,13 +83,14 @@ class AveragedRule:
             "probes": [list(probe) for probe in self._probes],
             "count": self._count,
             "smallest": self._smallest,
+            "highest": self._highest,
             "resting": self._resting,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a state."""
         self.lr, self.refused, self._count = state["lr"], state["refused"], state["count"]
-        self._smallest, self._resting = state["smallest"], state["resting"]
+        self._smallest, self._highest, self._resting = state["smallest"], state["highest"], state["resting"]
         self._probes.clear()
         self._probes.extend((slope, curvature) for slope, curvature in state["probes"])
 
@@ -96,7 +101,9 @@ class AveragedRule:
 
     def _follow(self, steps: int) -> None:
         assert self.lr is not None
-        lr = self.lr
+        lr, count = self.lr, len(self._probes)
+        if count < _FIRST:
+            return
         ends = [slope - lr * curvature for slope, curvature in self._probes]
         gains = [slope - lr * curvature / 2 for slope, curvature in self._probes]
         if fmean(ends) > _standard_error(ends):
@@ -105,13 +112,17 @@ class AveragedRule:
             self._set(min(lr * _GROWTH**steps, best))
             self._resting = 0
             return
-        if fmean(gains) < -2 * _standard_error(gains):
-            self._set(lr / _SHRINKAGE)
         self._resting += 1
+        if count >= _ENOUGH and fmean(gains) < -2 * _standard_error(gains):
+            self._set(lr / _SHRINKAGE)
+            self._probes.clear()
+        else:
+            self._set(max(lr, min(lr * _RECOVERY, self._highest)))
 
     def _set(self, lr: float) -> None:
         low, high = self._bounds
         self.lr = min(max(lr, low), high)
+        self._highest = max(self._highest, self.lr)
 
 
 class PublishedRule:

@@ -75,6 +75,11 @@ class ExactGeNLR(LRScheduler):
 
     Cost of a probe: one forward pass, one differentiable gradient and one curvature product; a copy of the weights.
 
+    Attributes:
+        model: What the last probe saw; None before the first.
+        accepted: Whether it was of use.
+        total_steps: As above; may be set as long as the decay has not begun.
+
     Raises:
         ValueError: If an argument is out of range, or the optimizer's update is not linear in its rate.
     """
@@ -98,7 +103,7 @@ class ExactGeNLR(LRScheduler):
         highest = max(rates)
         self._multipliers = [rate / highest if highest else 1.0 for rate in rates]
         self._rule = _RULES[rule](lr_min, lr_max)
-        self._total_steps = total_steps
+        self.total_steps = total_steps
         self._every = every_n_steps
         self._on_same_batch = probe == "same_batch"
         self._curvature = curvature
@@ -149,6 +154,12 @@ class ExactGeNLR(LRScheduler):
             self._measure(update, behind=True)
             self._set_rates(self._rate())
 
+    def step(self, epoch: int | None = None) -> None:
+        """Counts an optimizer step, also one that a loss scaler has skipped, and sets the rates of the next."""
+        self.last_epoch += 1
+        self._last_lr = self.get_lr()
+        self._set_rates(self._rate())
+
     def get_lr(self) -> list[float | Tensor]:
         """Returns the rate of each group."""
         return [self._rate() * multiplier for multiplier in self._multipliers]
@@ -182,8 +193,8 @@ class ExactGeNLR(LRScheduler):
     def _rate(self) -> float:
         """Returns the rate of the step that comes, after decay."""
         rate = self._rule.lr or 0.0
-        if self._total_steps and self._final_decay:
-            left = (self._total_steps - self.last_epoch) / (self._final_decay * self._total_steps)
+        if self.total_steps and self._final_decay:
+            left = (self.total_steps - self.last_epoch) / (self._final_decay * self.total_steps)
             rate *= min(1.0, max(left, 0.0))
         return rate
 

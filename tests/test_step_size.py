@@ -1,0 +1,422 @@
+"""Slope, curvature and the rate made of them."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_ifthpo.step_size import (
+    AveragedRule,
+    DirectionalModel,
+    ExactGeNLR,
+    PublishedRule,
+    check_linear_in_lr,
+    directional_model,
+    fitted_model,
+    group_model,
+    optimal_group_steps,
+)
+from tests.problems import relative_error, spd_matrix
+
+
+class OneLayer:
+    """ŷ = σ(Wx + b) with half the mean squared norm of the error, and the closed forms of its optimal rate."""
+
+    def __init__(self, examples, slope, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(examples, 4, dtype=torch.float64, generator=generator)
+        self.y = torch.randn(examples, 3, dtype=torch.float64, generator=generator)
+        self.weight = torch.randn(3, 4, dtype=torch.float64, generator=generator).requires_grad_()
+        self.bias = torch.randn(3, dtype=torch.float64, generator=generator).requires_grad_()
+        self.slope = slope
+
+    @property
+    def parameters(self):
+        return [self.weight, self.bias]
+
+    def loss(self):
+        outputs = nn.functional.leaky_relu(self.x @ self.weight.T + self.bias, self.slope)
+        return (outputs - self.y).square().sum() / (2 * len(self.x))
+
+    def gradient(self):
+        return torch.autograd.grad(self.loss(), self.parameters)
+
+    def closed_form(self):
+        """Numerator Σᵢⱼ (1 + xᵢᵀxⱼ) eᵢᵀΔᵢΔⱼeⱼ / M² and denominator Σᵢ ‖Δᵢ(∇W xᵢ + ∇b)‖² / M."""
+        z = self.x @ self.weight.T + self.bias
+        derivative = torch.where(z > 0, 1.0, self.slope)
+        pulled = derivative * (torch.where(z > 0, z, self.slope * z) - self.y)
+        m = len(self.x)
+        numerator = ((1 + self.x @ self.x.T) * (pulled @ pulled.T)).sum() / m**2
+        slopes = [pulled.T @ self.x / m, pulled.mean(0)]
+        denominator = (derivative * (self.x @ slopes[0].T + slopes[1])).square().sum() / m
+        return (numerator / denominator).item()
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.125], ids=["ReLU", "leaky ReLU"])
+@pytest.mark.parametrize("examples", [1, 2, 8, 50])
+@pytest.mark.parametrize("curvature", ["hessian", "finite_difference"])
+def test_the_closed_form_of_a_single_layer(slope, examples, curvature):
+    """Inside one linear region the loss is a parabola; differences leave third derivatives, here zero, and rounding."""
+    problem = OneLayer(examples, slope)
+    model = directional_model(problem.loss, problem.parameters, problem.gradient(), curvature=curvature)
+    tolerance = 1e-12 if curvature == "hessian" else 1e-7
+    assert model.optimal_step == pytest.approx(problem.closed_form(), rel=tolerance)
+
+
+def test_one_example_has_the_rate_of_its_length():
+    """1 / (1 + xᵀx), whatever the weights, when all units are alive."""
+    problem = OneLayer(1, slope=1.0)
+    model = directional_model(problem.loss, problem.parameters, problem.gradient())
+    assert model.optimal_step == pytest.approx(1 / (1 + problem.x.square().sum().item()), rel=1e-12)
+
+
+def test_a_dead_network_is_recognized_and_not_divided():
+    problem = OneLayer(4, slope=0.0)
+    with torch.no_grad():
+        problem.bias.fill_(-100.0)
+    model = directional_model(problem.loss, problem.parameters, problem.gradient())
+    assert (model.slope, model.curvature, model.optimal_step, model.sharpness) == (0.0, 0.0, None, 0.0)
+
+
+def test_a_loss_without_a_lowest_point_has_no_optimal_step():
+    w = torch.tensor([1.0], requires_grad=True)
+    assert directional_model(lambda: -w.square().sum(), [w], [torch.ones(1)]).optimal_step is None
+    assert directional_model(lambda: w.sum(), [w], [torch.ones(1)]).optimal_step is None
+
+
+@pytest.mark.parametrize("steps", [[-0.1, 0.0, 0.1], [-0.2, -0.1, 0.0, 0.1, 0.2], [0.0, 0.05, 0.1, 0.2]], ids=str)
+def test_fits_are_exact_on_a_parabola(steps):
+    model = fitted_model(lambda step: 3.0 - 2.0 * step + 4.0 * step**2 / 2, steps, squared_length=2.0)
+    assert (model.slope, model.curvature) == pytest.approx((2.0, 4.0), rel=1e-9)
+    assert model.sharpness == pytest.approx(2.0)
+
+
+def test_a_fit_knows_when_rounding_drowns_the_curvature():
+    with pytest.raises(FloatingPointError, match="cannot be told from rounding"):
+        fitted_model(lambda step: 3.0 - 2.0 * step + 4.0 * step**2 / 2, [-1e-4, 0.0, 1e-4])
+    with pytest.raises(ValueError, match="three different steps"):
+        fitted_model(abs, [0.1, 0.1, -0.1])
+
+
+def test_groups_on_a_diagonal_quadratic_take_one_step_to_the_minimum():
+    w = [torch.tensor([1.0, -2.0], requires_grad=True), torch.tensor([3.0], requires_grad=True)]
+    scale = [1.0, 10.0]
+
+    def loss():
+        return sum(s * part.square().sum() / 2 for s, part in zip(scale, w, strict=True))
+
+    directions = [[g] for g in torch.autograd.grad(loss(), w)]
+    steps = optimal_group_steps(*group_model(loss, [[w[0]], [w[1]]], directions))
+    assert steps.tolist() == pytest.approx([1.0, 0.1])
+
+
+def test_groups_see_each_other_unless_told_not_to():
+    matrix = spd_matrix(4, 10.0)
+    w = [torch.ones(2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+
+    def loss():
+        flat = torch.cat(w)
+        return flat @ matrix @ flat / 2
+
+    slopes, curvatures = group_model(loss, [[w[0]], [w[1]]], [[g] for g in torch.autograd.grad(loss(), w)])
+    full, alone = (optimal_group_steps(slopes, curvatures, diagonal=diagonal) for diagonal in (False, True))
+    assert torch.allclose(curvatures @ full, slopes)
+    assert torch.allclose(alone, slopes / curvatures.diagonal())
+    assert not torch.allclose(full, alone, rtol=1e-2)
+
+
+def test_directions_that_do_not_curve_upwards_get_no_step():
+    steps = optimal_group_steps(torch.ones(3), torch.diag(torch.tensor([2.0, 0.0, -1.0])))
+    assert steps.tolist() == pytest.approx([0.5, 0.0, 0.0])
+
+
+def feed(rule, slope, curvature, count, *, noise=0.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        wobble = noise * torch.randn((), generator=generator).item()
+        rule.observe(DirectionalModel(slope(rule.lr or 0.0) + wobble, curvature, 1.0), steps=1)
+    return rule.lr
+
+
+def test_the_averaged_rule_climbs_to_the_optimal_step_and_rests_there():
+    rule = AveragedRule()
+    assert feed(rule, lambda _: 2.0, 4.0, 3) == pytest.approx(0.003 * 0.5)
+    assert feed(rule, lambda _: 2.0, 4.0, 1) == pytest.approx(0.003 * 0.5 * 1.08)
+    assert not rule.settled
+    assert feed(rule, lambda _: 2.0, 4.0, 200) == pytest.approx(0.5)
+    assert rule.settled
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_averaged_rule_rests_in_the_stationary_state_of_noisy_descent(seed):
+    """There slope / curvature is half the rate, whatever the rate: a rule that follows it would be gone long ago."""
+    rule = AveragedRule()
+    feed(rule, lambda _: 2.0, 4.0, 200)
+    before = rule.lr
+    rates = [feed(rule, lambda lr: lr * 4.0 / 2, 4.0, 1, noise=1.0, seed=seed * 10_000 + i) for i in range(3000)]
+    assert max(rates) < 1.25 * before
+    assert min(rates) > before / 4
+    assert sum(rates) / len(rates) > 0.6 * before
+
+
+def test_the_averaged_rule_shrinks_when_steps_make_the_loss_worse():
+    rule = AveragedRule()
+    feed(rule, lambda _: 2.0, 4.0, 200)
+    # down to twice the optimal step, where the gain is zero, and back and forth about it by one recovery or shrinkage
+    assert 2.0 / 400.0 < feed(rule, lambda _: 2.0, 400.0, 200) < 1.25 * 2 * 2.0 / 400.0
+
+
+def test_curvature_counts_by_its_magnitude():
+    rules = [AveragedRule(), AveragedRule()]
+    rates = [feed(rule, lambda _: 2.0, sign * 4.0, 100) for rule, sign in zip(rules, (1, -1), strict=True)]
+    assert rates[0] == rates[1]
+
+
+@pytest.mark.parametrize("rule_type", [AveragedRule, PublishedRule])
+def test_rates_stay_within_bounds_and_bad_probes_change_nothing(rule_type):
+    rule = rule_type(lr_min=1e-3, lr_max=1e-2)
+    assert feed(rule, lambda _: 1.0, 1e-6, 300) == pytest.approx(1e-2)
+    before = rule.lr
+    for model in (DirectionalModel(math.nan, 1.0, 1.0), DirectionalModel(1.0, math.inf, 1.0)):
+        assert not rule.observe(model, steps=1)
+    assert rule.lr == before
+    assert rule.refused == 2
+    assert feed(rule, lambda _: 1.0, 1e9, 300) == pytest.approx(1e-3)
+
+
+def test_a_loss_without_curvature_grows_the_rate_slowly():
+    rule = AveragedRule()
+    assert feed(rule, lambda _: 1.0, 0.0, 13) == pytest.approx(1e-8 * 1.08**10)
+
+
+def test_the_published_rule_is_a_moving_average():
+    rule = PublishedRule(smoothing=0.5)
+    assert feed(rule, lambda _: 2.0, 4.0, 1) == pytest.approx(0.5)
+    assert feed(rule, lambda _: 4.0, 4.0, 1) == pytest.approx(0.75)
+    assert feed(rule, lambda _: 4.0, -4.0, 5) == pytest.approx(0.75)
+    assert rule.refused == 5
+
+
+@pytest.mark.parametrize("rule_type", [AveragedRule, PublishedRule])
+def test_rules_go_on_from_their_state(rule_type):
+    rule, other = rule_type(), rule_type()
+    feed(rule, lambda _: 2.0, 4.0, 20)
+    other.load_state_dict(rule.state_dict())
+    assert feed(rule, lambda _: 2.0, 4.0, 30) == feed(other, lambda _: 2.0, 4.0, 30)
+
+
+OPTIMIZERS = {
+    "SGD": (torch.optim.SGD, {}),
+    "momentum": (torch.optim.SGD, {"momentum": 0.9}),
+    "Nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    "Adam": (torch.optim.Adam, {"weight_decay": 0.1}),
+    "AdamW": (torch.optim.AdamW, {"weight_decay": 0.1, "amsgrad": True}),
+    "NAdam": (torch.optim.NAdam, {}),
+    "RMSprop": (torch.optim.RMSprop, {"momentum": 0.5}),
+    "Adadelta": (torch.optim.Adadelta, {}),
+}
+
+
+def quadratic(dtype=torch.float64):
+    matrix = spd_matrix(6, 20.0).to(dtype)
+    weight = nn.Parameter(torch.linspace(-1, 1, 6, dtype=dtype))
+    return weight, lambda: weight @ matrix @ weight / 2
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_are_those_that_the_optimizer_makes_at_the_same_rates(name):
+    """The rates that the scheduler chose, replayed in a plain loop: the optimizer's state advances once a step."""
+    optimizer_type, options = OPTIMIZERS[name]
+    weight, loss = quadratic()
+    optimizer = optimizer_type([weight], lr=1.0, **options)
+    scheduler = ExactGeNLR(optimizer, total_steps=60)
+    rates, ends = [], []
+    for _ in range(60):
+        scheduler.probe(loss)
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+        scheduler.step()
+        ends.append(weight.detach().clone())
+    assert len(set(rates)) > 20
+
+    weight, loss = quadratic()
+    optimizer = optimizer_type([weight], lr=1.0, **options)
+    for rate, end in zip(rates, ends, strict=True):
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        # an update at rate one is rounded at the size of the update: eps times its length over the rate's
+        assert relative_error(weight, end) < 1e-9
+
+
+def test_groups_keep_the_relation_of_their_rates():
+    weights = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]
+    optimizer = torch.optim.SGD([{"params": weights[:1], "lr": 3e-5}, {"params": weights[1:], "lr": 1e-5}])
+    scheduler = ExactGeNLR(optimizer)
+    for _ in range(20):
+        scheduler.probe(lambda: sum(weight.square().sum() for weight in weights))
+        optimizer.zero_grad()
+        sum(weight.square().sum() for weight in weights).backward()
+        optimizer.step()
+        scheduler.step()
+    first, second = (group["lr"] for group in optimizer.param_groups)
+    assert first == pytest.approx(3 * second)
+    moved = [1 - weight.detach() for weight in weights]
+    assert moved[0][0] > 2 * moved[1][0] > 0
+
+
+def test_plain_gradient_descent_with_the_published_rule_is_exact_line_search():
+    """Without smoothing; the Kantorovich bound on each step: a factor ((κ − 1) / (κ + 1))²."""
+    matrix = spd_matrix(8, 20.0)
+    weight = nn.Parameter(torch.ones(8, dtype=torch.float64))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scheduler = ExactGeNLR(
+        optimizer, rule="published", probe="same_batch", every_n_steps=1, final_decay=0.0, lr_max=100.0
+    )
+    scheduler._rule._smoothing = 0.0
+
+    def loss():
+        return weight @ matrix @ weight / 2
+
+    for _ in range(30):
+        before = loss().item()
+        gradient = matrix @ weight.detach()
+        scheduler.probe(loss)
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        scheduler.step()
+        assert loss().item() <= before * (19 / 21) ** 2 * (1 + 1e-9)
+        # an exact line search ends where the new gradient is orthogonal to the old
+        assert abs(gradient @ matrix @ weight.detach()) < 1e-9 * gradient.norm() ** 2
+
+
+def test_probing_on_the_next_batch_agrees_with_probing_at_the_start():
+    """On a quadratic the slope where a step ends says what it was where the step began."""
+    weight, loss = quadratic()
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scheduler = ExactGeNLR(optimizer)
+    for _ in range(12):
+        start = weight.detach().clone()
+        scheduler.probe(loss)
+        optimizer.zero_grad()
+        loss().backward()
+        gradient = weight.grad.clone()
+        optimizer.step()
+        scheduler.step()
+    scheduler.probe(loss)
+    with torch.no_grad():
+        weight.copy_(start)
+    expected = directional_model(loss, [weight], [gradient])
+    assert scheduler.model.slope == pytest.approx(expected.slope, rel=1e-9)
+    assert scheduler.model.curvature == pytest.approx(expected.curvature, rel=1e-9)
+
+
+def test_the_final_decay_ends_at_zero():
+    weight, loss = quadratic()
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scheduler = ExactGeNLR(optimizer, total_steps=100, final_decay=0.5)
+    rates = []
+    for _ in range(100):
+        scheduler.probe(loss)
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        scheduler.step()
+        rates.append(scheduler.get_last_lr()[0] / scheduler._rule.lr)
+    assert rates[48] == 1.0
+    assert rates[74] == pytest.approx(0.5)
+    assert rates[-1] == 0.0
+
+
+def test_the_scheduler_goes_on_from_its_state(tmp_path):
+    def train(steps, resume=None):
+        weight, loss = quadratic(torch.float32)
+        optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.9)
+        scheduler = ExactGeNLR(optimizer, total_steps=40)
+        if resume is not None:
+            state = torch.load(resume, weights_only=True)
+            with torch.no_grad():
+                weight.copy_(state["weight"])
+            optimizer.load_state_dict(state["optimizer"])
+            scheduler.load_state_dict(state["scheduler"])
+        for _ in range(scheduler.last_epoch, steps):
+            scheduler.probe(loss)
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+            scheduler.step()
+        state = {"weight": weight.detach(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+        torch.save(state, tmp_path / f"{steps}.pt")
+        return weight.detach()
+
+    whole = train(40)
+    for steps in (1, 7, 23):
+        train(steps)
+        assert torch.equal(train(40, resume=tmp_path / f"{steps}.pt"), whole)
+
+
+def test_the_optimizer_is_left_alone_after_detaching():
+    weight, loss = quadratic()
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scheduler = ExactGeNLR(optimizer)
+    scheduler.detach()
+    optimizer.param_groups[0]["lr"] = 0.5
+    loss().backward()
+    gradient, before = weight.grad.clone(), weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(weight.detach(), before - 0.5 * gradient)
+
+
+def test_a_loss_is_needed():
+    weight, loss = quadratic()
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    ExactGeNLR(optimizer)
+    loss().backward()
+    with pytest.raises(RuntimeError, match=r"call probe\(loss\) before optimizer.step"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("optimizer_type", [torch.optim.LBFGS, torch.optim.Rprop], ids=lambda t: t.__name__)
+def test_optimizers_that_are_not_linear_in_their_rate_are_refused(optimizer_type):
+    optimizer = optimizer_type([nn.Parameter(torch.ones(3))])
+    with pytest.raises(ValueError, match=f"ExactGeN needs an optimizer whose .*{optimizer_type.__name__}"):
+        check_linear_in_lr(optimizer)
+
+
+def test_no_list_of_names_decides():
+    class Own(torch.optim.Optimizer):
+        def __init__(self, params, lr=1e-3, power=1.0):
+            super().__init__(params, {"lr": lr, "power": power})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.sub_(parameter.grad, alpha=group["lr"] ** group["power"])
+
+    check_linear_in_lr(Own([nn.Parameter(torch.ones(2))]))
+    with pytest.raises(ValueError, match="that of Own is not"):
+        check_linear_in_lr(Own([nn.Parameter(torch.ones(2))], power=2.0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every_n_steps": 0}, "every_n_batches"),
+        ({"rule": "magic"}, "expected rule to be one of"),
+        ({"probe": "none"}, "expected probe to be one of"),
+        ({"lr_min": 1.0, "lr_max": 0.1}, "0 < lr_min <= lr_max"),
+        ({"lr_min": 0.0}, "0 < lr_min"),
+        ({"final_decay": 2.0}, "0 <= final_decay <= 1"),
+    ],
+    ids=str,
+)
+def test_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        ExactGeNLR(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), **options)
