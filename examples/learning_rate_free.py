@@ -122,18 +122,18 @@ class Data:
 
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     """Saves accuracy against the rate that was given, and the rates that were chosen."""
-    figure = Figure(figsize=(4 * len(results), 6), layout="constrained")
+    figure = Figure(figsize=(2.7 * len(results), 4.6), layout="constrained")
     for (name, result), (above, below) in zip(results.items(), figure.subplots(2, len(results)).T, strict=True):
         above.semilogx(*zip(*result["grid"].items(), strict=True), "o-", markersize=3, label="constant rate")
         above.semilogx(*zip(*result["starts"].items(), strict=True), "s-", label="ExactGeN")
-        above.set(title=name, xlabel="rate that was given", ylabel="test accuracy (%)", ylim=(85, 100))
+        above.set(title=name, xlabel="rate that was given", ylabel="test accuracy (%)", ylim=(88, 98))
         below.semilogy(result["rates"], color="tab:orange", label="ExactGeN")
         below.axhline(result["best"], color="tab:blue", linestyle="--", label="best constant rate")
         below.set(xlabel="step", ylabel="learning rate", ylim=(1e-4, 3))
-    for axes in figure.axes[:2]:
-        axes.legend(fontsize=8, loc="lower left")
+    for axes in (figure.axes[0], figure.axes[len(results)]):
+        axes.legend(fontsize=8, loc="lower center")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=100)
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:

@@ -22,9 +22,10 @@ QUICK = {
     "clean_noisy_labels": ["--seeds", "0", "--learn-steps", "120", "--final-steps", "40", "--controls"],
     "tune_weight_decay": ["--seeds", "0", "--steps", "20"],
     "edge_of_stability": ["--fraction", "0.02"],
+    "learning_rate_free": ["--optimizers", "SGD"],
     "compare_estimators": ["--settings", "A", "--optimizers", "sgd", "--points", "1", "--unroll", "20"],
 }
-PICTURES = {"clean_noisy_labels", "tune_weight_decay", "edge_of_stability"}
+PICTURES = {"clean_noisy_labels", "tune_weight_decay", "edge_of_stability", "learning_rate_free"}
 
 
 def test_every_example_is_tested():

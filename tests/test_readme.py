@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ifthpo import IFTHypergradient, SharpnessMonitor
+from lightning_ifthpo import ExactGeN, IFTHypergradient, SharpnessMonitor
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -48,7 +48,7 @@ def test_both_versions_of_the_module_train(which, tmp_path, monkeypatch):
         assert float(trainer.callback_metrics["hypergrad/skipped"]) == 0
 
 
-@pytest.mark.parametrize("callback", [IFTHypergradient, SharpnessMonitor])
+@pytest.mark.parametrize("callback", [ExactGeN, IFTHypergradient, SharpnessMonitor])
 def test_the_arguments_of_a_callback_are_those_of_its_constructor(callback):
     (block,) = (block for block in blocks("python") if block.startswith(f"{callback.__name__}("))
     shown = dict(re.findall(r"^    (\w+)=(.*?),", block, re.MULTILINE))

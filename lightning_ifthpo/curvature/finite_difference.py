@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,7 +41,11 @@ class FiniteDifferenceOperator(LossOperator):
         self._space = ParameterSpace(parameters)
         self.size, self.dtype, self.device = self._space.size, self._space.dtype, self._space.device
         self._random_state = RandomState(self.device)
-        self.loss = self._evaluate().detach()
+
+    @cached_property
+    def loss(self) -> Tensor:  # type: ignore[override]
+        """L, a scalar, detached; one forward pass when it is first asked for."""
+        return self._evaluate().detach()
 
     @property
     def gradient(self) -> Tensor:
@@ -54,10 +59,21 @@ class FiniteDifferenceOperator(LossOperator):
         """Returns (∂²L/∂w∂λᵀ)ᵀ v ≈ [∂L/∂λ(w + εv) − ∂L/∂λ(w − εv)] / 2ε; two gradients."""
         return self._difference(v, hyperparameters)
 
+    def slope_and_curvature(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ∇L·v and vᵀHv, scalars, for v: [n], from the same two gradients; the slope to second order in ε."""
+        ahead, behind, scale = self._gradients(v, self._space.tensors)
+        first, second = (self._space.flatten(gradients) @ v for gradients in (ahead, behind))
+        return (first + second) / 2, (first - second) * scale
+
     def _difference(self, v: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+        ahead, behind, scale = self._gradients(v, inputs)
+        return [None if a is None or b is None else (a - b) * scale for a, b in zip(ahead, behind, strict=True)]
+
+    def _gradients(self, v: Tensor, inputs: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor | None], float]:
+        """Returns ∂L/∂inputs at w + εv and at w − εv, and 1 / 2ε."""
         norm = float(torch.linalg.vector_norm(v))
         if norm == 0.0:
-            return [None] * len(inputs)
+            return [None] * len(inputs), [None] * len(inputs), 0.0
         weights = self._space.values
         length = torch.finfo(self.dtype).eps ** (1 / 3) * max(1.0, float(torch.linalg.vector_norm(weights)))
         step = v * (length / norm)
@@ -66,10 +82,7 @@ class FiniteDifferenceOperator(LossOperator):
             ahead = vjp([self._evaluate()], inputs)
             self._space.assign(weights - step)
             behind = vjp([self._evaluate()], inputs)
-        return [
-            None if a is None or b is None else (a - b) * (norm / (2 * length))
-            for a, b in zip(ahead, behind, strict=True)
-        ]
+        return ahead, behind, norm / (2 * length)
 
     def _evaluate(self) -> Tensor:
         with self._random_state.replayed():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.curvature import Curvature, curvature_operator
+from lightning_ifthpo.curvature import Curvature, FiniteDifferenceOperator, curvature_operator
 from lightning_ifthpo.loss_graph import LossValue
 from lightning_ifthpo.space import ParameterSpace
 
@@ -64,9 +64,10 @@ def directional_model(
         loss: Callable without arguments that returns the scalar loss, or (loss, outputs).
         parameters: The tensors w.
         direction: ω, shaped like the parameters; None for zeros.
-        curvature: "hessian", exact; "gauss_newton", never negative for a convex loss of the outputs.
+        curvature: "hessian", exact; "gauss_newton", never negative for a convex loss of the outputs;
+            "finite_difference", from two gradients beside w.
 
-    Cost: one forward pass, one differentiable gradient and one curvature product.
+    Cost: one forward pass, one differentiable gradient and one curvature product; by finite differences two gradients.
 
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> directional_model(lambda: (w**2).sum(), [w], [2 * w]).optimal_step  # gradient descent on ‖w‖²
@@ -74,8 +75,11 @@ def directional_model(
     """
     operator = curvature_operator(curvature, loss, parameters)
     omega = ParameterSpace(parameters).flatten(direction)
-    numbers = torch.stack([operator.gradient @ omega, operator.quadratic(omega), omega @ omega])
-    return DirectionalModel(*numbers.tolist())
+    if isinstance(operator, FiniteDifferenceOperator):
+        slope, curved = operator.slope_and_curvature(omega)
+    else:
+        slope, curved = operator.gradient @ omega, operator.quadratic(omega)
+    return DirectionalModel(*torch.stack([slope, curved, omega @ omega]).tolist())
 
 
 def fitted_model(

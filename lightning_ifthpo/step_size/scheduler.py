@@ -71,9 +71,9 @@ class ExactGeNLR(LRScheduler):
         curvature: Of the loss along the update: "hessian", "gauss_newton" or "finite_difference".
         lr_min: Lower bound of the rate.
         lr_max: Upper bound of the rate.
-        final_decay: Fraction of the run, at its end, over which the rate goes to zero linearly.
+        final_decay: Fraction of the run, at its end, over which the rate goes to zero linearly, without further probes.
 
-    Cost of a probe: one forward pass, one differentiable gradient and one curvature product; a copy of the weights.
+    Cost of a probe: as `directional_model`, and a copy of the weights.
 
     Attributes:
         model: What the last probe saw; None before the first.
@@ -192,15 +192,19 @@ class ExactGeNLR(LRScheduler):
 
     def _rate(self) -> float:
         """Returns the rate of the step that comes, after decay."""
-        rate = self._rule.lr or 0.0
-        if self.total_steps and self._final_decay:
-            left = (self.total_steps - self.last_epoch) / (self._final_decay * self.total_steps)
-            rate *= min(1.0, max(left, 0.0))
-        return rate
+        return (self._rule.lr or 0.0) * self._decay()
+
+    def _decay(self) -> float:
+        """Returns the factor of the final decay; one before it."""
+        if not self.total_steps or not self._final_decay:
+            return 1.0
+        left = (self.total_steps - self.last_epoch) / (self._final_decay * self.total_steps)
+        return min(1.0, max(left, 0.0))
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        due = self._rule.lr is None or not self._rule.settled or self.last_epoch % self._every == 0
-        if due:
+        due = not self._rule.settled or self.last_epoch % self._every == 0
+        # the decay is not to be undone, nor is there anything to gain from looking on
+        if self._rule.lr is None or (due and self._decay() == 1.0):
             self._before = [parameter.detach().clone() for parameter in self._parameters()]
             self._set_rates(1.0)
         else:
