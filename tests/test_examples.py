@@ -22,6 +22,7 @@ QUICK = {
     "clean_noisy_labels": ["--seeds", "0", "--learn-steps", "120", "--final-steps", "40", "--controls"],
     "tune_weight_decay": ["--seeds", "0", "--steps", "20"],
     "edge_of_stability": ["--fraction", "0.02"],
+    "callback_overhead": ["--steps", "20", "--models", "perceptron"],
     "learning_rate_free": ["--optimizers", "SGD"],
     "compare_estimators": ["--settings", "A", "--optimizers", "sgd", "--points", "1", "--unroll", "20"],
 }
