@@ -123,7 +123,9 @@ class Data:
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     """Saves accuracy against the rate that was given, and the rates that were chosen."""
     figure = Figure(figsize=(2.7 * len(results), 4.6), layout="constrained")
-    for (name, result), (above, below) in zip(results.items(), figure.subplots(2, len(results)).T, strict=True):
+    for (name, result), (above, below) in zip(
+        results.items(), figure.subplots(2, len(results), squeeze=False).T, strict=True
+    ):
         above.semilogx(*zip(*result["grid"].items(), strict=True), "o-", markersize=3, label="constant rate")
         above.semilogx(*zip(*result["starts"].items(), strict=True), "s-", label="ExactGeN")
         above.set(title=name, xlabel="rate that was given", ylabel="test accuracy (%)", ylim=(88, 98))
