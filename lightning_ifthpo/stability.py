@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RMSprop
 
 from lightning_ifthpo.space import ParameterSpace
-from lightning_ifthpo.update_rule import is_decoupled, is_known, learning_rate, preconditioner
+from lightning_ifthpo.update_rule import held_by, is_decoupled, is_known, learning_rate, preconditioner
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,13 @@ class StabilityEdge:
         metrics: dict[int, Tensor] = {}
         decays: dict[int, float] = {}
         parameters = list(parameters)
-        for optimizer in [optimizers] if isinstance(optimizers, Optimizer) else optimizers:
-            if not has_edge(optimizer):
-                return None
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    state = optimizer.state.get(parameter, {})
-                    rates[id(parameter)] = _alternating_rate(optimizer, group, state)
-                    metrics[id(parameter)] = preconditioner(optimizer, group, state, parameter)
-                    decays[id(parameter)] = 0.0 if is_decoupled(optimizer, group) else float(group["weight_decay"])
+        optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+        if not all(map(has_edge, optimizers)):
+            return None
+        for optimizer, group, state, parameter in held_by(optimizers):
+            rates[id(parameter)] = _alternating_rate(optimizer, group, state)
+            metrics[id(parameter)] = preconditioner(optimizer, group, state, parameter)
+            decays[id(parameter)] = 0.0 if is_decoupled(optimizer, group) else float(group["weight_decay"])
         highest = max((rates.get(id(p), 0.0) for p in parameters), default=0.0)
         if highest == 0.0:  # in the metric of the preconditioner alone, nothing is unstable
             rates = dict.fromkeys(rates, 1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,14 +57,21 @@ class UpdateRule:
         space = ParameterSpace(parameters)
         steps: dict[int, Tensor] = {}
         decays: dict[int, Tensor] = {}
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    state = optimizer.state.get(parameter, {})
-                    step = _lasting_rate(optimizer, group, state) * preconditioner(optimizer, group, state, parameter)
-                    steps[id(parameter)] = step
-                    decays[id(parameter)] = _decay(optimizer, group, step)
+        for optimizer, group, state, parameter in held_by(optimizers):
+            step = _lasting_rate(optimizer, group, state) * preconditioner(optimizer, group, state, parameter)
+            steps[id(parameter)] = step
+            decays[id(parameter)] = _decay(optimizer, group, step)
         return cls(*(space.flatten([found.get(id(p)) for p in parameters]) for found in (steps, decays)))
+
+
+def held_by(
+    optimizers: Iterable[Optimizer],
+) -> Iterator[tuple[Optimizer, Mapping[str, Any], Mapping[str, Any], Tensor]]:
+    """Yields each parameter that optimizers hold, as (optimizer, its group, its state, the parameter)."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                yield optimizer, group, optimizer.state.get(parameter, {}), parameter
 
 
 def is_known(optimizer: Optimizer) -> bool:

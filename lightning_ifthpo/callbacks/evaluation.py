@@ -14,6 +14,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_ifthpo.autodiff import gradients_on
 from lightning_ifthpo.callbacks.snapshot import restored
 from lightning_ifthpo.module import training_loss
 from lightning_ifthpo.random_state import isolated
@@ -81,6 +82,19 @@ class Losses:
             submodule.training = mode and training
         with self._context():
             return loss(copied(batch))
+
+
+@contextmanager
+def evaluating(
+    trainer: L.Trainer, module: L.LightningModule, seed: int, curvature: str, precision: CurvaturePrecision = "32"
+) -> Iterator[Losses]:
+    """Gives a module's losses, to be differentiated twice unless by finite differences; nothing they do is kept."""
+    with ExitStack() as stack:
+        stack.enter_context(undisturbed(trainer, module, seed))
+        stack.enter_context(gradients_on())
+        if curvature != "finite_difference":
+            stack.enter_context(twice_differentiable(module))
+        yield Losses(trainer, module, precision)
 
 
 def copied(batch: Any) -> Any:

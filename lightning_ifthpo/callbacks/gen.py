@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import lightning as L
@@ -12,13 +12,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 
-from lightning_ifthpo.autodiff import gradients_on
-from lightning_ifthpo.callbacks.evaluation import Losses, copied, twice_differentiable, undisturbed
+from lightning_ifthpo.callbacks.evaluation import Losses, copied, evaluating
 from lightning_ifthpo.callbacks.logging import log_metrics
-from lightning_ifthpo.callbacks.preflight import check_precision, check_single_device
+from lightning_ifthpo.callbacks.preflight import check_precision, check_repeatable, check_single_device
 from lightning_ifthpo.checks import require_choice
 from lightning_ifthpo.curvature import Curvature
-from lightning_ifthpo.module import has_inner_loss
 from lightning_ifthpo.step_size import ExactGeNLR
 from lightning_ifthpo.step_size.scheduler import check_options
 
@@ -81,11 +79,7 @@ class ExactGeN(L.Callback):
         check_precision(trainer, self.curvature, "32")
         if len(trainer.optimizers) != 1:
             raise ValueError(f"ExactGeN chooses the rate of one optimizer, and there are {len(trainer.optimizers)}")
-        if not pl_module.automatic_optimization and not has_inner_loss(pl_module):
-            raise ValueError(
-                f"{type(pl_module).__name__} optimizes manually, so that its training_step cannot be evaluated without "
-                "training; define inner_loss(batch), which returns the training loss"
-            )
+        check_repeatable(pl_module)
         replaced = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
         if replaced:
             rank_zero_warn(f"ExactGeN takes the place of {', '.join(replaced)}; do not configure a scheduler beside it")
@@ -116,17 +110,13 @@ class ExactGeN(L.Callback):
         scheduler, self._looked = self._active_scheduler, False
         if not scheduler.wants_loss:
             return
-        kept = copied(batch)
+        kept = batch if scheduler.pending else copied(batch)  # which is looked at after the step, if not at once
         losses: list[Losses] = []
 
         @contextmanager
         def context() -> Iterator[None]:
-            with ExitStack() as stack:
-                stack.enter_context(undisturbed(trainer, pl_module, seed=scheduler.last_epoch))
-                stack.enter_context(gradients_on())
-                if self.curvature != "finite_difference":
-                    stack.enter_context(twice_differentiable(pl_module))
-                losses.append(Losses(trainer, pl_module, "32"))
+            with evaluating(trainer, pl_module, scheduler.last_epoch, self.curvature) as evaluated:
+                losses.append(evaluated)
                 yield
 
         seen = scheduler.model

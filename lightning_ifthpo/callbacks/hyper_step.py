@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import lightning as L
@@ -11,13 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ifthpo.autodiff import differentiable
-from lightning_ifthpo.callbacks.evaluation import (
-    CurvaturePrecision,
-    Losses,
-    prepared,
-    twice_differentiable,
-    undisturbed,
-)
+from lightning_ifthpo.callbacks.evaluation import CurvaturePrecision, Losses, evaluating, prepared
 from lightning_ifthpo.callbacks.outer_data import OuterData
 from lightning_ifthpo.curvature import Curvature
 from lightning_ifthpo.curvature.marking import recording_outputs
@@ -153,13 +147,10 @@ class HyperStepper:
         elif solution.status is not Status.NONFINITE and (solution.products or solution.checks):
             self._estimate = solution.x  # a bad batch, or a flat outer loss, says nothing about the estimate
 
-    @contextmanager
-    def _evaluation(self) -> Iterator[Losses]:
-        with ExitStack() as stack:
-            stack.enter_context(undisturbed(self._trainer, self._module, self._seed + self.steps))
-            if self._curvature != "finite_difference":
-                stack.enter_context(twice_differentiable(self._module))
-            yield Losses(self._trainer, self._module, self._precision)
+    def _evaluation(self) -> AbstractContextManager[Losses]:
+        return evaluating(
+            self._trainer, self._module, self._seed + self.steps, self._curvature, precision=self._precision
+        )
 
     def _prepared(self, batch: Any) -> Any:
         return prepared(self._trainer, self._module, batch, self._seed + self.steps)

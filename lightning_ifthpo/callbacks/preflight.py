@@ -44,11 +44,7 @@ def check_module(trainer: L.Trainer, module: Any, unfrozen: Iterable[str]) -> No
         raise ValueError(f"{name} has no outer_loss(batch): define what the hyperparameters minimize")
     if not module.defines_inner_loss and not module.trains_by_itself:
         raise ValueError(f"{name} has neither inner_loss(batch) nor training_step: define what the weights minimize")
-    if not trainer.lightning_module.automatic_optimization and not module.defines_inner_loss:
-        raise ValueError(
-            f"{name} optimizes manually, so that its training_step cannot be evaluated without training; define "
-            "inner_loss(batch) to say what the weights minimize"
-        )
+    check_repeatable(module)
     _check_optimizers(trainer, module, set(unfrozen))
 
 
@@ -70,10 +66,15 @@ def check_observed(trainer: L.Trainer, module: Any, top_k: int) -> None:
         raise ValueError(f"top_k={top_k} eigenvalues are asked for, and {name} has {size} trainable weights")
     if any(weight.is_complex() for weight in weights):
         raise ValueError(f"{name} has complex weights, whose curvature is not supported")
+    check_repeatable(module)
+
+
+def check_repeatable(module: Any) -> None:
+    """Raises ValueError if the training loss of a module cannot be evaluated without training."""
     if not module.automatic_optimization and not has_inner_loss(module):
         raise ValueError(
-            f"{name} optimizes manually, so that its training_step cannot be evaluated without training; define "
-            "inner_loss(batch), which returns the loss whose curvature is wanted"
+            f"{type(module).__name__} optimizes manually, so that its training_step cannot be evaluated without "
+            "training; define inner_loss(batch) to say what the weights minimize"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, get_args
 
@@ -13,12 +13,10 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.data import extract_batch_size
-from torch import Tensor, nn
 
 from lightning_ifthpo import spectrum
-from lightning_ifthpo.autodiff import gradients_on
 from lightning_ifthpo.callbacks.cadence import Cadence
-from lightning_ifthpo.callbacks.evaluation import Losses, prepared, twice_differentiable, undisturbed
+from lightning_ifthpo.callbacks.evaluation import evaluating, prepared
 from lightning_ifthpo.callbacks.logging import log_figure, takes_figures
 from lightning_ifthpo.callbacks.outer_data import check_batches
 from lightning_ifthpo.callbacks.periodic import PeriodicCallback
@@ -45,7 +43,7 @@ class SharpnessMonitor(PeriodicCallback):
     Args:
         every_n_batches: Training batches between two measurements, at least 1. The first is made after the first epoch
             at the latest.
-        method: "lanczos"; or "power_iteration", which needs more products, and the memory of two vectors instead of up
+        method: "lanczos"; or "power_iteration", which needs more products, and the memory of four vectors instead of up
             to max_iterations. Both start from their last result.
         top_k: Eigenvalues to log from the top, a repeated one once.
         curvature: "hessian"; "gauss_newton", for losses that call `mark_outputs`; "finite_difference", for models
@@ -191,9 +189,8 @@ class SharpnessMonitor(PeriodicCallback):
         """Measures all that is asked for; what fails is missing from the metrics."""
         metrics: dict[str, float] = {}
         with self._surviving():
-            edge = StabilityEdge.of(trainer.optimizers, _trainable(module))
             for part in [self._ends, self._trace] if self.trace else [self._ends]:
-                with self._operator(trainer, module, batch, edge) as operator:
+                with self._operator(trainer, module, batch) as (operator, edge):
                     metrics |= part(operator, edge)
         return {f"{self.name}/{key}": value for key, value in {**metrics, "failures": float(self.failures)}.items()}
 
@@ -205,8 +202,7 @@ class SharpnessMonitor(PeriodicCallback):
         with self._surviving():
             from lightning_ifthpo.plots import plot_spectral_density  # and so matplotlib
 
-            edge = StabilityEdge.of(trainer.optimizers, _trainable(module))
-            with self._operator(trainer, module, batch, edge) as operator:
+            with self._operator(trainer, module, batch) as (operator, _):
                 density = spectrum.spectral_density(operator)
             log_figure(trainer, f"{self.name}/spectral_density", plot_spectral_density(density))
             self._pictured_epoch = trainer.current_epoch
@@ -242,7 +238,7 @@ class SharpnessMonitor(PeriodicCallback):
             "residual": ends.relative_residual,
             "products": float(ends.products),
         }
-        if edge is not None and (edge.metric is None or self.preconditioned is not False):
+        if edge is not None:
             metrics["edge_ratio"] = edge.ratio(largest[0], ends.largest_vectors[0])
             if math.isfinite(edge.sharpness):  # it is not at a learning rate of zero
                 metrics["edge"] = edge.sharpness
@@ -255,16 +251,14 @@ class SharpnessMonitor(PeriodicCallback):
 
     @contextmanager
     def _operator(
-        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, edge: StabilityEdge | None
-    ) -> Iterator[CurvatureOperator]:
-        """Gives the operator to measure; inside the block nothing that evaluations do is kept."""
-        with ExitStack() as stack:
-            stack.enter_context(undisturbed(trainer, module, _SEED))
-            stack.enter_context(gradients_on())
-            if self.curvature != "finite_difference":
-                stack.enter_context(twice_differentiable(module))
-            losses = Losses(trainer, module, "32")
-            parameters = _trainable(module)
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Any
+    ) -> Iterator[tuple[CurvatureOperator, StabilityEdge | None]]:
+        """Gives the operator to measure, and the edge of its λ_max if any; nothing that evaluations do is kept."""
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        edge = StabilityEdge.of(trainer.optimizers, parameters)
+        if edge is not None and edge.metric is not None and self.preconditioned is False:
+            edge = None  # it is not the curvature itself that the edge bounds
+        with evaluating(trainer, module, _SEED, self.curvature) as losses:
             if self._examples:
                 operators = [
                     lambda examples=examples: curvature_operator(
@@ -275,8 +269,9 @@ class SharpnessMonitor(PeriodicCallback):
                 operator: CurvatureOperator = AverageOperator(operators, [size for _, size in self._examples])
             else:
                 operator = curvature_operator(self.curvature, losses.inner(batch), parameters)
-            metric = None if edge is None or self.preconditioned is False else edge.metric
-            yield operator if metric is None else operator.preconditioned(metric)
+            if edge is not None and edge.metric is not None:
+                operator = operator.preconditioned(edge.metric)
+            yield operator, edge
 
     def _check_optimizers(self, trainer: L.Trainer) -> None:
         unknown = sorted({type(optimizer).__name__ for optimizer in trainer.optimizers if not has_edge(optimizer)})
@@ -296,10 +291,6 @@ def _finite(metrics: dict[str, float]) -> dict[str, float]:
     if not all(map(math.isfinite, metrics.values())):
         raise FloatingPointError("NaN or infinity in the curvature; look at the batch, the loss and the weights")
     return metrics
-
-
-def _trainable(module: nn.Module) -> list[Tensor]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _loaded(source: Iterable[Any], device: torch.device) -> list[tuple[Any, int]]:

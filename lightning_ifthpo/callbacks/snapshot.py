@@ -37,7 +37,7 @@ def restored(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def _restorers(module: nn.Module) -> Iterator[Callable[[], None]]:
+def _restorers(module: nn.Module) -> Iterator[Callable[[], object]]:
     """Yields functions that put one module back; contents first, and last the attributes that hold them."""
     if isinstance(module, torch.jit.ScriptModule):  # whose attributes live elsewhere
         for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
@@ -58,7 +58,7 @@ def _restorers(module: nn.Module) -> Iterator[Callable[[], None]]:
             yield _generator_restorer(value)
 
 
-def _attributes_restorer(module: nn.Module) -> Callable[[], None]:
+def _attributes_restorer(module: nn.Module) -> Callable[[], object]:
     attributes = vars(module).copy()
 
     def restore() -> None:
@@ -69,7 +69,7 @@ def _attributes_restorer(module: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def _contents_restorer(container: Any) -> Callable[[], None]:
+def _contents_restorer(container: Any) -> Callable[[], object]:
     contents = container.copy()
 
     def restore() -> None:
@@ -82,7 +82,7 @@ def _contents_restorer(container: Any) -> Callable[[], None]:
     return restore
 
 
-def _tensor_restorer(tensor: Tensor) -> Callable[[], None]:
+def _tensor_restorer(tensor: Tensor) -> Callable[[], object]:
     if tensor.is_meta or tensor.is_inference() or nn.parameter.is_lazy(tensor):  # nothing there, or never changed
         return lambda: None
     # through .data, which no graph and no version counter sees
@@ -97,19 +97,15 @@ def _tensor_restorer(tensor: Tensor) -> Callable[[], None]:
     return restore
 
 
-def _generator_restorer(generator: torch.Generator | np.random.Generator | random.Random) -> Callable[[], None]:
+def _generator_restorer(generator: torch.Generator | np.random.Generator | random.Random) -> Callable[[], object]:
     if isinstance(generator, torch.Generator):
         state = generator.get_state()
-        return lambda: _discard(generator.set_state(state))
+        return lambda: generator.set_state(state)
     if isinstance(generator, np.random.Generator):
         numpy_state = generator.bit_generator.state
         return lambda: setattr(generator.bit_generator, "state", numpy_state)
     python_state = generator.getstate()
     return lambda: generator.setstate(python_state)
-
-
-def _discard(value: object) -> None:
-    """Takes a value that nobody needs."""
 
 
 def _exchange_state(module: nn.Module, copies: dict[int, Tensor]) -> None:

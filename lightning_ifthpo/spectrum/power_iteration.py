@@ -1,4 +1,4 @@
-"""One eigenvalue with the memory of two vectors."""
+"""One eigenvalue with the memory of four vectors."""
 
 from __future__ import annotations
 

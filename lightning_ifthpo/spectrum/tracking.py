@@ -32,7 +32,7 @@ class SpectrumTracker:
     taken, for the sake of a small λ_min beside a large λ_max.
 
     Args:
-        method: "lanczos", which keeps a basis of up to max_iterations vectors; or "power_iteration", which keeps two
+        method: "lanczos", which keeps a basis of up to max_iterations vectors; or "power_iteration", which keeps four
             and needs more products.
         k: Eigenvalues wanted at each end; one with power iteration. At most n are found.
         max_iterations: Products to spend at most, for each end with power iteration.
