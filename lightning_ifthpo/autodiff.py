@@ -1,4 +1,4 @@
-"""Reverse-mode products that survive what real modules do: unused, frozen and linearly entering tensors."""
+"""Derivatives that survive what real modules do: unused, frozen and linearly entering tensors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def vjp(
@@ -47,6 +48,29 @@ def vjp(
         )
     )
     return [next(gradients) if tensor.requires_grad else None for tensor in inputs]
+
+
+@contextmanager
+def tangents(tensors: Sequence[Tensor], directions: Sequence[Tensor]) -> Iterator[None]:
+    """Makes all that is computed from the tensors inside the block carry its derivative along the directions.
+
+    Forward mode, for losses that refer to the tensors themselves and cannot be given others; see `tangent`.
+
+    Args:
+        tensors: Tensors of any shape; their values stay as they are.
+        directions: One for each, of its shape.
+    """
+    with forward_ad.dual_level():
+        with torch.no_grad():
+            for tensor, direction in zip(tensors, directions, strict=True):
+                tensor.copy_(forward_ad.make_dual(tensor.detach().clone(), direction))  # type: ignore[no-untyped-call]
+        yield
+
+
+def tangent(tensor: Tensor) -> Tensor:
+    """Returns the derivative that a tensor carries inside a block of `tangents`, zeros where it carries none."""
+    carried: Tensor | None = forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call]
+    return torch.zeros_like(tensor) if carried is None else carried
 
 
 @contextmanager

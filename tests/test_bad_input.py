@@ -208,7 +208,7 @@ def test_the_solver_must_be_an_instance(solver):
 @pytest.mark.parametrize(("trainer", "callback"), [("bf16-mixed", "inherit"), ("bf16-true", "32")])
 def test_finite_differences_need_float32(trainer, callback):
     callback = IFTHypergradient(1, curvature="finite_difference", precision=callback)
-    with pytest.raises(ValueError, match="finite differences need float32 gradients"):
+    with pytest.raises(ValueError, match="curvature='finite_difference' needs float32"):
         quiet_trainer(callbacks=[callback], precision=trainer).fit(Classifier())
 
 

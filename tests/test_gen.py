@@ -182,12 +182,12 @@ def test_it_looks_on_every_batch_until_settled_and_then_rarely():
 
     class Spy(ExactGeN):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            if self._looked:
+            if self._scheduler.looks > len(looks):
                 looks.append(trainer.fit_loop.total_batch_idx)
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     fit(Plain(), Spy(every_n_batches=8), max_epochs=150)
-    assert looks[:50] == list(range(1, 51))
+    assert looks[:50] == list(range(50))
     assert len(looks) < 450
     assert 8 in {later - earlier for earlier, later in pairwise(looks)}
 
@@ -219,7 +219,7 @@ def test_resuming_is_exact_and_the_checkpoint_holds_no_module(tmp_path):
             run(stop)
         path = tmp_path / str(stop) / f"step={stop}.ckpt"
         state = torch.load(path, weights_only=True)["lr_schedulers"][0]
-        assert set(state) == {"last_epoch", "multipliers", "rule", "update", "applied", "probed_step"}
+        assert set(state) == {"last_epoch", "multipliers", "rules", "update", "applied", "probed_step"}
         rest = run(stop=-2, resume=path)
         assert all(torch.equal(one, other) for one, other in zip(whole, rest, strict=True)), stop
 
@@ -319,11 +319,61 @@ def test_the_constructor_refuses(options, message):
         ExactGeN(**options)
 
 
-@pytest.mark.parametrize("options", [{"rule": "published", "probe": "same_batch"}, {"curvature": "finite_difference"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rule": "published", "probe": "same_batch"},
+        {"rule": "published", "curvature": "hessian"},
+        {"curvature": "finite_difference"},
+        {"curvature": "hessian", "per_group": True},
+    ],
+    ids=str,
+)
 def test_other_rules_probes_and_curvatures_train_too(options):
     trainer, rates = fit(Plain(), ExactGeN(**options))
     assert max(rates.rates) > 1e-4
     assert float(trainer.callback_metrics["gen/accepted"]) in (0.0, 1.0)
+
+
+def test_each_parameter_group_gets_its_rate_and_its_metrics():
+    class Grouped(Plain):
+        def configure_optimizers(self):
+            return torch.optim.SGD([{"params": self.net[i].parameters()} for i in (0, 2)], lr=1.0, momentum=0.9)
+
+    trainer, _ = fit(Grouped(), ExactGeN(per_group=True, final_decay=0.0))
+    metrics = trainer.callback_metrics
+    assert metrics["gen/lr/0"] != metrics["gen/lr/1"]
+    assert metrics["gen/lr"] == max(metrics["gen/lr/0"], metrics["gen/lr/1"]) > 1e-4
+    assert {"gen/directional_sharpness/0", "gen/directional_sharpness/1"} <= metrics.keys()
+
+
+def test_looks_are_made_and_logged_with_the_same_batch_too():
+    """Once at each look, not between them."""
+    logged = []
+
+    class Spy(ExactGeN):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            before = self._logged
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            logged.append(self._logged > before)
+
+    fit(Plain(), Spy(4, probe="same_batch", rule="published", final_decay=0.0), max_epochs=4)
+    assert logged == [i % 4 == 0 for i in range(16)]
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("32-true", "three_point"), ("bf16-true", "hessian")])
+def test_losses_in_half_precision_are_too_rough_for_differences(precision, kind):
+    callback = ExactGeN()
+    fit(Plain(), callback, precision=precision, max_epochs=1)
+    assert callback._kind == kind
+    if precision == "bf16-true":
+        with pytest.raises(ValueError, match="curvature='three_point' needs float32"):
+            fit(Plain(), ExactGeN(curvature="three_point"), precision=precision)
+
+
+def test_gauss_newton_serves_losses_that_mark_their_outputs():
+    _, rates = fit(Classifier(), ExactGeN(curvature="gauss_newton"))
+    assert max(rates.rates) > 1e-4
 
 
 def test_the_bilevel_mixin_and_its_losses_are_served():

@@ -776,7 +776,7 @@ def test_complex_weights_are_refused():
 
 
 def test_finite_differences_below_float32_are_refused():
-    with pytest.raises(ValueError, match="finite differences need float32 gradients"):
+    with pytest.raises(ValueError, match="curvature='finite_difference' needs float32"):
         fit(Plain(), monitor(curvature="finite_difference"), precision="bf16-true")
 
 

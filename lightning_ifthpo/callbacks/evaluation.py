@@ -20,6 +20,7 @@ from lightning_ifthpo.module import training_loss
 from lightning_ifthpo.random_state import isolated
 
 CurvaturePrecision: TypeAlias = Literal["32", "inherit"]
+BY_DIFFERENCES = ("finite_difference", "three_point")  # of gradients or of losses
 
 
 @contextmanager
@@ -88,11 +89,11 @@ class Losses:
 def evaluating(
     trainer: L.Trainer, module: L.LightningModule, seed: int, curvature: str, precision: CurvaturePrecision = "32"
 ) -> Iterator[Losses]:
-    """Gives a module's losses, to be differentiated twice unless by finite differences; nothing they do is kept."""
+    """Gives a module's losses, to be differentiated twice unless by differences; nothing they do is kept."""
     with ExitStack() as stack:
         stack.enter_context(undisturbed(trainer, module, seed))
         stack.enter_context(gradients_on())
-        if curvature != "finite_difference":
+        if curvature not in BY_DIFFERENCES:
             stack.enter_context(twice_differentiable(module))
         yield Losses(trainer, module, precision)
 

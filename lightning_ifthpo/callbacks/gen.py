@@ -5,20 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 
 from lightning_ifthpo.callbacks.evaluation import Losses, copied, evaluating
 from lightning_ifthpo.callbacks.logging import log_metrics
-from lightning_ifthpo.callbacks.preflight import check_precision, check_repeatable, check_single_device
+from lightning_ifthpo.callbacks.preflight import check_precision, check_repeatable, check_single_device, is_half
 from lightning_ifthpo.checks import require_choice
-from lightning_ifthpo.curvature import Curvature
 from lightning_ifthpo.step_size import ExactGeNLR
-from lightning_ifthpo.step_size.scheduler import check_options
+from lightning_ifthpo.step_size.scheduler import DIRECTIONAL_CURVATURES, DirectionalCurvature, check_options
 
 
 class ExactGeN(L.Callback):
@@ -34,14 +32,18 @@ class ExactGeN(L.Callback):
         every_n_batches: Optimizer steps between two looks once the rate has settled, at least 1.
         rule: "averaged", the safe one; "published", the formula of the paper with its smoothing.
         probe: "next_batch", which did not produce the update; "same_batch", for plain gradient descent.
-        curvature: "auto" and "hessian", exact; "gauss_newton", for losses that call `mark_outputs`;
-            "finite_difference", for models without a second derivative.
+        curvature: Of the loss along the update. "auto" and "three_point": from the losses at both ends of the step and
+            one step beyond, by forward passes alone; "hessian", exact; "gauss_newton", for losses that call
+            `mark_outputs`, in one forward pass; "finite_difference", from two gradients. "auto" takes the Hessian
+            where weights are in half precision, whose losses are too rough for differences.
         lr_min: Lower bound of the rate.
         lr_max: Upper bound of the rate.
         final_decay: Fraction of the run, at its end, over which the rate goes to zero linearly.
+        per_group: Choose a rate for each parameter group, by as many looks as there are groups.
 
-    Logs at each look `gen/lr`; `gen/alpha`, the optimal step along the last update, where there is one;
-    `gen/directional_sharpness`; `gen/accepted`, 0 where the look was of no use; and `gen/refused`, how many were not.
+    Logs at each look `gen/lr`, the highest of all groups; `gen/alpha`, the optimal step along the last update, where
+    there is one; `gen/directional_sharpness`; `gen/accepted`, 0 where the look was of no use; and `gen/refused`, how
+    many were not. With `per_group`, `gen/lr/0` and so on are those of each group.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -55,44 +57,42 @@ class ExactGeN(L.Callback):
         *,
         rule: Literal["averaged", "published"] = "averaged",
         probe: Literal["next_batch", "same_batch"] = "next_batch",
-        curvature: Literal["auto"] | Curvature = "auto",
+        curvature: Literal["auto"] | DirectionalCurvature = "auto",
         lr_min: float = 1e-8,
         lr_max: float = 10.0,
         final_decay: float = 0.3,
+        per_group: bool = False,
     ) -> None:
         super().__init__()
-        check_options(every_n_batches, rule, probe, lr_min, lr_max, final_decay)
-        require_choice("curvature", curvature, ("auto", *get_args(Curvature)))
-        self.every_n_batches = every_n_batches
-        self.rule = rule
-        self.probe = probe
-        self.curvature: Curvature = "hessian" if curvature == "auto" else curvature
-        self.lr_min = lr_min
-        self.lr_max = lr_max
-        self.final_decay = final_decay
+        require_choice("curvature", curvature, ("auto", *DIRECTIONAL_CURVATURES))
+        self.curvature = curvature
+        self._options: dict[str, Any] = {
+            "every_n_steps": every_n_batches,
+            "rule": rule,
+            "probe": probe,
+            "lr_min": lr_min,
+            "lr_max": lr_max,
+            "final_decay": final_decay,
+            "per_group": per_group,
+        }
+        check_options(curvature="three_point", **self._options)
         self._scheduler: ExactGeNLR | None = None
-        self._looked = False
+        self._logged = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Checks the optimizer and takes the place of its scheduler."""
         check_single_device(trainer, "ExactGeN")
-        check_precision(trainer, self.curvature, "32")
+        automatic: DirectionalCurvature = "hessian" if is_half(trainer) else "three_point"
+        self._kind = automatic if self.curvature == "auto" else self.curvature
+        check_precision(trainer, self._kind, "32")
         if len(trainer.optimizers) != 1:
             raise ValueError(f"ExactGeN chooses the rate of one optimizer, and there are {len(trainer.optimizers)}")
         check_repeatable(pl_module)
         replaced = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
         if replaced:
             rank_zero_warn(f"ExactGeN takes the place of {', '.join(replaced)}; do not configure a scheduler beside it")
-        self._scheduler = ExactGeNLR(
-            trainer.optimizers[0],
-            every_n_steps=self.every_n_batches,
-            rule=self.rule,
-            probe=self.probe,
-            curvature=self.curvature,
-            lr_min=self.lr_min,
-            lr_max=self.lr_max,
-            final_decay=self.final_decay,
-        )
+        self._scheduler = ExactGeNLR(trainer.optimizers[0], curvature=self._kind, **self._options)
+        self._logged = 0
         trainer.strategy.lr_scheduler_configs = [LRSchedulerConfig(self._scheduler, interval="step", name="ExactGeN")]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -100,14 +100,14 @@ class ExactGeN(L.Callback):
         steps = float(trainer.estimated_stepping_batches)
         if math.isfinite(steps):
             self._active_scheduler.total_steps = int(steps)
-        elif self.final_decay:
+        elif self._options["final_decay"]:
             rank_zero_warn("ExactGeN does not know how long this run is, and leaves out the final decay; set max_steps")
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Looks along the last update, on a batch that had no part in it."""
-        scheduler, self._looked = self._active_scheduler, False
+        scheduler = self._active_scheduler
         if not scheduler.wants_loss:
             return
         kept = batch if scheduler.pending else copied(batch)  # which is looked at after the step, if not at once
@@ -115,31 +115,34 @@ class ExactGeN(L.Callback):
 
         @contextmanager
         def context() -> Iterator[None]:
-            with evaluating(trainer, pl_module, scheduler.last_epoch, self.curvature) as evaluated:
+            with evaluating(trainer, pl_module, scheduler.last_epoch, self._kind) as evaluated:
                 losses.append(evaluated)
                 yield
 
-        seen = scheduler.model
         scheduler.probe(lambda: losses[-1].inner(kept)(), context)
-        self._looked = scheduler.model is not seen
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs what was seen."""
+        """Logs what was seen, if anything was."""
         scheduler = self._active_scheduler
-        model = scheduler.model
-        if model is None or not (self._looked or self.probe == "same_batch" or scheduler.last_epoch <= 1):
+        if scheduler.looks == self._logged:
             return
+        self._logged = scheduler.looks
+        rates = [float(rate) for rate in scheduler.get_last_lr()]
         metrics = {
-            "gen/lr": float(max(torch.as_tensor(rate) for rate in scheduler.get_last_lr())),
+            "gen/lr": max(rates),
             "gen/accepted": float(scheduler.accepted),
             "gen/refused": float(scheduler.refused),
         }
-        if model.is_finite:
-            metrics["gen/directional_sharpness"] = model.sharpness
-            if model.optimal_step is not None:
-                metrics["gen/alpha"] = model.optimal_step
+        if len(scheduler.models) > 1:
+            metrics |= {f"gen/lr/{index}": rate for index, rate in enumerate(rates)}
+        for index, model in enumerate(scheduler.models):
+            suffix = f"/{index}" if len(scheduler.models) > 1 else ""
+            if model.is_finite:
+                metrics[f"gen/directional_sharpness{suffix}"] = model.sharpness
+            if model.is_finite and model.optimal_step is not None:
+                metrics[f"gen/alpha{suffix}"] = model.optimal_step
         log_metrics(trainer, pl_module, metrics, headline="gen/lr")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

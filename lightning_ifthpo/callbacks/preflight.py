@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lightning_ifthpo.callbacks.evaluation import data_module
+from lightning_ifthpo.callbacks.evaluation import BY_DIFFERENCES, data_module
 from lightning_ifthpo.hyperparameters import WeightDecay
 from lightning_ifthpo.module import BilevelLightningModule, has_inner_loss
 from lightning_ifthpo.update_rule import is_known
@@ -106,13 +106,17 @@ def find_outer_data(trainer: L.Trainer, module: Any, given: Iterable[Any] | None
     return validation  # type: ignore[no-any-return]
 
 
+def is_half(trainer: L.Trainer) -> bool:
+    """Returns whether weights are in half precision."""
+    return str(trainer.precision_plugin.precision) in ("16-true", "bf16-true")
+
+
 def check_precision(trainer: L.Trainer, curvature: str, precision: str) -> None:
-    """Raises ValueError where a difference of gradients would be nothing but rounding."""
+    """Raises ValueError where a difference would be nothing but rounding."""
     kind = str(trainer.precision_plugin.precision)
-    rough = kind.endswith("-true") and kind.startswith(("16", "bf16"))
-    if curvature == "finite_difference" and (rough or ("mixed" in kind and precision == "inherit")):
+    if curvature in BY_DIFFERENCES and (is_half(trainer) or ("mixed" in kind and precision == "inherit")):
         raise ValueError(
-            f"finite differences need float32 gradients, and the Trainer's precision is {kind!r}: use precision='32' "
+            f"curvature={curvature!r} needs float32, and the Trainer's precision is {kind!r}: use precision='32' "
             "in the callback with a mixed precision of the Trainer, or curvature='hessian'"
         )
 

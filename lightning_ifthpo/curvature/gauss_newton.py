@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.autodiff import add, vjp
+from lightning_ifthpo.autodiff import add, tangent, tangents, vjp
 from lightning_ifthpo.curvature.marking import cut_at, recording_outputs
 from lightning_ifthpo.curvature.operator import LossOperator
-from lightning_ifthpo.loss_graph import LossGraph, LossValue, loss_and_outputs
+from lightning_ifthpo.loss_graph import LossGraph, LossValue, check_loss, loss_and_outputs
+from lightning_ifthpo.space import ParameterSpace
 
 
 class GaussNewtonOperator(LossOperator):
@@ -72,6 +73,34 @@ class GaussNewtonOperator(LossOperator):
     def mixed_product(self, v: Tensor, hyperparameters: Sequence[Tensor]) -> list[Tensor | None]:
         """Returns (∂²L/∂w∂λᵀ)ᵀ v, exactly (no Gauss–Newton approximation here); about two gradients."""
         return self._graph.mixed_product(v, hyperparameters)
+
+
+def forward_slope_and_curvature(
+    loss: Callable[[], LossValue], parameters: Sequence[Tensor], v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns ∇L·v and vᵀGv, scalars, by one forward pass that carries derivatives along, without a backward pass.
+
+    Args:
+        loss: As for `GaussNewtonOperator`.
+        parameters: The tensors w, together [n].
+        v: [n].
+
+    Raises:
+        RuntimeError: If an operation of the loss has no derivative in forward mode.
+        TypeError, ValueError: As `GaussNewtonOperator`.
+    """
+    space = ParameterSpace(parameters)
+    with recording_outputs() as marked, tangents(space.tensors, space.split(v)):
+        total, outputs = loss_and_outputs(loss())
+        check_loss(total, "the loss")
+        inputs = [*_checked(outputs or marked), *space.tensors]
+        with cut_at(inputs[: -len(space.tensors)]):
+            gradients = vjp([total], inputs)  # they carry ∇²L [Jv v] along
+        pairs = [(gradient, tensor) for gradient, tensor in zip(gradients, inputs, strict=True) if gradient is not None]
+        curvature = sum(
+            ((tangent(gradient) * tangent(tensor)).sum() for gradient, tensor in pairs), start=v.new_zeros(())
+        )
+        return tangent(total).reshape(()), curvature
 
 
 def _backward(

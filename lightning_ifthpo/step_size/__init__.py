@@ -6,6 +6,7 @@ from lightning_ifthpo.step_size.model import (
     fitted_model,
     group_model,
     optimal_group_steps,
+    three_point_model,
 )
 from lightning_ifthpo.step_size.rules import AveragedRule, PublishedRule
 from lightning_ifthpo.step_size.scheduler import ExactGeNLR, check_linear_in_lr
@@ -20,4 +21,5 @@ __all__ = [
     "fitted_model",
     "group_model",
     "optimal_group_steps",
+    "three_point_model",
 ]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_ifthpo.curvature import Curvature, FiniteDifferenceOperator, curvature_operator
-from lightning_ifthpo.loss_graph import LossValue
+from lightning_ifthpo.curvature.gauss_newton import forward_slope_and_curvature
+from lightning_ifthpo.loss_graph import LossValue, check_loss, loss_and_outputs
+from lightning_ifthpo.random_state import RandomState
 from lightning_ifthpo.space import ParameterSpace
 
 
@@ -36,9 +39,13 @@ class DirectionalModel:
         """α* = slope / curvature, where the parabola is lowest; None where it has no lowest point.
 
         That is where the curvature is not positive: a linear or concave stretch, or 0/0, as in a network whose units
-        are all dead (Bu and Xu 2024, eq. 3.1).
+        are all dead or exactly at their kink (Bu and Xu 2024, eq. 3.1).
         """
         return self.slope / self.curvature if self.curvature > 0.0 and math.isfinite(self.slope) else None
+
+    def at(self, step: float) -> DirectionalModel:
+        """Returns the same parabola as seen from w − step · ω."""
+        return DirectionalModel(self.slope - step * self.curvature, self.curvature, self.squared_length)
 
     @property
     def sharpness(self) -> float:
@@ -67,37 +74,89 @@ def directional_model(
         curvature: "hessian", exact; "gauss_newton", never negative for a convex loss of the outputs;
             "finite_difference", from two gradients beside w.
 
-    Cost: one forward pass, one differentiable gradient and one curvature product; by finite differences two gradients.
+    Cost: for the Hessian one forward pass, one differentiable gradient and one product; for Gauss–Newton a forward pass
+    that carries derivatives along, or, where an operation has none in forward mode, as for the Hessian; by finite
+    differences two gradients.
 
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> directional_model(lambda: (w**2).sum(), [w], [2 * w]).optimal_step  # gradient descent on ‖w‖²
     0.5
     """
-    operator = curvature_operator(curvature, loss, parameters)
     omega = ParameterSpace(parameters).flatten(direction)
-    if isinstance(operator, FiniteDifferenceOperator):
-        slope, curved = operator.slope_and_curvature(omega)
-    else:
-        slope, curved = operator.gradient @ omega, operator.quadratic(omega)
+    slope, curved = _slope_and_curvature(loss, parameters, omega, curvature)
     return DirectionalModel(*torch.stack([slope, curved, omega @ omega]).tolist())
 
 
-def fitted_model(
-    loss_at: Callable[[float], float], steps: Sequence[float], *, squared_length: float = math.nan
+def three_point_model(
+    loss: Callable[[], LossValue],
+    parameters: Sequence[Tensor],
+    direction: Sequence[Tensor | None],
+    *,
+    step: float = 0.0,
 ) -> DirectionalModel:
-    """Returns the parabola that fits losses at several steps best, by least squares: no backward pass at all.
+    """Returns slope and curvature as differences of three losses, L(w + αω), L(w) and L(w − αω).
+
+    Needs no derivative at all, and shows the loss at the scale of a step, kinks included. All three draw the same
+    random numbers. The curvature is zero where it cannot be told from rounding.
+
+    Args:
+        loss: Callable without arguments that returns the scalar loss, or (loss, outputs).
+        parameters: The tensors w.
+        direction: ω, shaped like the parameters; None for zeros.
+        step: α; made longer where rounding of the losses would drown their second difference, so that
+            α‖ω‖ is at least cbrt(machine epsilon) · max(1, ‖w‖).
+
+    Cost: three forward passes, and one extra copy of the parameters.
+
+    >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> model = three_point_model(lambda: (w**2).sum(), [w], [torch.tensor([2.0, 4.0])], step=0.5)
+    >>> round(model.slope, 4), round(model.curvature, 4)
+    (20.0, 40.0)
+    """
+    space = ParameterSpace(parameters)
+    omega = space.flatten(direction)
+    length = float(torch.linalg.vector_norm(omega))
+    if length == 0.0 or not math.isfinite(length):
+        return DirectionalModel(length, length, length)
+    shortest = torch.finfo(space.dtype).eps ** (1 / 3) * max(1.0, float(torch.linalg.vector_norm(space.values)))
+    state = RandomState(space.device)
+    originals = [tensor.detach().clone() for tensor in space.tensors]
+
+    def loss_at(alpha: float) -> float:
+        _place(space.tensors, originals, direction, alpha)
+        with state.replayed():
+            value, _ = loss_and_outputs(loss())
+        check_loss(value, "the loss")
+        return value.item()
+
+    try:
+        alpha = max(step, shortest / length)
+        return fitted_model(loss_at, [-alpha, 0.0, alpha], squared_length=length**2, dtype=space.dtype)
+    finally:
+        _place(space.tensors, originals, direction, 0.0)
+
+
+def fitted_model(
+    loss_at: Callable[[float], float],
+    steps: Sequence[float],
+    *,
+    squared_length: float = math.nan,
+    dtype: torch.dtype = torch.float32,
+) -> DirectionalModel:
+    """Returns the parabola that fits losses at several steps best, by least squares.
 
     Three steps −a, 0, a are the differences of the published approximate method. The curvature lives in the second
-    difference of the losses, which rounding of the losses drowns when steps are short.
+    difference of the losses, which rounding of the losses drowns when steps are short; then it is returned as zero, and
+    the parabola has no optimal step.
 
     Args:
         loss_at: Returns L(w − αω) for a step α.
         steps: At least three different steps.
         squared_length: ‖ω‖², where it is known.
+        dtype: In which losses were computed.
 
     Raises:
         ValueError: If there are fewer than three different steps.
-        FloatingPointError: If the curvature cannot be told from float32 rounding of the losses.
 
     Cost: one forward pass for each step.
 
@@ -110,16 +169,14 @@ def fitted_model(
     alphas = torch.tensor(steps, dtype=torch.float64)
     scale = float(alphas.abs().amax())
     losses = torch.tensor([loss_at(step) for step in steps], dtype=torch.float64)
+    if not bool(losses.isfinite().all()):
+        return DirectionalModel(math.nan, math.nan, squared_length)
     powers = torch.stack([torch.ones_like(alphas), alphas / scale, (alphas / scale).square()], dim=1)
     _, first, second = torch.linalg.lstsq(powers, losses[:, None]).solution[:, 0].tolist()
-    # a loss of float32 is known to half a unit in the last place; a fit sees about twice that in its last coefficient
-    noise = torch.finfo(torch.float32).eps * float(losses.abs().amax())
-    if not abs(second) > 2 * noise:
-        raise FloatingPointError(
-            f"a curvature of {2 * second / scale**2:.3g} cannot be told from rounding with steps of {scale:.3g}; use "
-            "longer steps, or the exact curvature"
-        )
-    return DirectionalModel(-first / scale, 2 * second / scale**2, squared_length)
+    # a loss is known to half a unit in the last place; a fit sees about twice that in its last coefficient
+    noise = 2 * torch.finfo(dtype).eps * float(losses.abs().amax())
+    curvature = 2 * second / scale**2 if abs(second) > noise else 0.0
+    return DirectionalModel(-first / scale, curvature, squared_length)
 
 
 def group_model(
@@ -168,3 +225,26 @@ def optimal_group_steps(slopes: Tensor, curvatures: Tensor, *, diagonal: bool = 
     inverse = torch.where(upwards, 1.0 / torch.where(upwards, values, 1.0), 0.0)
     steps: Tensor = vectors @ (inverse * (vectors.T @ slopes))
     return steps
+
+
+def _slope_and_curvature(
+    loss: Callable[[], LossValue], parameters: Sequence[Tensor], omega: Tensor, curvature: Curvature
+) -> tuple[Tensor, Tensor]:
+    if curvature == "gauss_newton":
+        with suppress(RuntimeError):  # of an operation without a derivative in forward mode
+            return forward_slope_and_curvature(loss, parameters, omega)
+    operator = curvature_operator(curvature, loss, parameters)
+    if isinstance(operator, FiniteDifferenceOperator):
+        return operator.slope_and_curvature(omega)
+    return operator.gradient @ omega, operator.quadratic(omega)
+
+
+@torch.no_grad()
+def _place(
+    tensors: Sequence[Tensor], originals: Sequence[Tensor], direction: Sequence[Tensor | None], alpha: float
+) -> None:
+    """Sets tensors to w − αω."""
+    for tensor, original, along in zip(tensors, originals, direction, strict=True):
+        tensor.copy_(original)
+        if alpha and along is not None:
+            tensor.sub_(along, alpha=alpha)

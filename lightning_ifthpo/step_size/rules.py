@@ -11,7 +11,8 @@ from lightning_ifthpo.step_size.model import DirectionalModel
 
 _START = 0.003  # of the smallest optimal step seen: from ten times as much, some networks lose units for good
 _FIRST = 3  # probes that decide on the start; a single one is off by a factor of five now and then
-_WINDOW = 8  # probes: with 4 growth overshoots, with 16 it is seen too late
+_WINDOW = 16  # probes
+_RESTED = 8  # probes without growth that make a rate settled
 _GROWTH = 1.08  # per optimizer step: slower than curvature answers (some ten steps), also through momentum of 0.9
 _SHRINKAGE = 1.25
 _ENOUGH = 4  # probes to judge a rate by, after it has shrunk
@@ -22,12 +23,12 @@ class AveragedRule:
     """Grows the rate while a longer step would have been better, shrinks it when steps make the loss worse.
 
     The slope n and curvature d along each probed update are seen on a batch that did not produce it. Over the last
-    eight probes, the mean of n − ηd is the slope where the step of length η ends, and the mean of ηn − η²d/2 what the
-    step gains. The rate grows, by at most 8 % a step and never beyond mean(n)/mean(d), while the slope at the end is
-    positive by one standard error; it shrinks by a fifth, and forgets what it saw, when the gain is negative by two.
-    Between the two it rests, and recovers slowly towards the highest rate it has had: there lies the stationary state
-    of noisy descent, in which the gain is zero whatever the rate, so that any rule that follows n/d must collapse or
-    explode. Probes are weighed by 1/‖ω‖², and curvature by its magnitude.
+    sixteen probes, the mean of n − ηd is the slope where the step of length η ends, and the mean of ηn − η²d/2 what the
+    step gains. The rate grows while the slope at the end is positive by one standard error, by 8 % a step at first, and
+    the slower the nearer it is to mean(n)/mean(d), which it never passes; it shrinks by a fifth, and forgets what it
+    saw, when the gain is negative by two. Between the two it rests, and recovers slowly towards the highest rate it has
+    had: there lies the stationary state of noisy descent, in which the gain is zero whatever the rate, so that any rule
+    that follows n/d must collapse or explode. Probes are weighed by 1/‖ω‖².
 
     The first rate is 0.003 of the smallest n/d of three probes; no rate has to be given.
 
@@ -37,7 +38,7 @@ class AveragedRule:
 
     Attributes:
         lr: The rate; None before the first probe.
-        settled: Whether the last eight probes asked for no growth.
+        settled: Whether the last eight probes asked for no growth, or for less than the recovery's.
         refused: Probes that were not finite or had no length, and were not used.
     """
 
@@ -53,8 +54,8 @@ class AveragedRule:
 
     @property
     def settled(self) -> bool:
-        """Whether the last eight probes asked for no growth."""
-        return self._resting >= _WINDOW
+        """Whether the last eight probes asked for no growth, or for less than the recovery's."""
+        return self._resting >= _RESTED
 
     def observe(self, model: DirectionalModel, steps: int) -> bool:
         """Changes the rate by what a probe shows, and returns whether it was used.
@@ -66,7 +67,7 @@ class AveragedRule:
         if not model.is_finite or model.squared_length == 0.0:
             self.refused += 1
             return False
-        slope, curvature = model.slope / model.squared_length, abs(model.sharpness)
+        slope, curvature = model.slope / model.squared_length, model.sharpness
         self._probes.append((slope, curvature))
         self._count += 1
         if self._count <= _FIRST:
@@ -95,9 +96,10 @@ class AveragedRule:
         self._probes.extend((slope, curvature) for slope, curvature in state["probes"])
 
     def _begin(self, slope: float, curvature: float) -> None:
-        if slope > 0.0 and curvature > 0.0:
-            self._smallest = min(self._smallest, slope / curvature)
-        self._set(_START * self._smallest if math.isfinite(self._smallest) else 0.0)
+        if slope > 0.0 and curvature != 0.0:
+            self._smallest = min(self._smallest, slope / abs(curvature))
+        start = _START * self._smallest if math.isfinite(self._smallest) else 0.0
+        self._set(start if self.lr is None else min(start, self.lr * _GROWTH))
 
     def _follow(self, steps: int) -> None:
         assert self.lr is not None
@@ -108,9 +110,10 @@ class AveragedRule:
         gains = [slope - lr * curvature / 2 for slope, curvature in self._probes]
         if fmean(ends) > _standard_error(ends):
             curvature = fmean(curvature for _, curvature in self._probes)
-            best = fmean(slope for slope, _ in self._probes) / curvature if curvature else math.inf
-            self._set(min(lr * _GROWTH**steps, best))
-            self._resting = 0
+            best = fmean(slope for slope, _ in self._probes) / curvature if curvature > 0.0 else math.inf
+            growth = _GROWTH ** (1.0 - lr / best)
+            self._set(min(lr * growth**steps, best))
+            self._resting = 0 if growth > _RECOVERY else self._resting + 1
             return
         self._resting += 1
         if count >= _ENOUGH and fmean(gains) < -2 * _standard_error(gains):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -17,8 +17,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightning_ifthpo.checks import require_at_least, require_choice
 from lightning_ifthpo.curvature import Curvature
 from lightning_ifthpo.loss_graph import LossValue
-from lightning_ifthpo.step_size.model import DirectionalModel, directional_model
+from lightning_ifthpo.step_size.model import DirectionalModel, directional_model, three_point_model
 from lightning_ifthpo.step_size.rules import AveragedRule, PublishedRule
+
+DirectionalCurvature: TypeAlias = Literal["three_point"] | Curvature
+DIRECTIONAL_CURVATURES: tuple[str, ...] = ("three_point", *get_args(Curvature))
 
 
 class _Rule(Protocol):
@@ -68,15 +71,19 @@ class ExactGeNLR(LRScheduler):
         rule: "averaged", see `AveragedRule`; "published", see `PublishedRule`.
         probe: "next_batch": slope and curvature on the batch after the one that made the update; "same_batch": on the
             same, which is safe for plain gradient descent only.
-        curvature: Of the loss along the update: "hessian", "gauss_newton" or "finite_difference".
+        curvature: Of the loss along the update: "three_point", from the losses at both ends of the step and one step
+            beyond, by forward passes alone; "hessian", "gauss_newton" or "finite_difference", see `directional_model`.
         lr_min: Lower bound of the rate.
         lr_max: Upper bound of the rate.
         final_decay: Fraction of the run, at its end, over which the rate goes to zero linearly, without further probes.
+        per_group: Choose a rate for each parameter group, from the loss along its own part of the update while the
+            other groups make theirs; the initial rates then do not count at all. As many looks as groups.
 
-    Cost of a probe: as `directional_model`, and a copy of the weights.
+    Cost of a probe: as `three_point_model` or `directional_model`, and a copy of the weights.
 
     Attributes:
-        model: What the last probe saw; None before the first.
+        looks: Number of looks so far.
+        models: What the last look saw: one parabola, or one for each group; empty before the first.
         accepted: Whether it was of use.
         total_steps: As above; may be set as long as the decay has not begun.
 
@@ -92,17 +99,27 @@ class ExactGeNLR(LRScheduler):
         every_n_steps: int = 8,
         rule: Literal["averaged", "published"] = "averaged",
         probe: Literal["next_batch", "same_batch"] = "next_batch",
-        curvature: Curvature = "hessian",
+        curvature: DirectionalCurvature = "three_point",
         lr_min: float = 1e-8,
         lr_max: float = 10.0,
         final_decay: float = 0.3,
+        per_group: bool = False,
     ) -> None:
-        check_options(every_n_steps, rule, probe, lr_min, lr_max, final_decay)
+        check_options(
+            every_n_steps=every_n_steps,
+            rule=rule,
+            probe=probe,
+            curvature=curvature,
+            lr_min=lr_min,
+            lr_max=lr_max,
+            final_decay=final_decay,
+            per_group=per_group,
+        )
         check_linear_in_lr(optimizer)
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         highest = max(rates)
-        self._multipliers = [rate / highest if highest else 1.0 for rate in rates]
-        self._rule = _RULES[rule](lr_min, lr_max)
+        self._multipliers = [1.0 if per_group or not highest else rate / highest for rate in rates]
+        self._rules = [_RULES[rule](lr_min, lr_max) for _ in (rates if per_group else [highest])]
         self.total_steps = total_steps
         self._every = every_n_steps
         self._on_same_batch = probe == "same_batch"
@@ -112,9 +129,10 @@ class ExactGeNLR(LRScheduler):
         self._context: Callable[[], AbstractContextManager[object]] = nullcontext
         self._before: list[Tensor] | None = None
         self._update: list[Tensor] | None = None
-        self._applied = 0.0
+        self._applied = [0.0] * len(self._rules)
         self._probed_step = 0
-        self.model: DirectionalModel | None = None
+        self.looks = 0
+        self.models: list[DirectionalModel] = []
         self.accepted = True
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -125,7 +143,7 @@ class ExactGeNLR(LRScheduler):
     @property
     def refused(self) -> int:
         """Probes that could not be used."""
-        return self._rule.refused
+        return sum(rule.refused for rule in self._rules)
 
     @property
     def pending(self) -> bool:
@@ -135,7 +153,7 @@ class ExactGeNLR(LRScheduler):
     @property
     def wants_loss(self) -> bool:
         """Whether `probe` is of any use at this moment; calling it at any other does no harm."""
-        return self.pending or self._on_same_batch or self._rule.lr is None
+        return self.pending or self._on_same_batch or not self._has_rates
 
     def probe(
         self,
@@ -151,25 +169,26 @@ class ExactGeNLR(LRScheduler):
         self._loss, self._context = loss, context
         if self._update is not None:
             update, self._update = self._update, None
-            self._measure(update, behind=True)
-            self._set_rates(self._rate())
+            self._look(update, self._applied)
+            self._set_rates(self.get_lr())
 
     def step(self, epoch: int | None = None) -> None:
         """Counts an optimizer step, also one that a loss scaler has skipped, and sets the rates of the next."""
         self.last_epoch += 1
         self._last_lr = self.get_lr()
-        self._set_rates(self._rate())
+        self._set_rates(self._last_lr)
 
     def get_lr(self) -> list[float | Tensor]:
         """Returns the rate of each group."""
-        return [self._rate() * multiplier for multiplier in self._multipliers]
+        groups = zip(self._per_group(self._rates()), self._multipliers, strict=True)
+        return [rate * multiplier for rate, multiplier in groups]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all that changes, as tensors and plain numbers."""
         return {
             "last_epoch": self.last_epoch,
             "multipliers": self._multipliers,
-            "rule": self._rule.state_dict(),
+            "rules": [rule.state_dict() for rule in self._rules],
             "update": self._update,
             "applied": self._applied,
             "probed_step": self._probed_step,
@@ -179,20 +198,29 @@ class ExactGeNLR(LRScheduler):
         """Goes on from a state."""
         self.last_epoch = state_dict["last_epoch"]
         self._multipliers = state_dict["multipliers"]
-        self._rule.load_state_dict(state_dict["rule"])
+        for rule, state in zip(self._rules, state_dict["rules"], strict=True):
+            rule.load_state_dict(state)
         self._update = state_dict["update"]
         self._applied, self._probed_step = state_dict["applied"], state_dict["probed_step"]
-        self._set_rates(self._rate())
+        self._set_rates(self.get_lr())
 
     def detach(self) -> None:
         """Leaves the optimizer alone from now on, at the present rate."""
         for hook in self._hooks:
             hook.remove()
-        self._set_rates(self._rate())
+        self._set_rates(self.get_lr())
 
-    def _rate(self) -> float:
-        """Returns the rate of the step that comes, after decay."""
-        return (self._rule.lr or 0.0) * self._decay()
+    @property
+    def _has_rates(self) -> bool:
+        return all(rule.lr is not None for rule in self._rules)
+
+    def _rates(self) -> list[float]:
+        """Returns what each rule wants of the step that comes, after decay."""
+        return [(rule.lr or 0.0) * self._decay() for rule in self._rules]
+
+    def _per_group(self, values: list[float]) -> list[float]:
+        """Returns a value for each parameter group from one for each rule."""
+        return values if len(values) == len(self._multipliers) else values * len(self._multipliers)
 
     def _decay(self) -> float:
         """Returns the factor of the final decay; one before it."""
@@ -202,71 +230,93 @@ class ExactGeNLR(LRScheduler):
         return min(1.0, max(left, 0.0))
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        due = not self._rule.settled or self.last_epoch % self._every == 0
+        due = self.last_epoch % self._every == 0 or not all(rule.settled for rule in self._rules)
         # the decay is not to be undone, nor is there anything to gain from looking on
-        if self._rule.lr is None or (due and self._decay() == 1.0):
-            self._before = [parameter.detach().clone() for parameter in self._parameters()]
-            self._set_rates(1.0)
+        if not self._has_rates or (due and self._decay() == 1.0):
+            self._before = [parameter.detach().clone() for group in self._parameters() for parameter in group]
+            self._set_rates(self._multipliers)
         else:
-            self._set_rates(self._rate())  # whatever an interrupted step has left behind
+            self._set_rates(self.get_lr())  # whatever an interrupted step has left behind
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self._before is None:
             return
         update, self._before = self._before, None
-        for parameter, value in zip(self._parameters(), update, strict=True):
+        groups = self._parameters()
+        for parameter, value in zip([parameter for group in groups for parameter in group], update, strict=True):
             moved = value - parameter
             parameter.copy_(value)
             value.copy_(moved)
-        if self._rule.lr is None or self._on_same_batch:
+        if self._on_same_batch or not self._has_rates:
             if self._loss is None:
                 raise RuntimeError("ExactGeNLR needs a loss to look at: call probe(loss) before optimizer.step()")
-            self._measure(update, behind=False)
-        self._applied = self._rate()
-        for parameter, value in zip(self._parameters(), update, strict=True):
-            parameter.sub_(value, alpha=self._applied)
+            self._look(update, [0.0] * len(self._rules))
+        self._applied = self._rates()
+        updates = iter(update)
+        for group, rate in zip(groups, self._per_group(self._applied), strict=True):
+            for parameter in group:
+                parameter.sub_(next(updates), alpha=rate)
         self._update = None if self._on_same_batch else update
-        self._set_rates(self._applied)
+        self._set_rates(self.get_lr())
 
-    def _measure(self, update: list[Tensor], *, behind: bool) -> None:
-        """Probes along an update; from behind, where it has been applied, the slope is taken back to its start."""
+    def _look(self, update: list[Tensor], applied: list[float]) -> None:
+        """Shows each rule the loss along its update, as seen from where it began, `applied` times the update ago."""
         assert self._loss is not None
+        groups = self._parameters()
+        parts = groups if len(self._rules) > 1 else [[parameter for group in groups for parameter in group]]
+        updates, models = iter(update), []
         with torch.enable_grad(), self._context():
-            model = directional_model(self._loss, self._parameters(), update, curvature=self._curvature)
-        if behind:
-            curvature = abs(model.curvature) if self._rule_is_averaged else model.curvature
-            slope = model.slope + self._applied * curvature
-            model = DirectionalModel(slope, model.curvature, model.squared_length)
-        self.model = model
-        self.accepted = self._rule.observe(model, max(self.last_epoch - self._probed_step, 1))
-        self._probed_step = self.last_epoch
+            for part, rate, rule in zip(parts, applied, self._rules, strict=True):
+                direction = [next(updates) for _ in part]
+                models.append(self._model(part, direction, rate or rule.lr or 0.0).at(-rate))
+        steps = max(self.last_epoch - self._probed_step, 1)
+        self.looks += 1
+        used = [rule.observe(model, steps) for rule, model in zip(self._rules, models, strict=True)]
+        self.models, self.accepted, self._probed_step = models, all(used), self.last_epoch
 
-    @property
-    def _rule_is_averaged(self) -> bool:
-        return isinstance(self._rule, AveragedRule)
+    def _model(self, parameters: list[Tensor], direction: list[Tensor], step: float) -> DirectionalModel:
+        assert self._loss is not None
+        if self._curvature == "three_point":
+            return three_point_model(self._loss, parameters, direction, step=step)
+        return directional_model(self._loss, parameters, direction, curvature=self._curvature)
 
-    def _parameters(self) -> list[Tensor]:
-        groups = self.optimizer.param_groups
-        return [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
+    def _parameters(self) -> list[list[Tensor]]:
+        """Returns the trainable parameters of each group."""
+        return [[tensor for tensor in group["params"] if tensor.requires_grad] for group in self.optimizer.param_groups]
 
-    def _set_rates(self, rate: float) -> None:
-        for group, multiplier in zip(self.optimizer.param_groups, self._multipliers, strict=True):
+    def _set_rates(self, rates: Sequence[float | Tensor]) -> None:
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate * multiplier)
+                group["lr"].fill_(rate)
             else:
-                group["lr"] = rate * multiplier
+                group["lr"] = rate
 
 
-def check_options(every_n: int, rule: str, probe: str, lr_min: float, lr_max: float, final_decay: float) -> None:
+def check_options(
+    *,
+    every_n_steps: int,
+    rule: str,
+    probe: str,
+    curvature: str,
+    lr_min: float,
+    lr_max: float,
+    final_decay: float,
+    per_group: bool,
+) -> None:
     """Raises ValueError if an option is out of range."""
-    require_at_least("every_n_batches", every_n, 1)
+    require_at_least("every_n_batches", every_n_steps, 1)
     require_choice("rule", rule, tuple(_RULES))
     require_choice("probe", probe, ("next_batch", "same_batch"))
+    require_choice("curvature", curvature, DIRECTIONAL_CURVATURES)
     if not 0.0 < lr_min <= lr_max < math.inf:
         raise ValueError(f"expected 0 < lr_min <= lr_max < infinity, got {lr_min} and {lr_max}")
     if not 0.0 <= final_decay <= 1.0:
         raise ValueError(f"expected 0 <= final_decay <= 1, a fraction of the run, got {final_decay}")
+    if per_group and probe == "same_batch":
+        raise ValueError(
+            "per_group=True needs probe='next_batch': where a step began, groups do not see yet what the others will do"
+        )
 
 
 def check_linear_in_lr(optimizer: Optimizer) -> None:
