@@ -45,8 +45,9 @@ CALLBACKS: dict[str, Callable[[Any], Callback]] = {
     "SharpnessMonitor(100, max_overhead=None)": lambda _: SharpnessMonitor(100, max_overhead=None),
     "SharpnessMonitor()": lambda _: SharpnessMonitor(),
     "ExactGeN()": lambda _: ExactGeN(),
-    "ExactGeN(curvature='finite_difference')": lambda _: ExactGeN(curvature="finite_difference"),
     "ExactGeN(1)": lambda _: ExactGeN(1),
+    "ExactGeN(curvature='hessian')": lambda _: ExactGeN(curvature="hessian"),
+    "ExactGeN(curvature='gauss_newton')": lambda _: ExactGeN(curvature="gauss_newton"),
 }
 # Measured on two cores with 1,000 steps: perceptron, convolutions.
 EXPECTED: dict[str, tuple[float, float]] = {
@@ -54,8 +55,9 @@ EXPECTED: dict[str, tuple[float, float]] = {
     "SharpnessMonitor(100, max_overhead=None)": (1.22, 1.29),
     "SharpnessMonitor()": (1.03, 1.01),
     "ExactGeN()": (1.3, 1.82),
-    "ExactGeN(curvature='finite_difference')": (1.38, 1.43),
     "ExactGeN(1)": (2.87, 3.9),
+    "ExactGeN(curvature='hessian')": (1.3, 1.82),
+    "ExactGeN(curvature='gauss_newton')": (1.3, 1.82),
 }
 
 

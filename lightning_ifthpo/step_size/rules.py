@@ -16,7 +16,7 @@ _RESTED = 8  # probes without growth that make a rate settled
 _GROWTH = 1.08  # per optimizer step: slower than curvature answers (some ten steps), also through momentum of 0.9
 _SHRINKAGE = 1.25
 _ENOUGH = 4  # probes to judge a rate by, after it has shrunk
-_RECOVERY = 1.01  # per probe: more than what shrinking by mistake takes away (two standard errors, 4 % of the windows)
+_RECOVERY = 1.01  # per probe, and growth of a settled rate: more than what shrinking by mistake takes away (two standard errors, 4 % of the windows)
 
 
 class AveragedRule:
@@ -24,11 +24,12 @@ class AveragedRule:
 
     The slope n and curvature d along each probed update are seen on a batch that did not produce it. Over the last
     sixteen probes, the mean of n − ηd is the slope where the step of length η ends, and the mean of ηn − η²d/2 what the
-    step gains. The rate grows while the slope at the end is positive by one standard error, by 8 % a step at first, and
-    the slower the nearer it is to mean(n)/mean(d), which it never passes; it shrinks by a fifth, and forgets what it
-    saw, when the gain is negative by two. Between the two it rests, and recovers slowly towards the highest rate it has
-    had: there lies the stationary state of noisy descent, in which the gain is zero whatever the rate, so that any rule
-    that follows n/d must collapse or explode. Probes are weighed by 1/‖ω‖².
+    step gains. The rate grows while the slope at the end is positive by one standard error, by 8 % a step until it has
+    settled and 1 % a probe from then on, and the slower the nearer it is to mean(n)/mean(d), which it never passes; it
+    shrinks by a fifth, and forgets what it saw, when the gain is negative by two. Between the two it rests, and
+    recovers by 1 % a probe towards the highest rate it has had: there lies the stationary state of noisy descent, in
+    which the gain is zero whatever the rate, so that any rule that follows n/d must collapse or explode. Probes are
+    weighed by 1/‖ω‖².
 
     The first rate is 0.003 of the smallest n/d of three probes; no rate has to be given.
 
@@ -38,7 +39,7 @@ class AveragedRule:
 
     Attributes:
         lr: The rate; None before the first probe.
-        settled: Whether the last eight probes asked for no growth, or for less than the recovery's.
+        settled: Whether eight probes in a row have asked for no growth to speak of.
         refused: Probes that were not finite or had no length, and were not used.
     """
 
@@ -51,11 +52,7 @@ class AveragedRule:
         self._smallest = math.inf
         self._highest = 0.0
         self._resting = 0
-
-    @property
-    def settled(self) -> bool:
-        """Whether the last eight probes asked for no growth, or for less than the recovery's."""
-        return self._resting >= _RESTED
+        self.settled = False
 
     def observe(self, model: DirectionalModel, steps: int) -> bool:
         """Changes the rate by what a probe shows, and returns whether it was used.
@@ -86,12 +83,14 @@ class AveragedRule:
             "smallest": self._smallest,
             "highest": self._highest,
             "resting": self._resting,
+            "settled": self.settled,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a state."""
         self.lr, self.refused, self._count = state["lr"], state["refused"], state["count"]
-        self._smallest, self._highest, self._resting = state["smallest"], state["highest"], state["resting"]
+        self._smallest, self._highest = state["smallest"], state["highest"]
+        self._resting, self.settled = state["resting"], state["settled"]
         self._probes.clear()
         self._probes.extend((slope, curvature) for slope, curvature in state["probes"])
 
@@ -111,16 +110,15 @@ class AveragedRule:
         if fmean(ends) > _standard_error(ends):
             curvature = fmean(curvature for _, curvature in self._probes)
             best = fmean(slope for slope, _ in self._probes) / curvature if curvature > 0.0 else math.inf
-            growth = _GROWTH ** (1.0 - lr / best)
-            self._set(min(lr * growth**steps, best))
-            self._resting = 0 if growth > _RECOVERY else self._resting + 1
-            return
-        self._resting += 1
-        if count >= _ENOUGH and fmean(gains) < -2 * _standard_error(gains):
+            growth = _RECOVERY if self.settled else _GROWTH**steps
+            self._set(min(lr * growth ** (1.0 - lr / best), best))
+        elif count >= _ENOUGH and fmean(gains) < -2 * _standard_error(gains):
             self._set(lr / _SHRINKAGE)
             self._probes.clear()
         else:
             self._set(max(lr, min(lr * _RECOVERY, self._highest)))
+        self._resting = 0 if self.lr > lr * _RECOVERY else self._resting + 1
+        self.settled |= self._resting >= _RESTED
 
     def _set(self, lr: float) -> None:
         low, high = self._bounds
