@@ -16,7 +16,8 @@ _RESTED = 8  # probes without growth that make a rate settled
 _GROWTH = 1.08  # per optimizer step: slower than curvature answers (some ten steps), also through momentum of 0.9
 _SHRINKAGE = 1.25
 _ENOUGH = 4  # probes to judge a rate by, after it has shrunk
-_RECOVERY = 1.01  # per probe, and growth of a settled rate: more than what shrinking by mistake takes away (two standard errors, 4 % of the windows)
+# per probe, and growth of a settled rate: more than what shrinking by mistake takes away (4 % of the windows)
+_RECOVERY = 1.01
 
 
 class AveragedRule:
