@@ -1,14 +1,12 @@
-"""Ready-made hyperparameters: modules to register on a `BilevelLightningModule`."""
+"""Weight decay, down to one for each weight."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sized
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 _GRANULARITIES = ("global", "tensor", "weight")
 
@@ -80,59 +78,3 @@ class WeightDecay(nn.Module):
         pairs = zip(self.decays(), self.weights, strict=True)
         penalties = [(decay * weight.square()).sum() for decay, weight in pairs]
         return torch.stack(penalties).sum() / 2
-
-
-class SampleWeights(nn.Module):
-    """One weight in (0, 2) for each training example: 2σ(λ_i), starting at one.
-
-    Multiply the loss of each example by it; `IndexedDataset` says which example is which.
-
-    Args:
-        n: Number of training examples.
-
-    Shape:
-        - index: [B], integer.
-        - output: [B].
-
-    Raises:
-        ValueError: If n < 1.
-
-    >>> SampleWeights(5)(torch.tensor([0, 3]))
-    tensor([1., 1.])
-    """
-
-    def __init__(self, n: int) -> None:
-        super().__init__()
-        if n < 1:
-            raise ValueError(f"expected n >= 1 examples, got {n}")
-        self.logits = nn.Parameter(torch.zeros(n), requires_grad=False)
-
-    def forward(self, index: Tensor) -> Tensor:
-        """Returns the weights of the examples at `index`."""
-        return 2.0 * torch.sigmoid(self.logits[index])
-
-
-class IndexedDataset(Dataset[tuple[Any, ...]]):
-    """A map-style data set whose examples end with their own index.
-
-    Args:
-        dataset: Its examples are tuples, or single values.
-
-    >>> from torch.utils.data import TensorDataset
-    >>> IndexedDataset(TensorDataset(torch.tensor([7, 8])))[1]
-    (tensor(8), 1)
-    """
-
-    def __init__(self, dataset: Any) -> None:
-        if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
-            raise TypeError(f"expected a map-style data set with a length, got {type(dataset).__name__}")
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        """Returns the number of examples."""
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
-        """Returns the example and its index, as one tuple."""
-        example = self.dataset[index]
-        return (*example, index) if isinstance(example, tuple) else (example, index)
