@@ -10,11 +10,9 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.autodiff import add, differentiable, vjp
-from lightning_ifthpo.checks import require_at_least
+from lightning_ifthpo.autodiff import differentiable, vjp
 from lightning_ifthpo.curvature import Curvature, HessianOperator, curvature_operator
-from lightning_ifthpo.loss_graph import LossGraph, LossValue, check_loss, loss_and_outputs
-from lightning_ifthpo.random_state import RandomState
+from lightning_ifthpo.loss_graph import LossValue, check_loss, loss_and_outputs
 from lightning_ifthpo.solvers import ConjugateGradient, Direct, Solver, SolveResult, Status
 from lightning_ifthpo.solvers.diagnosis import diagnose
 from lightning_ifthpo.space import ParameterSpace, check_real
@@ -111,82 +109,15 @@ def implicit_hypergradient(
     for index, tensor in enumerate(hyperparameters):
         check_real(tensor, f"hyperparameter {index}")
     with differentiable(hyperparameters):
-        outer = _OuterGradient.of(outer_loss, space, hyperparameters)
+        outer = OuterGradient.of(outer_loss, space, hyperparameters)
         operator = curvature_operator(curvature, inner_loss, parameters)
         solution = solver.solve(operator, outer.v, x0)
         mixed = operator.mixed_product(solution.x, hyperparameters)
-        result = _assembled(outer, hyperparameters, mixed, [operator.loss], solution)
-        _check_used(result, hyperparameters, allow_unused)
+        result = assembled(outer, hyperparameters, mixed, [operator.loss], solution)
+        check_used(result, hyperparameters, allow_unused)
         if diagnosed and not result.status.trustworthy:
             damped = operator if isinstance(solver.damping, str) else solver.damped(operator)
             result = replace(result, diagnosis=diagnose(damped, result.solution))
-    return result
-
-
-def unrolled_hypergradient(
-    inner_loss: Loss,
-    outer_loss: Loss,
-    parameters: Sequence[Tensor],
-    hyperparameters: Sequence[Tensor],
-    *,
-    steps: int,
-    lr: float,
-) -> Hypergradient:
-    """Returns dL_V(w_K)/dλ through K steps of gradient descent w ← w − lr ∂L_T/∂w from the present weights.
-
-    Reverse mode with recomputation (Domke 2012; Maclaurin, Duvenaud, Adams 2015): the steps are taken and remembered,
-    then retraced from the last to the first. Random numbers of each step are drawn again when it is retraced. From a
-    stationary point K + 1 steps equal the Neumann series of K terms with step size lr. Weights are restored.
-
-    The result's `relative_residual` is ‖dL_V/dw₀‖ / ‖dL_V/dw_K‖: how much of the outer loss still depends on where the
-    unroll began, which at a stationary point is the residual of that Neumann series.
-
-    Args:
-        inner_loss: L_T, a callable without arguments that returns a scalar tensor.
-        outer_loss: L_V, likewise; taken at the last weights.
-        parameters: w, together [n].
-        hyperparameters: λ, real leaf tensors of any shape.
-        steps: K, at least 1.
-        lr: Learning rate, in parameter² / loss.
-
-    Raises:
-        ValueError: If steps < 1 or lr is not positive, a loss is not scalar or is detached, or a hyperparameter enters
-            neither loss.
-
-    Cost: K gradients, K products and mixed products, and memory for K copies of the weights.
-
-    >>> w, target = torch.tensor([0.0], requires_grad=True), torch.tensor(1.0)
-    >>> loss = lambda: ((w - target) ** 2 / 2).sum()
-    >>> unrolled_hypergradient(loss, lambda: w.sum(), [w], [target], steps=1, lr=0.5).gradients
-    [tensor(0.5000)]
-    """
-    require_at_least("steps", steps, 1)
-    if not 0.0 < lr < math.inf:
-        raise ValueError(f"expected a finite lr > 0, got {lr!r}")
-    space = ParameterSpace(parameters)
-    visited: list[tuple[Tensor, RandomState]] = []
-    losses: list[Tensor] = []
-    with differentiable(hyperparameters), space.restored():
-        for _ in range(steps):
-            weights = space.values
-            visited.append((weights, RandomState(space.device)))
-            graph = LossGraph(loss_and_outputs(inner_loss())[0], parameters)
-            losses.append(graph.loss.detach())
-            space.assign(weights - lr * graph.gradient)
-        outer = _OuterGradient.of(outer_loss, space, hyperparameters)
-        adjoint, q = outer.v, torch.zeros_like(outer.v)
-        mixed: list[Tensor | None] = [None] * len(hyperparameters)
-        for weights, random_state in reversed(visited):
-            space.assign(weights)
-            with random_state.replayed():
-                graph = LossGraph(loss_and_outputs(inner_loss())[0], parameters)
-            step = lr * adjoint
-            mixed = add(mixed, graph.mixed_product(step, hyperparameters))
-            adjoint, q = adjoint - graph.hessian_product(step), q + step
-    residual = float(torch.linalg.vector_norm(adjoint) / torch.linalg.vector_norm(outer.v).clamp_min(1e-300))
-    solution = SolveResult(q, residual, steps - 1, Status.COMPLETE, checks=1, step_size=lr)
-    result = _assembled(outer, hyperparameters, mixed, losses, solution)
-    _check_used(result, hyperparameters, allow_unused=False)
     return result
 
 
@@ -254,7 +185,7 @@ class HypergradientMismatchError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class _OuterGradient:
+class OuterGradient:
     """L_V, v = ∂L_V/∂w as a flat vector and ∂L_V/∂λ, detached."""
 
     value: Tensor
@@ -262,7 +193,8 @@ class _OuterGradient:
     direct: list[Tensor | None]
 
     @classmethod
-    def of(cls, loss: Loss, space: ParameterSpace, hyperparameters: Sequence[Tensor]) -> _OuterGradient:
+    def of(cls, loss: Loss, space: ParameterSpace, hyperparameters: Sequence[Tensor]) -> OuterGradient:
+        """Returns those of a loss, by one gradient."""
         value, _ = loss_and_outputs(loss())
         check_loss(value, "the outer loss")
         gradients = vjp([value], [*space.tensors, *hyperparameters])
@@ -270,8 +202,8 @@ class _OuterGradient:
         return cls(value.detach(), space.flatten(gradients[:count]), gradients[count:])
 
 
-def _assembled(
-    outer: _OuterGradient,
+def assembled(
+    outer: OuterGradient,
     hyperparameters: Sequence[Tensor],
     mixed: Sequence[Tensor | None],
     inner_losses: Sequence[Tensor],
@@ -287,7 +219,8 @@ def _assembled(
     return Hypergradient(direct, indirect, outer.value, solution, unused=unused)
 
 
-def _check_used(result: Hypergradient, hyperparameters: Sequence[Tensor], allow_unused: bool) -> None:
+def check_used(result: Hypergradient, hyperparameters: Sequence[Tensor], allow_unused: bool) -> None:
+    """Raises ValueError if a hyperparameter enters neither loss, unless that is allowed."""
     if result.unused and not allow_unused:
         index = result.unused[0]
         raise ValueError(

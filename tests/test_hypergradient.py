@@ -1,5 +1,7 @@
 """Hypergradients against the dense exact one, closed forms, and each other."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torch import nn
 
 from lightning_ifthpo import (
     HypergradientMismatchError,
+    LinearBestResponse,
     check_hypergradient,
     implicit_hypergradient,
     unrolled_hypergradient,
@@ -20,7 +23,8 @@ from lightning_ifthpo.solvers import (
     Neumann,
     Status,
 )
-from tests.problems import Net, relative_error
+from lightning_ifthpo.update_rule import UpdateRule
+from tests.problems import Net, relative_error, spd_matrix
 
 
 def error_of(digits, **options):
@@ -314,3 +318,135 @@ def test_check_says_when_the_inner_problem_has_no_minimum():
     w, lam = torch.ones(1, dtype=torch.float64, requires_grad=True), torch.tensor(1.0, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="Newton's method did not solve"):
         check_hypergradient(lambda: (lam * w.exp()).sum(), lambda: w.sum(), [w], [lam], reference="finite_difference")
+
+
+OPTIMIZERS = {
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.05, betas=(0.8, 0.9)),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.05, amsgrad=True, weight_decay=0.1),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.02, momentum=0.5, centered=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_unrolling_an_optimizer_equals_the_differences_of_runs_made_anew(name):
+    """With whatever it keeps, from the middle of a run, which is left as it was."""
+    inner, outer, w, log_decay, _ = ridge()
+    with torch.no_grad():
+        w.add_(torch.linspace(-1, 1, w.numel(), dtype=w.dtype).view_as(w))
+    optimizer = OPTIMIZERS[name]([w])
+
+    def train(steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            inner().backward()
+            optimizer.step()
+
+    train(3)
+    start, state = w.detach().clone(), copy.deepcopy(optimizer.state_dict())
+    result = unrolled_hypergradient(inner, outer, [w], [log_decay], steps=4, optimizer=optimizer)
+    assert torch.equal(w.detach(), start)
+    for before, after in zip(state["state"][0].values(), optimizer.state_dict()["state"][0].values(), strict=True):
+        assert torch.equal(torch.as_tensor(before), torch.as_tensor(after))
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            w.copy_(start)
+            log_decay.add_(sign * 1e-5)
+        optimizer.load_state_dict(copy.deepcopy(state))
+        train(4)
+        ends.append(outer().item())
+        with torch.no_grad():
+            log_decay.sub_(sign * 1e-5)
+    assert result.gradients[0].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6)
+
+
+def test_the_series_of_adam_equals_unrolled_adam_at_a_stationary_point():
+    """Where the gradient is zero, its square moves the second moment by nothing; β₂ close to one keeps it as it is."""
+    inner, outer, w, log_decay, _ = ridge()
+    optimizer = torch.optim.Adam([w], lr=0.03, betas=(0.0, 1 - 1e-13))
+    moment = torch.linspace(0.5, 2.0, w.numel(), dtype=w.dtype).view_as(w)
+    optimizer.state[w] = {
+        "step": torch.tensor(1e15), "exp_avg": torch.zeros_like(w), "exp_avg_sq": moment
+    }  # fmt: skip
+    unrolled = unrolled_hypergradient(inner, outer, [w], [log_decay], steps=8, optimizer=optimizer)
+    solver = Neumann(terms=7, step_size="optimizer").bound_to(UpdateRule.of([optimizer], [w]))
+    series = implicit_hypergradient(inner, outer, [w], [log_decay], solver=solver)
+    assert series.gradients[0].item() == pytest.approx(unrolled.gradients[0].item(), rel=1e-9)
+    identity = implicit_hypergradient(inner, outer, [w], [log_decay], solver=Neumann(terms=7, step_size=0.03))
+    assert series.gradients[0].item() != pytest.approx(identity.gradients[0].item(), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "either lr, for gradient descent, or the optimizer"),
+        ({"lr": 0.1, "optimizer": torch.optim.SGD([torch.ones(1, requires_grad=True)])}, "either lr"),
+        ({"optimizer": torch.optim.SGD([torch.ones(1, requires_grad=True)])}, "1 of 1 parameters do not belong"),
+        ({"optimizer": "LBFGS"}, "LBFGS does not take differentiable=True"),
+    ],
+)
+def test_unrolled_refuses_optimizers(options, message):
+    w = torch.ones(1, requires_grad=True)
+    if options.get("optimizer") == "LBFGS":
+        options = {"optimizer": torch.optim.LBFGS([w])}
+    with pytest.raises(ValueError, match=message):
+        unrolled_hypergradient(lambda: w.sum(), lambda: w.sum(), [w], [torch.tensor(1.0)], steps=1, **options)
+
+
+def test_one_step_by_finite_differences_alone_is_the_first_order_method():
+    """T1 − T2 without a second graph: five gradients of the inner loss at most, and what one step of training does."""
+    inner, outer, w, log_decay, _ = ridge()
+    calls = []
+
+    def counted():
+        calls.append(1)
+        return inner()
+
+    result = implicit_hypergradient(
+        counted, outer, [w], [log_decay], curvature="finite_difference", solver=Identity(scale=0.1)
+    )
+    unrolled = unrolled_hypergradient(inner, outer, [w], [log_decay], steps=1, lr=0.1)
+    assert result.gradients[0].item() == pytest.approx(unrolled.gradients[0].item(), rel=1e-6)
+    assert len(calls) <= 5
+
+
+def test_a_linear_hypernetwork_learns_the_jacobian_of_the_best_response():
+    """On a quadratic, exactly −H⁻¹ ∂²L/∂w∂λᵀ, and the hypergradient with it."""
+    matrix, mixed = spd_matrix(5, 10.0), torch.linspace(-1, 1, 15, dtype=torch.float64).view(5, 3)
+    h = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64)
+    w = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+
+    def inner():
+        return w @ matrix @ w / 2 + w @ mixed @ h
+
+    def outer():
+        return (w - 1).square().sum() + h.sum()
+
+    with torch.no_grad():
+        w.copy_(-torch.linalg.solve(matrix, mixed @ h))
+    before = w.detach().clone()
+    response = LinearBestResponse(inner, [w], [h], lr=0.19, generator=torch.Generator().manual_seed(0))
+    for _ in range(600):
+        response.step()
+    assert relative_error(response.jacobian, -torch.linalg.solve(matrix, mixed)) < 1e-6
+    exact = implicit_hypergradient(inner, outer, [w], [h], solver=Direct()).gradients[0]
+    assert relative_error(response.hypergradient(outer).gradients[0], exact) < 1e-6
+    assert torch.equal(w.detach(), before)
+
+
+def test_a_hypernetwork_perturbs_by_its_scale_and_refuses_none():
+    seen = []
+    h, w = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64, requires_grad=True)
+
+    def inner():
+        seen.append(h.clone())
+        return (w * h).sum() + w.square().sum()
+
+    LinearBestResponse(inner, [w], [h], lr=0.1, scale=0.25, generator=torch.Generator().manual_seed(0)).step()
+    wanted = 0.25 * torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(seen[0], wanted)
+    assert torch.equal(seen[1], -wanted)
+    for options in ({"lr": 0.0}, {"lr": 0.1, "scale": -1.0}):
+        with pytest.raises(ValueError, match="lr > 0 and scale > 0"):
+            LinearBestResponse(inner, [w], [h], **options)

@@ -13,6 +13,7 @@ from lightning_ifthpo.solvers import (
     Identity,
     MinimumResidual,
     Neumann,
+    Nystrom,
     Status,
 )
 from lightning_ifthpo.solvers.diagnosis import diagnose
@@ -37,10 +38,18 @@ ALL = [
     ConjugateGradient(),
     ConjugateGradient(rtol=1e-3),
     MinimumResidual(),
+    ConjugateGradient(preconditioner=Nystrom(rank=3)),
     Direct(),
+    Nystrom(rank=60),
     Amortized(),
 ]
-SOLVING = [ConjugateGradient(max_iterations=60), MinimumResidual(max_iterations=60), Direct()]
+SOLVING = [
+    ConjugateGradient(max_iterations=60),
+    ConjugateGradient(max_iterations=60, preconditioner=Nystrom(rank=5)),
+    MinimumResidual(max_iterations=60),
+    Direct(),
+    Nystrom(rank=60),
+]
 
 
 def named(solver):
@@ -88,7 +97,7 @@ def test_zero_right_hand_side_gives_zero(solver):
     assert result.status is Status.CONVERGED
 
 
-@pytest.mark.parametrize("solver", SOLVING, ids=named)
+@pytest.mark.parametrize("solver", [s for s in SOLVING if "Nystrom" not in repr(s)], ids=named)
 def test_a_multiple_of_the_identity_is_solved_in_one_product_and_not_by_zero(solver):
     operator = MatrixOperator(3.0 * torch.eye(7, dtype=torch.float64))
     b = right_hand_side(7)
@@ -279,6 +288,61 @@ def test_neumann_without_safeguard_that_overflows_is_not_returned():
     assert result.x.abs().max() == 0.0
 
 
+@pytest.mark.parametrize("damping", [1e-2, torch.logspace(-3, 0, 12, dtype=torch.float64)], ids=["number", "vector"])
+@pytest.mark.parametrize("rank", [3, 12, 40])
+def test_nystrom_inverts_what_it_has_seen(rank, damping):
+    """At full rank the exact inverse; below, exact for a matrix of that rank."""
+    spectrum = (
+        torch.cat([torch.tensor([9.0, 4.0, 1.0]), torch.zeros(9)]).double() if rank == 3 else torch.arange(1.0, 13.0)
+    )
+    basis = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(4))).Q
+    matrix, b = basis @ torch.diag(spectrum.double()) @ basis.T, right_hand_side(12)
+    matrix = (matrix + matrix.T) / 2
+    result = Nystrom(rank=rank, damping=damping).solve(MatrixOperator(matrix), b)
+    wanted = torch.linalg.solve(matrix + torch.diag(torch.as_tensor(damping, dtype=torch.float64).expand(12)), b)
+    assert relative_error(result.x, wanted) < 1e-9
+    assert (result.products, result.checks) == (min(rank, 12), 1)
+
+
+def test_nystrom_draws_its_directions_from_its_seed():
+    operator, b = MatrixOperator(spd_matrix(20, 100.0)), right_hand_side(20)
+    first, again, other = (Nystrom(rank=3, damping=1.0, seed=seed).solve(operator, b).x for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+
+
+def test_nystrom_refuses_to_divide_by_what_it_does_not_see():
+    with pytest.raises(ValueError, match=r"Nystrom\(rank=3\) needs damping > 0 on 6 parameters"):
+        Nystrom(rank=3).solve(MatrixOperator(spd_matrix(6, 10.0)), right_hand_side(6))
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-3])
+def test_a_preconditioner_pays_where_few_eigenvalues_stand_out(damping):
+    """Sixty large ones, geometrically spaced, and 240 at one."""
+    values = torch.cat([torch.logspace(2, 6, 60, dtype=torch.float64), torch.ones(240, dtype=torch.float64)])
+    basis = torch.linalg.qr(torch.randn(300, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(5))).Q
+    matrix, b = basis @ torch.diag(values) @ basis.T, right_hand_side(300)
+    operator = MatrixOperator((matrix + matrix.T) / 2)
+    options = {"max_iterations": 500, "rtol": 1e-8, "damping": damping}
+    plain = ConjugateGradient(**options).solve(operator, b)
+    conditioned = ConjugateGradient(preconditioner=Nystrom(rank=80), **options).solve(operator, b)
+    assert plain.status is conditioned.status is Status.CONVERGED
+    assert conditioned.products < 100 < plain.products
+    assert relative_error(conditioned.x, plain.x) < 1e-4
+
+
+def test_the_series_of_an_adaptive_optimizer_is_preconditioned():
+    matrix, b, terms = spd_matrix(6, 10.0), right_hand_side(6), 9
+    step = torch.linspace(0.01, 0.1, 6, dtype=torch.float64)
+    result = Neumann(terms=terms, step_size="optimizer").bound_to(UpdateRule(step)).solve(MatrixOperator(matrix), b)
+    contraction = torch.eye(6, dtype=torch.float64) - torch.diag(step) @ matrix
+    wanted = sum(torch.linalg.matrix_power(contraction, j) for j in range(terms + 1)) @ (step * b)
+    assert relative_error(result.x, wanted) < 1e-13
+    assert result.step_size is None
+    with pytest.raises(ValueError, match="'optimizer' needs the inner optimizer"):
+        Neumann(step_size="optimizer").solve(MatrixOperator(matrix), b)
+
+
 def test_identity_is_the_scaled_right_hand_side():
     b = right_hand_side(4)
     assert torch.allclose(Identity(scale=0.25).solve(MatrixOperator(spd_matrix(4, 2.0)), b).x, 0.25 * b)
@@ -302,7 +366,11 @@ def test_diagnosis_of_good_results_is_empty_and_costs_nothing():
     [
         (lambda: Neumann(terms=-1), "terms to be an integer >= 0, got -1"),
         (lambda: Neumann(terms=1.5), "terms to be an integer"),
-        (lambda: Neumann(step_size=0.0), "step_size > 0 or 'auto'"),
+        (lambda: Neumann(step_size=0.0), "step_size > 0, 'auto' or 'optimizer'"),
+        (lambda: Neumann(step_size="newton"), "'auto' or 'optimizer', got 'newton'"),
+        (lambda: Neumann(step_size=torch.tensor([1.0, -1.0])), "step_size > 0"),
+        (lambda: Nystrom(rank=0), "rank to be an integer >= 1"),
+        (lambda: ConjugateGradient(preconditioner=Nystrom(damping=1.0)), "takes the damping of the solver"),
         (lambda: Neumann(step_size=math.inf), "finite step_size"),
         (lambda: Identity(scale=-1.0), "scale > 0"),
         (lambda: ConjugateGradient(max_iterations=0), "max_iterations to be an integer >= 1"),

@@ -9,10 +9,12 @@ from lightning_ifthpo.curvature.marking import mark_outputs
 from lightning_ifthpo.curvature.operator import (
     CurvatureOperator,
     DampedOperator,
+    InvertibleOperator,
     LossOperator,
     MatrixOperator,
     PreconditionedOperator,
 )
+from lightning_ifthpo.curvature.outer_product import GradientOuterProductOperator
 
 __all__ = [
     "AverageOperator",
@@ -21,7 +23,9 @@ __all__ = [
     "DampedOperator",
     "FiniteDifferenceOperator",
     "GaussNewtonOperator",
+    "GradientOuterProductOperator",
     "HessianOperator",
+    "InvertibleOperator",
     "LossOperator",
     "MatrixOperator",
     "PreconditionedOperator",

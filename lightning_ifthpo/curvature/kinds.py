@@ -10,24 +10,27 @@ from torch import Tensor
 from lightning_ifthpo.curvature.finite_difference import FiniteDifferenceOperator
 from lightning_ifthpo.curvature.gauss_newton import GaussNewtonOperator
 from lightning_ifthpo.curvature.hessian import HessianOperator
+from lightning_ifthpo.curvature.operator import LossOperator
+from lightning_ifthpo.curvature.outer_product import GradientOuterProductOperator
 from lightning_ifthpo.loss_graph import LossValue
 
-Curvature: TypeAlias = Literal["hessian", "gauss_newton", "finite_difference"]
+Curvature: TypeAlias = Literal["hessian", "gauss_newton", "gradient_outer_product", "finite_difference"]
 
-OPERATORS: dict[str, type[HessianOperator] | type[GaussNewtonOperator] | type[FiniteDifferenceOperator]] = {
+OPERATORS: dict[str, Callable[[Callable[[], LossValue], Sequence[Tensor]], LossOperator]] = {
     "hessian": HessianOperator,
     "gauss_newton": GaussNewtonOperator,
+    "gradient_outer_product": GradientOuterProductOperator,
     "finite_difference": FiniteDifferenceOperator,
 }
 
 
 def curvature_operator(
     curvature: Curvature, loss: Callable[[], LossValue], parameters: Sequence[Tensor]
-) -> HessianOperator | GaussNewtonOperator | FiniteDifferenceOperator:
+) -> LossOperator:
     """Returns the curvature of a loss under its name.
 
     Args:
-        curvature: "hessian", "gauss_newton" or "finite_difference".
+        curvature: "hessian", "gauss_newton", "gradient_outer_product" or "finite_difference".
         loss: Callable without arguments that returns the scalar loss, or (loss, outputs).
         parameters: The tensors w, together [n].
 

@@ -63,6 +63,14 @@ class LossOperator(CurvatureOperator):
         """Returns (∂²L/∂w∂λᵀ)ᵀ v for v: [n], shaped like the hyperparameters, `None` where it is zero by structure."""
 
 
+class InvertibleOperator(LossOperator):
+    """A curvature whose damped inverse is known in closed form."""
+
+    @abstractmethod
+    def solve(self, b: Tensor, delta: float | Tensor) -> Tensor:
+        """Returns (A + δI)⁻¹ b, or (A + diag(δ))⁻¹ b for δ: [n], for b: [n]."""
+
+
 class MatrixOperator(CurvatureOperator):
     """A symmetric matrix [n, n] as an operator.
 
@@ -128,3 +136,8 @@ class PreconditionedOperator(CurvatureOperator):
 
     def _product(self, v: Tensor) -> Tensor:
         return self._root * self.operator.matvec(self._root * v)
+
+
+def undamped(operator: CurvatureOperator) -> tuple[CurvatureOperator, float | Tensor]:
+    """Returns A and δ of A + δI or A + diag(δ); δ is zero for an operator that is not damped."""
+    return (operator.operator, operator.delta) if isinstance(operator, DampedOperator) else (operator, 0.0)

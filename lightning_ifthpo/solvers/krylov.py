@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from lightning_ifthpo.checks import require_at_least, require_tolerance
 from lightning_ifthpo.curvature.operator import CurvatureOperator
 from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, measured_residual
+from lightning_ifthpo.solvers.low_rank import Nystrom
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,14 @@ class ConjugateGradient(_Krylov):
     NEGATIVE_CURVATURE: at an indefinite Hessian the result would be meaningless, at a singular one with an inconsistent
     right-hand side it does not exist.
 
-    Cost: a product per iteration, one more for a given x0, and after more than 20 a check of the residual.
+    Cost: a product per iteration, one more for a given x0, those of the preconditioner, and after more than 20 a check
+    of the residual.
 
     Attributes:
         max_iterations: Iterations at most.
         rtol: Stop when ‖Ax − b‖ <= rtol ‖b‖. Where it is None all iterations are done, and the status is COMPLETE.
+        preconditioner: A low-rank approximation of A, made anew for each solve: worth its products where a few
+            eigenvalues are far larger than the rest.
 
     >>> from lightning_ifthpo.curvature import MatrixOperator
     >>> matrix = torch.diag(torch.tensor([1.0, 2.0]))
@@ -63,10 +68,21 @@ class ConjugateGradient(_Krylov):
     tensor([1.0000, 0.5000])
     """
 
+    preconditioner: Nystrom | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preconditioner is not None and self.preconditioner.damping != 0.0:
+            raise ValueError("a preconditioner takes the damping of the solver; leave its own at zero")
+
     def _solve(self, operator: CurvatureOperator, b: Tensor, x0: Tensor | None) -> SolveResult:
         x, residual, products = _start(operator, b, x0)
-        direction = residual
-        squared = float(residual @ residual)
+        precondition: Callable[[Tensor], Tensor] = lambda v: v  # noqa: E731
+        if self.preconditioner is not None:
+            approximation = self.preconditioner.approximation(operator)
+            precondition, products = approximation.precondition, products + approximation.products
+        direction = precondition(residual)
+        squared, slope = torch.stack([residual @ residual, residual @ direction]).tolist()
         tolerance, stiffest, status = self._tolerance(b.dtype), 0.0, self._unconverged()
         for _ in range(self.max_iterations):
             if not math.sqrt(squared) > tolerance:
@@ -74,10 +90,11 @@ class ConjugateGradient(_Krylov):
             image = operator.matvec(direction)
             products += 1
             along = direction @ image
-            step = squared / along
+            step = slope / along
             new_residual = residual - step * image
-            curvature, length, new_squared = torch.stack(
-                [along, direction @ direction, new_residual @ new_residual]
+            conditioned = precondition(new_residual)
+            curvature, length, new_squared, new_slope = torch.stack(
+                [along, direction @ direction, new_residual @ new_residual, new_residual @ conditioned]
             ).tolist()
             stiffest = max(stiffest, curvature / length)
             # eps · largest Rayleigh quotient: what rounding leaves of a curvature that is zero
@@ -86,8 +103,8 @@ class ConjugateGradient(_Krylov):
                 break
             x = x + step * direction
             residual = new_residual
-            direction = residual + (new_squared / squared) * direction
-            squared = new_squared
+            direction = conditioned + (new_slope / slope) * direction
+            squared, slope = new_squared, new_slope
         if math.sqrt(squared) <= tolerance:
             status = Status.CONVERGED
         return self._verified(operator, b, SolveResult(x, math.sqrt(squared), products, status))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from lightning_ifthpo.checks import require_at_least
 from lightning_ifthpo.curvature.operator import CurvatureOperator
 from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, measured_residual
 from lightning_ifthpo.spectrum import lanczos
+from lightning_ifthpo.update_rule import UpdateRule
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,16 @@ class Neumann(Solver):
     the terms can grow for no other reason, so the solve stops at the first that does and returns the sum before it,
     with status NEGATIVE_CURVATURE if an eigenvalue is negative, else DIVERGED.
 
+    With step_size="optimizer" η is the inner optimizer's own lasting step for each weight, learning rate over 1 − β
+    times its preconditioner: the series of Adam, RMSprop or heavy ball, as training would go on from here.
+
     Cost: K products; one check measures the residual; step_size="auto", and growing terms, cost at most 10 checks more,
     on λ_max and λ_min.
 
     Attributes:
         terms: K.
-        step_size: η, in parameter² / loss; "auto" measures λ_max and takes 1/λ_max.
+        step_size: η, in parameter² / loss, one number or one for each weight, [n]; "auto" measures λ_max and takes
+            1/λ_max; "optimizer" is filled in by `bound_to`.
         safeguard: Stop when the terms grow. Without it the series may reach any size.
 
     >>> from lightning_ifthpo.curvature import MatrixOperator
@@ -68,17 +74,33 @@ class Neumann(Solver):
     """
 
     terms: int = 10
-    step_size: float | Literal["auto"] = "auto"
+    step_size: float | Tensor | Literal["auto", "optimizer"] = "auto"
     safeguard: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least("terms", self.terms, 0)
-        if self.step_size != "auto" and not 0.0 < self.step_size < math.inf:
-            raise ValueError(f"expected a finite step_size > 0 or 'auto', got {self.step_size!r}")
+        if isinstance(self.step_size, Tensor):
+            valid = bool((torch.isfinite(self.step_size) & (self.step_size >= 0.0)).all())
+        elif isinstance(self.step_size, str):
+            valid = self.step_size in ("auto", "optimizer")
+        else:
+            valid = 0.0 < self.step_size < math.inf
+        if not valid:
+            raise ValueError(f"expected a finite step_size > 0, 'auto' or 'optimizer', got {self.step_size!r}")
+
+    def bound_to(self, rule: UpdateRule) -> Self:
+        """Returns this solver with what depends on the inner optimizer filled in; see `Solver.bound_to`."""
+        bound = super().bound_to(rule)
+        return replace(bound, step_size=rule.step) if self.step_size == "optimizer" else bound
 
     def _solve(self, operator: CurvatureOperator, b: Tensor, x0: Tensor | None) -> SolveResult:
         step_size, negative, checks = self.step_size, False, 0
+        if step_size == "optimizer":
+            raise ValueError(
+                "step_size='optimizer' needs the inner optimizer: use the solver inside IFTHypergradient, or call "
+                "solver.bound_to(UpdateRule.of(optimizers, parameters))"
+            )
         if isinstance(step_size, str):
             step_size, negative, checks = measured_step_size(operator)
         total, products, grew = self._sum(operator, b, step_size)
@@ -87,14 +109,15 @@ class Neumann(Solver):
         x = step_size * total
         residual = measured_residual(operator, x, b)
         status = Status.NEGATIVE_CURVATURE if negative else Status.DIVERGED if grew else Status.COMPLETE
-        return SolveResult(x, residual, products, status, checks=checks + 1, step_size=step_size)
+        reported = step_size if isinstance(step_size, float) else None
+        return SolveResult(x, residual, products, status, checks=checks + 1, step_size=reported)
 
-    def _sum(self, operator: CurvatureOperator, b: Tensor, step_size: float) -> tuple[Tensor, int, bool]:
-        """Returns Σ (I − ηA)ʲ b up to the term before the first that grows, the products, and whether one did."""
+    def _sum(self, operator: CurvatureOperator, b: Tensor, step_size: float | Tensor) -> tuple[Tensor, int, bool]:
+        """Returns Σ (I − Aη)ʲ b up to the term before the first that grows, the products, and whether one did."""
         term = total = b
         for products in range(1, self.terms + 1):
-            new = term - step_size * operator.matvec(term)
-            if self.safeguard and _grows(term, new):
+            new = term - operator.matvec(step_size * term)
+            if self.safeguard and _grows(term, new, step_size):
                 return total, products, True
             term = new
             total = total + term
@@ -115,7 +138,8 @@ def measured_step_size(operator: CurvatureOperator) -> tuple[float, bool, int]:
     return (1.0 / scale if scale > 0.0 else 1.0), negative, ends.products
 
 
-def _grows(term: Tensor, new: Tensor) -> bool:
-    before, after = torch.stack([term @ term, new @ new]).tolist()
+def _grows(term: Tensor, new: Tensor, step_size: float | Tensor) -> bool:
+    """Returns whether √(tᵀηt) has grown, in which Aη is symmetric."""
+    before, after = torch.stack([term @ (step_size * term), new @ (step_size * new)]).tolist()
     # 100 eps: the rounding of a term whose curvature is zero, which keeps its length
     return not after <= before * (1.0 + 100.0 * torch.finfo(term.dtype).eps)

@@ -1,0 +1,101 @@
+"""A linear hypernetwork: how the best weights answer to hyperparameters, learned beside the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_ifthpo.autodiff import differentiable, vjp
+from lightning_ifthpo.hypergradient import Hypergradient, OuterGradient, assembled, check_used
+from lightning_ifthpo.loss_graph import LossValue, check_loss, loss_and_outputs
+from lightning_ifthpo.random_state import RandomState
+from lightning_ifthpo.solvers import SolveResult, Status
+from lightning_ifthpo.space import ParameterSpace
+
+
+class LinearBestResponse:
+    """ŵ(λ + ε) = w + Jε around the present weights and hyperparameters, with J trained by gradient descent.
+
+    A self-tuning network with a linear hypernetwork (MacKay et al. 2019; Lorraine and Duvenaud 2018): hyperparameters
+    are perturbed by random ε and the weights by Jε, and J learns to lower the inner loss there. At a minimum in w, J
+    converges to the Jacobian of the best response, −H⁻¹ ∂²L_T/∂w∂λᵀ, without any second derivative. For few
+    hyperparameters: J has n × m entries.
+
+    Args:
+        inner_loss: L_T, a callable without arguments that returns a scalar tensor, or (loss, outputs).
+        parameters: w, together [n].
+        hyperparameters: λ, real leaf tensors, together [m].
+        lr: Learning rate of J, in parameter² / loss; below 2/λ_max of the inner loss it is stable.
+        scale: Standard deviation of ε, in units of the hyperparameters; small, because the response is linear, and
+            large beside rounding.
+        generator: Where ε comes from.
+
+    Attributes:
+        jacobian: J, [n, m].
+
+    Raises:
+        ValueError: If lr or scale is not positive.
+
+    >>> w = torch.tensor([0.5], dtype=torch.float64, requires_grad=True)
+    >>> decay = torch.tensor(1.0, dtype=torch.float64)
+    >>> response = LinearBestResponse(lambda: ((w - 1) ** 2 + decay * w**2).sum() / 2, [w], [decay], lr=0.2)
+    >>> for _ in range(100):
+    ...     response.step()
+    >>> response.jacobian.round(decimals=3)  # w*(λ) = 1/(1 + λ), whose derivative is −1/4
+    tensor([[-0.2500]], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        inner_loss: Callable[[], LossValue],
+        parameters: Sequence[Tensor],
+        hyperparameters: Sequence[Tensor],
+        *,
+        lr: float,
+        scale: float = 1e-3,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if not (lr > 0.0 and scale > 0.0):
+            raise ValueError(f"expected lr > 0 and scale > 0, got {lr!r} and {scale!r}")
+        self._inner_loss = inner_loss
+        self._space, self._hyper_space = ParameterSpace(parameters), ParameterSpace(hyperparameters)
+        self._lr, self._scale, self._generator = lr, scale, generator
+        shape = (self._space.size, self._hyper_space.size)
+        self.jacobian = torch.zeros(shape, dtype=self._space.dtype, device=self._space.device)
+
+    def step(self) -> None:
+        """Moves J by one pair of perturbations ±ε; weights and hyperparameters stay where they are. Two gradients."""
+        like = self._hyper_space.values
+        noise = torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=self._generator)
+        weights, response = self._space.values, self.jacobian @ (self._scale * noise)
+        state = RandomState(self._space.device)
+        slopes = []
+        with self._space.restored(), self._hyper_space.restored():
+            for sign in (1.0, -1.0):
+                self._hyper_space.assign(like + sign * self._scale * noise)
+                self._space.assign(weights + sign * response)
+                with state.replayed():
+                    loss, _ = loss_and_outputs(self._inner_loss())
+                check_loss(loss, "the inner loss")
+                slopes.append(self._space.flatten(vjp([loss], self._space.tensors)))
+        slope = (slopes[0] - slopes[1]) / (2.0 * self._scale)  # (HJ + ∂²L/∂w∂λᵀ) ε
+        self.jacobian -= self._lr * torch.outer(slope, noise) / (noise @ noise)
+
+    def hypergradient(self, outer_loss: Callable[[], LossValue]) -> Hypergradient:
+        """Returns dL_V/dλ = ∂L_V/∂λ + Jᵀ ∂L_V/∂w; nothing is known of its residual, which is NaN.
+
+        Args:
+            outer_loss: L_V, a callable without arguments that returns a scalar tensor.
+
+        Cost: one gradient.
+        """
+        hyperparameters = self._hyper_space.tensors
+        with differentiable(hyperparameters):
+            outer = OuterGradient.of(outer_loss, self._space, hyperparameters)
+        indirect = self._hyper_space.split(-(self.jacobian.T @ outer.v))
+        solution = SolveResult(torch.zeros_like(outer.v), torch.nan, 0, Status.COMPLETE)
+        result = assembled(outer, hyperparameters, indirect, [], solution)
+        check_used(result, hyperparameters, allow_unused=False)
+        return result

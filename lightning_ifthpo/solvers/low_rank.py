@@ -1,0 +1,115 @@
+"""Nyström approximations: the curvature as it shows in a few random directions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_ifthpo.checks import require_at_least
+from lightning_ifthpo.curvature.operator import CurvatureOperator, undamped
+from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, measured_residual, status_without_tolerance
+
+
+@dataclass(frozen=True)
+class Nystrom(Solver):
+    """(U Λ Uᵀ + δI)⁻¹ b, with the r largest eigenvalues of A as seen in r random directions (Frangella et al. 2023).
+
+    For positive semi-definite curvature with few large eigenvalues. Where r directions do not span A, what they miss is
+    inverted as if A were zero there, by 1/δ: the damping has to be of the size of the eigenvalues that are left out.
+    Directions of negative curvature are left out, with status NEGATIVE_CURVATURE.
+
+    Cost: r products and r vectors of memory; one check measures the residual.
+
+    Attributes:
+        rank: r.
+        seed: Of the random directions, the same at every solve.
+
+    >>> from lightning_ifthpo.curvature import MatrixOperator
+    >>> matrix = torch.diag(torch.tensor([4.0, 1.0, 0.0]))
+    >>> Nystrom(rank=2, damping=1.0).solve(MatrixOperator(matrix), torch.ones(3)).x
+    tensor([0.2000, 0.5000, 1.0000])
+    """
+
+    rank: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least("rank", self.rank, 1)
+
+    def approximation(self, operator: CurvatureOperator) -> LowRank:
+        """Returns what r products show of A, or of A + diag(δ) with the damping kept apart."""
+        bare, delta = undamped(operator)
+        damping = torch.as_tensor(delta, dtype=operator.dtype, device=operator.device)
+        scale = torch.where(damping > 0.0, damping, 1.0).rsqrt().expand(operator.size)
+        rank = min(self.rank, operator.size)
+        generator = torch.Generator(operator.device).manual_seed(self.seed)
+        random = torch.randn(operator.size, rank, generator=generator, dtype=operator.dtype, device=operator.device)
+        directions = torch.linalg.qr(random).Q
+        images = torch.stack([scale * bare.matvec(scale * column) for column in directions.T], dim=1)
+        damped = bool((damping > 0.0).all())
+        if not bool(torch.isfinite(images).all()):
+            return LowRank(images[:, :0], images.new_zeros(0), torch.nan * scale, damped, rank, negative=False)
+        core = directions.T @ images
+        values, vectors = torch.linalg.eigh((core + core.T) / 2)
+        largest = values.abs().amax()
+        kept = values > rank * torch.finfo(operator.dtype).eps * largest
+        half = images @ (vectors[:, kept] / values[kept].sqrt())  # A ≈ half · halfᵀ
+        basis, singular, _ = torch.linalg.svd(half, full_matrices=False)
+        # sqrt(eps): a zero eigenvalue seen through r products is a few eps of the largest, of either sign
+        negative = bool(values[0] < -(torch.finfo(operator.dtype).eps ** 0.5) * largest)
+        return LowRank(basis, singular.square(), scale, damped, rank, negative)
+
+    def _solve(self, operator: CurvatureOperator, b: Tensor, x0: Tensor | None) -> SolveResult:
+        approximation = self.approximation(operator)
+        if not approximation.damped and approximation.products < operator.size:
+            raise ValueError(
+                f"Nystrom(rank={self.rank}) needs damping > 0 on {operator.size} parameters: what it does not see of "
+                "the curvature would be divided by zero; pass damping, or rank >= the number of parameters"
+            )
+        x = approximation.solve(b)
+        residual = measured_residual(operator, x, b)
+        status = status_without_tolerance(residual, b.dtype)
+        if approximation.negative:
+            status = Status.NEGATIVE_CURVATURE
+        return SolveResult(x, residual, approximation.products, status, checks=1)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """S⁻¹ (U Λ Uᵀ + I) S⁻¹ with a diagonal S = δ^{-½}, or U Λ Uᵀ where there is no damping.
+
+    Attributes:
+        basis: U, orthonormal, [n, r].
+        values: Λ > 0, [r], descending.
+        scale: S, [n]; ones without damping.
+        damped: Whether there is damping.
+        products: Products it was made of.
+        negative: Whether a direction of negative curvature was left out.
+    """
+
+    basis: Tensor
+    values: Tensor
+    scale: Tensor
+    damped: bool
+    products: int
+    negative: bool
+
+    def solve(self, b: Tensor) -> Tensor:
+        """Returns its inverse times b: [n]; without damping its pseudo-inverse."""
+        delta = float(self.damped)
+        right = self.scale * b
+        seen = self.basis.T @ right
+        rest = right - self.basis @ seen if self.damped else torch.zeros_like(right)
+        return self.scale * (self.basis @ (seen / (self.values + delta)) + rest)
+
+    def precondition(self, v: Tensor) -> Tensor:
+        """Returns P⁻¹v: [n], which makes all eigenvalues that it has seen alike and leaves the others as they are."""
+        if not len(self.values):
+            return self.scale.square() * v
+        delta = float(self.damped)
+        right = self.scale * v
+        seen = self.basis.T @ right
+        return self.scale * (right + self.basis @ (seen * ((self.values[-1] + delta) / (self.values + delta) - 1.0)))

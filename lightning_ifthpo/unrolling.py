@@ -1,0 +1,204 @@
+"""Hypergradients through a few steps of training, each differentiated exactly."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from lightning_ifthpo.autodiff import add, differentiable, gradients_on, vjp
+from lightning_ifthpo.checks import require_at_least
+from lightning_ifthpo.hypergradient import Hypergradient, OuterGradient, assembled, check_used
+from lightning_ifthpo.loss_graph import LossGraph, LossValue, loss_and_outputs
+from lightning_ifthpo.random_state import RandomState
+from lightning_ifthpo.solvers import SolveResult, Status
+from lightning_ifthpo.space import ParameterSpace
+
+
+def unrolled_hypergradient(
+    inner_loss: Callable[[], LossValue],
+    outer_loss: Callable[[], LossValue],
+    parameters: Sequence[Tensor],
+    hyperparameters: Sequence[Tensor],
+    *,
+    steps: int,
+    lr: float | None = None,
+    optimizer: Optimizer | None = None,
+) -> Hypergradient:
+    """Returns dL_V(w_K)/dλ through K steps of an optimizer, w ← opt(λ, w), from the present weights.
+
+    Reverse mode with recomputation (Domke 2012; Maclaurin, Duvenaud, Adams 2015): the steps are taken and remembered,
+    then retraced from the last to the first, one at a time. Momentum and adaptive steps are differentiated too, through
+    whatever the optimizer keeps. Random numbers of each step are drawn again when it is retraced. From a stationary
+    point K + 1 steps of gradient descent equal the Neumann series of K terms with its rate as step size. Weights and
+    the optimizer's state are left as they were.
+
+    The result's `relative_residual` is ‖dL_V/dw₀‖ / ‖dL_V/dw_K‖: how much of the outer loss still depends on where the
+    unroll began, which at a stationary point is the residual of that Neumann series.
+
+    Args:
+        inner_loss: L_T, a callable without arguments that returns a scalar tensor.
+        outer_loss: L_V, likewise; taken at the last weights.
+        parameters: w, together [n].
+        hyperparameters: λ, real leaf tensors of any shape.
+        steps: K, at least 1.
+        lr: Learning rate of gradient descent, in parameter² / loss.
+        optimizer: Instead of a rate: the optimizer of these parameters, with its state. One of torch that takes
+            `differentiable=True`.
+
+    Raises:
+        ValueError: If steps < 1, there is not exactly one of a positive rate and an optimizer of these parameters that
+            can be differentiated, a loss is not scalar or is detached, or a hyperparameter enters neither loss.
+
+    Cost: K gradients, K products and mixed products, and memory for K copies of the weights and the state.
+
+    >>> w, target = torch.tensor([0.0], requires_grad=True), torch.tensor(1.0)
+    >>> loss = lambda: ((w - target) ** 2 / 2).sum()
+    >>> unrolled_hypergradient(loss, lambda: w.sum(), [w], [target], steps=1, lr=0.5).gradients
+    [tensor(0.5000)]
+    """
+    require_at_least("steps", steps, 1)
+    if (lr is None) == (optimizer is None):
+        raise ValueError("expected either lr, for gradient descent, or the optimizer whose steps are to be unrolled")
+    if lr is not None and not 0.0 < lr < math.inf:
+        raise ValueError(f"expected a finite lr > 0, got {lr!r}")
+    space = ParameterSpace(parameters)
+    update = _Update(optimizer or SGD(list(parameters), lr=lr or 0.0), space)
+    visited: list[tuple[Tensor, _State, RandomState]] = []
+    losses: list[Tensor] = []
+    with differentiable(hyperparameters), space.restored():
+        state = update.initial_state
+        for _ in range(steps):
+            weights = space.values
+            visited.append((weights, state, RandomState(space.device)))
+            graph = LossGraph(loss_and_outputs(inner_loss())[0], parameters)
+            losses.append(graph.loss.detach())
+            weights, state = update.step(weights, graph.gradient, state)
+            space.assign(weights)
+        outer = OuterGradient.of(outer_loss, space, hyperparameters)
+        adjoint, q = outer.v, torch.zeros_like(outer.v)
+        state_adjoints: dict[tuple[int, str], Tensor] = {}
+        mixed: list[Tensor | None] = [None] * len(hyperparameters)
+        for weights, state, random_state in reversed(visited):
+            space.assign(weights)
+            with random_state.replayed():
+                graph = LossGraph(loss_and_outputs(inner_loss())[0], parameters)
+            kept, pulled, state_adjoints = update.pulled_back(weights, graph.gradient, state, adjoint, state_adjoints)
+            mixed = add(mixed, graph.mixed_product(-pulled, hyperparameters))
+            adjoint, q = kept + graph.hessian_product(pulled), q - pulled
+    residual = float(torch.linalg.vector_norm(adjoint) / torch.linalg.vector_norm(outer.v).clamp_min(1e-300))
+    solution = SolveResult(q, residual, steps - 1, Status.COMPLETE, checks=1, step_size=lr)
+    result = assembled(outer, hyperparameters, mixed, losses, solution)
+    check_used(result, hyperparameters, allow_unused=False)
+    return result
+
+
+@dataclass(frozen=True)
+class _State:
+    """What an optimizer keeps: tensors shaped like weights, by parameter and name, and everything else."""
+
+    tensors: dict[tuple[int, str], Tensor]
+    others: dict[tuple[int, str], Any]
+
+
+class _Update:
+    """One step of an optimizer as a function of weights, gradient and state."""
+
+    def __init__(self, optimizer: Optimizer, space: ParameterSpace) -> None:
+        self._optimizer, self._space = optimizer, space
+        groups = {id(tensor): group for group in optimizer.param_groups for tensor in group["params"]}
+        missing = sum(id(tensor) not in groups for tensor in space.tensors)
+        if missing:
+            raise ValueError(f"{missing} of {len(space.tensors)} parameters do not belong to the optimizer")
+        if "differentiable" not in inspect.signature(type(optimizer).__init__).parameters:
+            raise ValueError(
+                f"{type(optimizer).__name__} does not take differentiable=True, and its step cannot be differentiated; "
+                "pass lr, for gradient descent"
+            )
+        self._groups = [groups[id(tensor)] for tensor in space.tensors]
+        self.initial_state = self._kept(
+            [
+                ((index, name), value)
+                for index, tensor in enumerate(space.tensors)
+                for name, value in optimizer.state.get(tensor, {}).items()
+            ]
+        )
+
+    def step(self, weights: Tensor, gradient: Tensor, state: _State) -> tuple[Tensor, _State]:
+        """Returns weights and state after a step."""
+        _, after, entries = self._traced(weights, gradient, state)
+        return self._space.flatten(after), self._kept(entries)
+
+    def pulled_back(
+        self,
+        weights: Tensor,
+        gradient: Tensor,
+        state: _State,
+        adjoint: Tensor,
+        state_adjoints: dict[tuple[int, str], Tensor],
+    ) -> tuple[Tensor, Tensor, dict[tuple[int, str], Tensor]]:
+        """Returns the adjoints of weights, gradient and state before a step from those after it."""
+        inputs, after, entries = self._traced(weights, gradient, state)
+        outputs = [*after, *(value for key, value in entries if key in state_adjoints)]
+        cotangents = [
+            *self._space.split(adjoint),
+            *(state_adjoints[key] for key, _ in entries if key in state_adjoints),
+        ]
+        pulled = vjp(outputs, inputs, cotangents)
+        count = len(self._space.tensors)
+        before = {key: part for key, part in zip(state.tensors, pulled[2 * count :], strict=True) if part is not None}
+        return self._space.flatten(pulled[:count]), self._space.flatten(pulled[count : 2 * count]), before
+
+    def _traced(
+        self, weights: Tensor, gradient: Tensor, state: _State
+    ) -> tuple[list[Tensor], list[Tensor], list[tuple[tuple[int, str], Any]]]:
+        """Makes a step with a graph; returns its inputs, the weights and the entries of the state after it."""
+        with gradients_on():
+            inputs = [
+                tensor.detach().clone().requires_grad_()
+                for tensor in (*self._space.split(weights), *self._space.split(gradient), *state.tensors.values())
+            ]
+            count = len(self._space.tensors)
+            after = [tensor.clone() for tensor in inputs[:count]]
+            for tensor, slope in zip(after, inputs[count : 2 * count], strict=True):
+                tensor.retain_grad()
+                tensor.grad = slope
+            twin = type(self._optimizer)(
+                [
+                    {**group, "params": [tensor], "differentiable": True, "foreach": False, "fused": None}
+                    for group, tensor in zip(self._groups, after, strict=True)
+                ],
+                **({"differentiable": True} | self._required()),
+            )
+            kept = dict(zip(state.tensors, inputs[2 * count :], strict=True))
+            for index, tensor in enumerate(after):
+                for key, value in (kept | state.others).items():
+                    if key[0] == index:
+                        twin.state[tensor][key[1]] = value.clone() if isinstance(value, Tensor) else value
+            twin.step()
+        entries = [
+            ((index, name), value) for index, tensor in enumerate(after) for name, value in twin.state[tensor].items()
+        ]
+        return inputs, after, entries
+
+    def _required(self) -> dict[str, Any]:
+        """Returns the learning rate where the constructor insists on one; the groups have their own."""
+        return {"lr": 1e-3} if "lr" in inspect.signature(type(self._optimizer).__init__).parameters else {}
+
+    def _kept(self, entries: list[tuple[tuple[int, str], Any]]) -> _State:
+        """Returns copies of the entries of a state, sorted by whether they are shaped like weights."""
+        tensors, others = {}, {}
+        for (index, name), value in entries:
+            if not isinstance(value, Tensor):
+                others[index, name] = value
+            elif value.shape == self._space.tensors[index].shape and name != "step":
+                tensors[index, name] = value.detach().clone()
+            else:  # torch counts steps in float32, and 1 − β^step would lose half its digits
+                others[index, name] = value.detach().double() if value.is_floating_point() else value.detach().clone()
+        return _State(tensors, others)
