@@ -1,5 +1,6 @@
 """All operators against dense references, and through the structures that break naive products."""
 
+import sys
 from functools import partial
 
 import pytest
@@ -13,10 +14,12 @@ from lightning_ifthpo.curvature import (
     GaussNewtonOperator,
     GradientOuterProductOperator,
     HessianOperator,
+    KFACOperator,
     MatrixOperator,
     curvature_operator,
     mark_outputs,
 )
+from lightning_ifthpo.hypergradient import implicit_hypergradient
 from lightning_ifthpo.solvers import Direct
 from tests.problems import Net, relative_error, spd_matrix
 
@@ -349,3 +352,90 @@ def test_the_outer_product_of_a_vanishing_gradient_has_no_inverse():
     w = torch.zeros(3, requires_grad=True)
     operator = GradientOuterProductOperator(lambda: w.square().sum(), [w])
     assert torch.equal(Direct().solve(operator, torch.ones(3)).x, torch.zeros(3))
+
+
+def kfac_problem(net, loss_function=None):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(8, 4, dtype=torch.float64, generator=generator)
+    y = torch.randn(8, 2, dtype=torch.float64, generator=generator)
+    loss_function = loss_function or nn.MSELoss()
+    options = {"model": net, "loss_function": loss_function, "data": [(x, y)]}
+    return lambda: loss_function(net(x), y), options
+
+
+def test_kfac_is_the_exact_hessian_of_one_linear_layer_with_squared_error():
+    net = nn.Linear(4, 2, dtype=torch.float64)
+    loss, options = kfac_problem(net)
+    kfac = KFACOperator(loss, list(net.parameters()), **options)
+    exact = HessianOperator(loss, list(net.parameters()))
+    assert relative_error(kfac.to_dense(), exact.to_dense()) < 1e-12
+    assert relative_error(kfac.gradient, exact.gradient) < 1e-12
+    b = torch.linspace(-1, 1, 10, dtype=torch.float64)
+    got, wanted = (Direct(damping=0.1).solve(operator, b) for operator in (kfac, exact))
+    assert relative_error(got.x, wanted.x) < 1e-10
+    assert got.products == 0
+
+
+def test_kfac_of_two_layers_has_a_block_for_each_and_its_own_inverse():
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    loss, options = kfac_problem(net)
+    kfac = KFACOperator(loss, list(net.parameters()), **options)
+    dense = kfac.to_dense()
+    assert not dense[:15, 15:].any()
+    assert dense[:15, :15].any()
+    b = torch.linspace(-1, 1, 23, dtype=torch.float64)
+    wanted = torch.linalg.solve(dense + 0.1 * torch.eye(23, dtype=torch.float64), b)
+    assert relative_error(Direct(damping=0.1).solve(kfac, b).x, wanted) < 1e-10
+
+
+def test_kfac_makes_hypergradients():
+    net = nn.Linear(4, 2, dtype=torch.float64)
+    loss, options = kfac_problem(net)
+    shift = torch.zeros(2, dtype=torch.float64)
+
+    def inner():
+        return loss() + (net.bias * shift).sum()
+
+    def outer():
+        return (net.weight.square().sum() + net.bias.square().sum()) / 2
+
+    solver = Direct(damping=0.1)
+    got, wanted = (
+        implicit_hypergradient(inner, outer, list(net.parameters()), [shift], curvature=curvature, solver=solver)
+        for curvature in (partial(KFACOperator, **options), "hessian")
+    )
+    assert relative_error(got.gradients[0], wanted.gradients[0]) < 1e-10
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.first(x))[:, :2]
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (Tied, r"of shape \(4, 4\), is shared between layers"),
+        (lambda: nn.Sequential(nn.Linear(4, 2), nn.LayerNorm(2)), "belongs to no Linear or Conv2d layer"),
+    ],
+)
+def test_kfac_refuses_what_it_cannot_express(net, message):
+    net = net().double()
+    loss, options = kfac_problem(net)
+    with pytest.raises(ValueError, match=message):
+        KFACOperator(loss, list(net.parameters()), **options)
+
+
+def test_kfac_says_what_is_missing(monkeypatch):
+    net = nn.Linear(4, 2, dtype=torch.float64)
+    loss, options = kfac_problem(net)
+    with pytest.raises(ValueError, match="damping by one number > 0"):
+        Direct().solve(KFACOperator(loss, list(net.parameters()), **options), torch.ones(10, dtype=torch.float64))
+    monkeypatch.setitem(sys.modules, "curvlinops", None)
+    with pytest.raises(ImportError, match=r"pip install 'lightning_ifthpo\[kfac\]'"):
+        KFACOperator(loss, list(net.parameters()), **options)

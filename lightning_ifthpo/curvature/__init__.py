@@ -4,7 +4,8 @@ from lightning_ifthpo.curvature.average import AverageOperator
 from lightning_ifthpo.curvature.finite_difference import FiniteDifferenceOperator
 from lightning_ifthpo.curvature.gauss_newton import GaussNewtonOperator
 from lightning_ifthpo.curvature.hessian import HessianOperator
-from lightning_ifthpo.curvature.kinds import Curvature, curvature_operator
+from lightning_ifthpo.curvature.kfac import KFACOperator
+from lightning_ifthpo.curvature.kinds import Curvature, OperatorFactory, curvature_operator
 from lightning_ifthpo.curvature.marking import mark_outputs
 from lightning_ifthpo.curvature.operator import (
     CurvatureOperator,
@@ -26,8 +27,10 @@ __all__ = [
     "GradientOuterProductOperator",
     "HessianOperator",
     "InvertibleOperator",
+    "KFACOperator",
     "LossOperator",
     "MatrixOperator",
+    "OperatorFactory",
     "PreconditionedOperator",
     "curvature_operator",
     "mark_outputs",

@@ -16,7 +16,9 @@ from lightning_ifthpo.loss_graph import LossValue
 
 Curvature: TypeAlias = Literal["hessian", "gauss_newton", "gradient_outer_product", "finite_difference"]
 
-OPERATORS: dict[str, Callable[[Callable[[], LossValue], Sequence[Tensor]], LossOperator]] = {
+OperatorFactory: TypeAlias = Callable[[Callable[[], LossValue], Sequence[Tensor]], LossOperator]
+
+OPERATORS: dict[str, OperatorFactory] = {
     "hessian": HessianOperator,
     "gauss_newton": GaussNewtonOperator,
     "gradient_outer_product": GradientOuterProductOperator,
@@ -25,18 +27,21 @@ OPERATORS: dict[str, Callable[[Callable[[], LossValue], Sequence[Tensor]], LossO
 
 
 def curvature_operator(
-    curvature: Curvature, loss: Callable[[], LossValue], parameters: Sequence[Tensor]
+    curvature: Curvature | OperatorFactory, loss: Callable[[], LossValue], parameters: Sequence[Tensor]
 ) -> LossOperator:
     """Returns the curvature of a loss under its name.
 
     Args:
-        curvature: "hessian", "gauss_newton", "gradient_outer_product" or "finite_difference".
+        curvature: "hessian", "gauss_newton", "gradient_outer_product" or "finite_difference"; or what makes an operator
+            of a loss and its parameters.
         loss: Callable without arguments that returns the scalar loss, or (loss, outputs).
         parameters: The tensors w, together [n].
 
     Raises:
         ValueError: If the name is unknown.
     """
+    if callable(curvature):
+        return curvature(loss, parameters)
     if curvature not in OPERATORS:
         raise ValueError(f"expected curvature to be one of {sorted(OPERATORS)}, got {curvature!r}")
     return OPERATORS[curvature](loss, parameters)
