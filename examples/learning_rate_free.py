@@ -207,10 +207,12 @@ def shown(accuracies: list[float]) -> str:
 
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     """Saves accuracy against the rate that was given, and the rates that were chosen."""
-    figure = Figure(figsize=(2.7 * len(results), 4.6), layout="constrained")
-    for (name, result), (above, below) in zip(
-        results.items(), figure.subplots(2, len(results), squeeze=False).T, strict=True
-    ):
+    columns = len({name.split("/")[1] for name in results})
+    rows = len(results) // columns
+    figure = Figure(figsize=(2.7 * columns, 4.6 * rows), layout="constrained")
+    axes = figure.subplots(2 * rows, columns, squeeze=False)
+    for index, (name, result) in enumerate(results.items()):
+        above, below = axes[2 * (index // columns) : 2 * (index // columns) + 2, index % columns]
         for label, style in (("constant", "o-"), ("cosine", "v-"), ("AutoGeN", "x-"), ("ExactGeN", "s-")):
             if label in result:
                 means = {lr: mean(accuracies) for lr, accuracies in result[label].items()}
@@ -219,10 +221,10 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
         below.semilogy(result["rates"], color="tab:red", label="ExactGeN")
         below.axhline(best(result["constant"])[0], color="tab:blue", linestyle="--", label="best constant rate")
         below.set(xlabel="step", ylabel="learning rate", ylim=(1e-4, 3))
-    for axes in (figure.axes[0], figure.axes[len(results)]):
-        axes.legend(fontsize=8, loc="lower center")
+    for panel in axes[:2, 0]:
+        panel.legend(fontsize=8, loc="lower center")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100 if len(results) < 9 else 75)
+    figure.savefig(path, dpi=100 if rows == 1 else 70)
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:

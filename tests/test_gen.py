@@ -6,7 +6,13 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    Callback,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from sklearn.datasets import load_digits
@@ -219,7 +225,7 @@ def test_resuming_is_exact_and_the_checkpoint_holds_no_module(tmp_path):
             run(stop)
         path = tmp_path / str(stop) / f"step={stop}.ckpt"
         state = torch.load(path, weights_only=True)["lr_schedulers"][0]
-        assert set(state) == {"last_epoch", "multipliers", "rules", "update", "applied", "probed_step"}
+        assert set(state) == {"last_epoch", "multipliers", "rules", "update", "applied"}
         rest = run(stop=-2, resume=path)
         assert all(torch.equal(one, other) for one, other in zip(whole, rest, strict=True)), stop
 
@@ -274,10 +280,6 @@ def test_after_an_error_the_optimizer_has_no_hooks_left():
 
 
 class TwoOptimizers(Plain):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
     def configure_optimizers(self):
         return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (self.net[0], self.net[2])]
 
@@ -288,13 +290,33 @@ class Manual(Plain):
         self.automatic_optimization = False
 
 
+class NoOptimizer(Plain):
+    def configure_optimizers(self):
+        return None
+
+
+class Complex(Plain):
+    def __init__(self):
+        super().__init__()
+        self.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+
+
+def test_weight_averaging_with_its_own_rates_is_refused():
+    trainer = quiet_trainer(callbacks=[ExactGeN(), StochasticWeightAveraging(swa_lrs=0.1)])
+    with pytest.raises(ValueError, match="use it or ExactGeN, not both"):
+        trainer.fit(Plain())
+
+
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
 @pytest.mark.parametrize(
     ("module", "message"),
     [
         (lambda: Plain(torch.optim.LBFGS), "LBFGS cannot"),
         (lambda: Plain(torch.optim.Rprop), "linear in its learning rate, and that of Rprop is not"),
-        (TwoOptimizers, "one optimizer, and there are 2"),
-        (Manual, "Manual optimizes manually"),
+        (NoOptimizer, "one optimizer, and there are 0"),
+        (Manual, "Manual optimizes manually, and ExactGeN needs the Trainer"),
+        (lambda: Plain(maximize=True), "this SGD maximizes"),
+        (Complex, "Complex has complex weights"),
     ],
 )
 def test_what_it_cannot_do_is_refused_before_the_first_batch(module, message):
@@ -374,6 +396,89 @@ def test_losses_in_half_precision_are_too_rough_for_differences(precision, kind)
 def test_gauss_newton_serves_losses_that_mark_their_outputs():
     _, rates = fit(Classifier(), ExactGeN(curvature="gauss_newton"))
     assert max(rates.rates) > 1e-4
+
+
+@pytest.mark.parametrize("frozen_from_the_start", [True, False])
+def test_weights_may_be_frozen_and_thawed_during_training(frozen_from_the_start):
+    class Freeze(Callback):
+        batches = 0
+
+        def on_fit_start(self, trainer, pl_module):
+            pl_module.net[0].requires_grad_(not frozen_from_the_start)
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 2:
+                pl_module.net[0].requires_grad_(frozen_from_the_start)
+
+        def on_train_batch_end(self, *arguments):
+            self.batches += 1
+
+    watch = Freeze()
+    quiet_trainer(callbacks=[ExactGeN(), watch], max_epochs=5).fit(Plain())
+    assert watch.batches == 20
+
+
+@pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
+def test_groups_added_by_finetuning_are_taken_over():
+    class Backbone(Plain):
+        def __init__(self):
+            super().__init__()
+            self.backbone = nn.Linear(4, 4)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(self.backbone(batch[0])), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+    module = Backbone()
+    before = module.backbone.weight.detach().clone()
+    quiet_trainer(callbacks=[ExactGeN(), BackboneFinetuning(2, verbose=False)], max_epochs=5).fit(module)
+    assert not torch.equal(module.backbone.weight.detach(), before)
+
+
+def test_bounds_reach_the_rule():
+    _, rates = fit(Plain(), ExactGeN(lr_max=1e-3, final_decay=0.0), max_epochs=20)
+    assert max(rates.rates) == pytest.approx(1e-3)
+    _, rates = fit(Plain(), ExactGeN(lr_min=0.5, final_decay=0.0))
+    assert min(rates.rates) >= 0.5
+
+
+def test_each_look_draws_its_own_random_numbers_and_sees_the_batch_as_it_came():
+    seeds, sums = set(), []
+
+    class InPlace(Plain):
+        def training_step(self, batch, batch_idx):
+            seeds.add(torch.initial_seed())
+            sums.append(batch[0].sum().item())
+            loss = super().training_step(batch, batch_idx)
+            batch.clear()
+            return loss
+
+    fit(InPlace(), ExactGeN(final_decay=0.0), max_epochs=2)
+    assert len(seeds) >= 7  # one for each of seven steps, and that of training
+    assert 0.0 not in sums
+
+
+def test_the_rate_that_is_logged_is_the_one_in_use_under_accumulation():
+    pairs = []
+
+    class Compare(Callback):
+        def on_train_batch_end(self, trainer, *arguments):
+            if "gen/lr" in trainer.callback_metrics and trainer.callbacks[0]._scheduler.looks > len(pairs):
+                rate = trainer.optimizers[0].param_groups[0]["lr"]
+                pairs.append((float(trainer.callback_metrics["gen/lr"]), rate))
+
+    quiet_trainer(callbacks=[ExactGeN(), Compare()], max_epochs=5, accumulate_grad_batches=2).fit(Plain())
+    assert all(logged == pytest.approx(rate, rel=1e-6) for logged, rate in pairs)
+    assert len(pairs) > 4
+
+
+def test_a_callback_that_has_been_used_holds_no_data():
+    callback = ExactGeN()
+    fit(Plain(), callback)
+    assert callback._scheduler._loss is None
+    assert callback._scheduler._update is None
 
 
 def test_the_bilevel_mixin_and_its_losses_are_served():

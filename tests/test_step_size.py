@@ -140,6 +140,29 @@ def test_three_points_lengthen_a_step_that_float32_cannot_resolve():
     assert (model.slope, model.curvature) == pytest.approx((exact.slope, exact.curvature), rel=0.05)
 
 
+def test_three_points_know_the_roughest_dtype():
+    """A float64 scale among float32 weights does not make their losses any finer."""
+    torch.manual_seed(0)
+    net, scale = nn.Linear(4, 3), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    x, y = torch.randn(16, 4), torch.arange(16) % 3
+    parameters = [*net.parameters(), scale]
+
+    def loss():
+        return nn.functional.cross_entropy(net(x) * scale.float(), y)
+
+    direction = torch.autograd.grad(loss(), parameters)
+    exact = directional_model(loss, parameters, direction)
+    assert three_point_model(loss, parameters, direction).curvature == pytest.approx(exact.curvature, rel=0.05)
+
+
+def test_three_points_without_a_step_look_farther_until_curvature_shows():
+    """A constant ten thousand times as large drowns what is seen nearby."""
+    w = torch.linspace(-1, 1, 50, requires_grad=True)
+    model = three_point_model(lambda: 100.0 + (w**2).sum() / 50, [w], [torch.ones(50) / 50])
+    assert model.curvature == pytest.approx(2 / 50**2, rel=0.1)
+    assert three_point_model(lambda: 100.0 + w.sum() / 50, [w], [torch.ones(50) / 50]).curvature == 0.0
+
+
 def test_three_points_draw_the_same_random_numbers():
     w = torch.ones(1000, requires_grad=True)
     torch.manual_seed(0)
@@ -230,7 +253,7 @@ def test_units_at_their_kink_are_recognized_and_not_divided():
         problem.bias.zero_()
     model = directional_model(problem.loss, problem.parameters, problem.gradient())
     assert (model.slope, model.curvature, model.optimal_step) == (0.0, 0.0, None)
-    assert not AveragedRule().observe(model, steps=1)
+    assert not AveragedRule().observe(model)
 
 
 def test_groups_on_a_diagonal_quadratic_take_one_step_to_the_minimum():
@@ -269,7 +292,7 @@ def feed(rule, slope, curvature, count, *, noise=0.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
         wobble = noise * torch.randn((), generator=generator).item()
-        rule.observe(DirectionalModel(slope(rule.lr or 0.0) + wobble, curvature, 1.0), steps=1)
+        rule.observe(DirectionalModel(slope(rule.lr or 0.0) + wobble, curvature, 1.0))
     return rule.lr
 
 
@@ -312,7 +335,7 @@ def test_rates_stay_within_bounds_and_bad_probes_change_nothing(rule_type):
     assert feed(rule, lambda _: 1.0, 1e-6, 300) == pytest.approx(1e-2)
     before = rule.lr
     for model in (DirectionalModel(math.nan, 1.0, 1.0), DirectionalModel(1.0, math.inf, 1.0)):
-        assert not rule.observe(model, steps=1)
+        assert not rule.observe(model)
     assert rule.lr == before
     assert rule.refused == 2
     assert feed(rule, lambda _: 1.0, 1e9, 300) == pytest.approx(1e-3)
@@ -338,6 +361,22 @@ def test_a_rate_that_hardly_grows_any_more_is_settled():
     while not rule.settled:
         feed(rule, lambda _: 2.0, 4.0, 1)
     assert 0.4 < rule.lr < 0.5
+
+
+def test_the_rate_does_not_shrink_where_a_shorter_step_is_no_better():
+    """As with few batches in a fixed order, whose next slope is negative whatever the rate."""
+    rule = AveragedRule()
+    while not rule.settled:
+        feed(rule, lambda _: 2.0, 4.0, 1)
+    before = rule.lr
+    assert feed(rule, lambda _: -1.5, 4.0, 200) == pytest.approx(before, rel=0.02)
+    assert feed(rule, lambda _: -0.1, 4.0, 200) < before / 2
+
+
+def test_a_probe_without_length_is_not_used_and_not_refused():
+    rule = AveragedRule()
+    assert not rule.observe(DirectionalModel(0.0, 0.0, 0.0))
+    assert (rule.lr, rule.refused) == (None, 0)
 
 
 def test_a_rate_at_its_bound_is_settled():
@@ -520,6 +559,115 @@ def test_probing_on_the_next_batch_agrees_with_probing_at_the_start():
     assert scheduler.models[0].curvature == pytest.approx(expected.curvature, rel=1e-9)
 
 
+def loop(optimizer, scheduler, loss, steps):
+    for _ in range(steps):
+        scheduler.probe(loss)
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        scheduler.step()
+
+
+def test_the_relation_of_groups_survives_a_warm_up_that_is_replaced():
+    weights = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]
+    optimizer = torch.optim.SGD([{"params": weights[:1], "lr": 3e-4}, {"params": weights[1:], "lr": 1e-4}])
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 10))
+    scheduler = ExactGeNLR(optimizer)
+    loop(optimizer, scheduler, lambda: sum(weight.square().sum() for weight in weights), 5)
+    first, second = scheduler.get_lr()
+    assert first == pytest.approx(3 * second) != 0.0
+
+
+def test_groups_that_come_later_are_taken_over():
+    weights = [nn.Parameter(torch.full((2,), 3.0)), nn.Parameter(torch.full((2,), 3.0))]
+    loss = lambda: sum(weight.square().sum() for weight in weights)  # noqa: E731
+    for per_group in (False, True):
+        optimizer = torch.optim.SGD(weights[:1], lr=1.0)
+        scheduler = ExactGeNLR(optimizer, per_group=per_group)
+        loop(optimizer, scheduler, loss, 10)
+        optimizer.add_param_group({"params": weights[1:], "lr": float(scheduler.get_lr()[0]) / 4})
+        loop(optimizer, scheduler, loss, 1)
+        first, second = scheduler.get_lr()
+        assert second == pytest.approx(first / 4) or per_group
+        loop(optimizer, scheduler, loss, 10)
+        assert all(rate > 0.0 for rate in scheduler.get_lr())
+        assert len(scheduler.get_lr()) == 2
+
+
+@pytest.mark.parametrize("what", ["no gradient", "frozen"])
+def test_a_group_that_does_not_move_holds_up_no_other(what):
+    weights = [nn.Parameter(torch.full((2,), 3.0)), nn.Parameter(torch.ones(2), requires_grad=what == "no gradient")]
+    optimizer = torch.optim.SGD([{"params": [weight]} for weight in weights], lr=1.0)
+    scheduler = ExactGeNLR(optimizer, per_group=True)
+    loop(optimizer, scheduler, lambda: weights[0].square().sum(), 30)
+    assert scheduler.looks == 30  # once a step: the first on its own batch, the others on the next
+    assert scheduler.get_lr()[0] > 0.0
+    assert torch.equal(weights[1].detach(), torch.ones(2))
+
+
+def test_a_step_that_failed_leaves_nothing_behind():
+    weight, loss = quadratic()
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scheduler = ExactGeNLR(optimizer, every_n_steps=4)
+    scheduler._rules[0].lr, scheduler._rules[0].settled = 0.1, True
+    scheduler.probe(loss)
+
+    def fails():
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        optimizer.step(fails)
+    scheduler.step()
+    loss().backward()
+    before, gradient = weight.detach().clone(), weight.grad.clone()
+    optimizer.step()
+    assert torch.allclose(weight.detach(), before - 0.1 * gradient)
+
+
+def test_an_update_is_loaded_to_where_its_weights_are():
+    scheduler, twin = (
+        ExactGeNLR(torch.optim.SGD([nn.Parameter(torch.ones(2, device=device))], lr=1.0)) for device in ("cpu", "meta")
+    )
+    scheduler._update = [(torch.ones(2), torch.ones(2))]
+    twin.load_state_dict(scheduler.state_dict())
+    assert twin._update[0][1].device.type == "meta"
+
+
+def test_states_of_others_are_refused():
+    make = lambda **options: ExactGeNLR(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=1.0), **options)  # noqa: E731
+    with pytest.raises(ValueError, match="state of another scheduler"):
+        make().load_state_dict({"last_epoch": 3})
+    with pytest.raises(ValueError, match=r"state of \['PublishedRule'\], .* rules \['AveragedRule'\]"):
+        make().load_state_dict(make(rule="published").state_dict())
+
+
+@pytest.mark.parametrize(
+    ("curvature", "forward", "backward"),
+    [("three_point", 3, 0), ("hessian", 1, 3), ("finite_difference", 2, 2), ("gauss_newton", 1, 0)],
+)
+def test_looks_take_the_passes_of_their_curvature(curvature, forward, backward):
+    net = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    scheduler = ExactGeNLR(optimizer, curvature=curvature)
+    calls = {"forward": 0, "backward": 0}
+
+    def loss():
+        calls["forward"] += 1
+        features = net(torch.ones(4, 3))
+        features.register_hook(lambda gradient: calls.update(backward=calls["backward"] + (gradient is not None)))
+        outputs = 2 * features
+        return outputs.square().mean(), outputs
+
+    scheduler.probe(loss)
+    loss()[0].backward()
+    optimizer.step()
+    scheduler.step()
+    calls.update(forward=0, backward=0)
+    scheduler.probe(loss)
+    assert calls["forward"] == forward
+    assert (calls["backward"] > 0) == (backward > 0)
+
+
 def test_the_final_decay_ends_at_zero():
     weight, loss = quadratic()
     optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -594,7 +742,9 @@ def test_a_loss_is_needed():
         optimizer.step()
 
 
-@pytest.mark.parametrize("optimizer_type", [torch.optim.LBFGS, torch.optim.Rprop], ids=lambda t: t.__name__)
+@pytest.mark.parametrize(
+    "optimizer_type", [torch.optim.LBFGS, torch.optim.Rprop, torch.optim.Adafactor], ids=lambda t: t.__name__
+)
 def test_optimizers_that_are_not_linear_in_their_rate_are_refused(optimizer_type):
     optimizer = optimizer_type([nn.Parameter(torch.ones(3))])
     with pytest.raises(ValueError, match=f"ExactGeN needs an optimizer whose .*{optimizer_type.__name__}"):
@@ -617,9 +767,22 @@ def test_no_list_of_names_decides():
         check_linear_in_lr(Own([nn.Parameter(torch.ones(2))], power=2.0))
 
 
+def test_optimizers_of_matrices_are_tried_out_on_one_and_none_may_maximize():
+    class Matrices(torch.optim.SGD):
+        def step(self, closure=None):
+            assert all(weight.ndim == 2 for group in self.param_groups for weight in group["params"])
+            return super().step(closure)
+
+    check_linear_in_lr(Matrices([nn.Parameter(torch.ones(2, 2))], lr=0.1))
+    with pytest.raises(ValueError, match="this SGD maximizes"):
+        check_linear_in_lr(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1, maximize=True))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"total_steps": 0}, "total_steps to be an integer >= 1"),
+        ({"per_group": "no"}, "per_group to be true or false"),
         ({"every_n_steps": 0}, "every_n_batches"),
         ({"rule": "magic"}, "expected rule to be one of"),
         ({"probe": "none"}, "expected probe to be one of"),

@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import lightning as L
+import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 
 from lightning_ifthpo.callbacks.evaluation import Losses, copied, evaluating
 from lightning_ifthpo.callbacks.logging import log_metrics
-from lightning_ifthpo.callbacks.preflight import check_precision, check_repeatable, check_single_device, is_half
+from lightning_ifthpo.callbacks.preflight import check_precision, check_single_device, is_half
 from lightning_ifthpo.checks import require_choice
 from lightning_ifthpo.step_size import ExactGeNLR
 from lightning_ifthpo.step_size.scheduler import DIRECTIONAL_CURVATURES, DirectionalCurvature, check_options
@@ -38,7 +40,8 @@ class ExactGeN(L.Callback):
             where weights are in half precision, whose losses are too rough for differences.
         lr_min: Lower bound of the rate.
         lr_max: Upper bound of the rate.
-        final_decay: Fraction of the run, at its end, over which the rate goes to zero linearly.
+        final_decay: Fraction of the run, at its end, over which the rate goes to zero linearly; of max_steps or
+            max_epochs, also where max_time ends the run before.
         per_group: Choose a rate for each parameter group, by as many looks as there are groups.
 
     Logs at each look `gen/lr`, the highest of all groups; `gen/alpha`, the optimal step along the last update, where
@@ -81,13 +84,11 @@ class ExactGeN(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Checks the optimizer and takes the place of its scheduler."""
-        check_single_device(trainer, "ExactGeN")
-        automatic: DirectionalCurvature = "hessian" if is_half(trainer) else "three_point"
+        _check(trainer, pl_module)
+        half = is_half(trainer) or any(p.dtype in (torch.float16, torch.bfloat16) for p in pl_module.parameters())
+        automatic: DirectionalCurvature = "hessian" if half else "three_point"
         self._kind = automatic if self.curvature == "auto" else self.curvature
         check_precision(trainer, self._kind, "32")
-        if len(trainer.optimizers) != 1:
-            raise ValueError(f"ExactGeN chooses the rate of one optimizer, and there are {len(trainer.optimizers)}")
-        check_repeatable(pl_module)
         replaced = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
         if replaced:
             rank_zero_warn(f"ExactGeN takes the place of {', '.join(replaced)}; do not configure a scheduler beside it")
@@ -129,7 +130,7 @@ class ExactGeN(L.Callback):
         if scheduler.looks == self._logged:
             return
         self._logged = scheduler.looks
-        rates = [float(rate) for rate in scheduler.get_last_lr()]
+        rates = [float(rate) for rate in scheduler.get_lr()]
         metrics = {
             "gen/lr": max(rates),
             "gen/accepted": float(scheduler.accepted),
@@ -163,3 +164,20 @@ class ExactGeN(L.Callback):
     def _active_scheduler(self) -> ExactGeNLR:
         assert self._scheduler is not None, "training has not started"
         return self._scheduler
+
+
+def _check(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Raises ValueError for what cannot be served, as far as the Trainer and the module know before the first batch."""
+    check_single_device(trainer, "ExactGeN")
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"{type(module).__name__} optimizes manually, and ExactGeN needs the Trainer to make the steps; use "
+            "ExactGeNLR inside training_step"
+        )
+    optimizers = [optimizer for optimizer in trainer.optimizers if optimizer.param_groups]
+    if len(optimizers) != 1:
+        raise ValueError(f"ExactGeN chooses the rate of one optimizer, and there are {len(optimizers)}")
+    if any(parameter.is_complex() for parameter in module.parameters()):
+        raise ValueError(f"{type(module).__name__} has complex weights, which ExactGeN does not support")
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in vars(trainer)["callbacks"]):
+        raise ValueError("StochasticWeightAveraging sets its own learning rates; use it or ExactGeN, not both")

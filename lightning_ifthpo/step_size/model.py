@@ -103,37 +103,42 @@ def three_point_model(
         loss: Callable without arguments that returns the scalar loss, or (loss, outputs).
         parameters: The tensors w.
         direction: ω, shaped like the parameters; None for zeros.
-        step: α; made longer where rounding of the losses would drown their second difference, so that
-            α‖ω‖ is at least cbrt(machine epsilon) · max(1, ‖w‖).
+        step: α; made longer where rounding of the losses would drown their second difference, so that α‖ω‖ is at least
+            cbrt(machine epsilon) · max(1, ‖w‖). Where none is given, up to a hundred times as long, until the second
+            difference shows.
 
-    Cost: three forward passes, and one extra copy of the parameters.
+    Cost: three forward passes, where no step is given up to nine, and one extra copy of the parameters.
 
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> model = three_point_model(lambda: (w**2).sum(), [w], [torch.tensor([2.0, 4.0])], step=0.5)
     >>> round(model.slope, 4), round(model.curvature, 4)
     (20.0, 40.0)
     """
-    space = ParameterSpace(parameters)
-    omega = space.flatten(direction)
-    length = float(torch.linalg.vector_norm(omega))
+    tensors = ParameterSpace(parameters).tensors
+    length = math.sqrt(sum(float(along.square().sum()) for along in direction if along is not None))
     if length == 0.0 or not math.isfinite(length):
         return DirectionalModel(length, length, length)
-    shortest = torch.finfo(space.dtype).eps ** (1 / 3) * max(1.0, float(torch.linalg.vector_norm(space.values)))
-    state = RandomState(space.device)
-    originals = [tensor.detach().clone() for tensor in space.tensors]
+    reach = max(1.0, math.sqrt(sum(float(tensor.detach().square().sum()) for tensor in tensors)))
+    roughest = max((tensor.dtype for tensor in tensors), key=lambda dtype: torch.finfo(dtype).eps)
+    shortest = torch.finfo(roughest).eps ** (1 / 3) * reach / length
+    state = RandomState(tensors[0].device)
+    originals = [tensor.detach().clone() for tensor in tensors]
 
     def loss_at(alpha: float) -> float:
-        _place(space.tensors, originals, direction, alpha)
+        _place(tensors, originals, direction, alpha)
         with state.replayed():
             value, _ = loss_and_outputs(loss())
         check_loss(value, "the loss")
         return value.item()
 
     try:
-        alpha = max(step, shortest / length)
-        return fitted_model(loss_at, [-alpha, 0.0, alpha], squared_length=length**2, dtype=space.dtype)
+        for alpha in [max(step, shortest)] if step else [shortest, 10.0 * shortest, 100.0 * shortest]:
+            model = fitted_model(loss_at, [-alpha, 0.0, alpha], squared_length=length**2, dtype=roughest)
+            if model.curvature != 0.0:
+                break
+        return model
     finally:
-        _place(space.tensors, originals, direction, 0.0)
+        _place(tensors, originals, direction, 0.0)
 
 
 def fitted_model(

@@ -13,7 +13,9 @@ _START = 0.003  # of the smallest optimal step seen: from ten times as much, som
 _FIRST = 3  # probes that decide on the start; a single one is off by a factor of five now and then
 _WINDOW = 16  # probes
 _RESTED = 8  # probes without growth that make a rate settled
-_GROWTH = 1.08  # per optimizer step: slower than curvature answers (some ten steps), also through momentum of 0.9
+_GROWTH = (
+    1.08  # per probe, one at each step: slower than curvature answers (some ten steps), also through momentum of 0.9
+)
 _SHRINKAGE = 1.25
 _ENOUGH = 4  # probes to judge a rate by, after it has shrunk
 # per probe, and growth of a settled rate: more than what shrinking by mistake takes away (4 % of the windows)
@@ -25,12 +27,13 @@ class AveragedRule:
 
     The slope n and curvature d along each probed update are seen on a batch that did not produce it. Over the last
     sixteen probes, the mean of n − ηd is the slope where the step of length η ends, and the mean of ηn − η²d/2 what the
-    step gains. The rate grows while the slope at the end is positive by one standard error, by 8 % a step until it has
-    settled and 1 % a probe from then on, and the slower the nearer it is to mean(n)/mean(d), which it never passes; it
-    shrinks by a fifth, and forgets what it saw, when the gain is negative by two. Between the two it rests, and
-    recovers by 1 % a probe towards the highest rate it has had: there lies the stationary state of noisy descent, in
-    which the gain is zero whatever the rate, so that any rule that follows n/d must collapse or explode. Probes are
-    weighed by 1/‖ω‖².
+    step gains. The rate grows while the slope at the end is positive by one standard error, by 8 % a probe until it has
+    settled and by 1 % from then on, and the slower the nearer it is to mean(n)/mean(d), which it never passes; it
+    shrinks by a fifth, and forgets what it saw, when the gain is negative by two, and for the sake of the curvature:
+    where the slope alone is as negative, as with very few batches in a fixed order, a shorter step is no better.
+    Between the two it rests, and recovers by 1 % a probe towards the highest rate it has had: there lies the stationary
+    state of noisy descent, in which the gain is zero whatever the rate, so that any rule that follows n/d must collapse
+    or explode. Probes are weighed by 1/‖ω‖².
 
     The first rate is 0.003 of the smallest n/d of three probes; no rate has to be given.
 
@@ -41,7 +44,7 @@ class AveragedRule:
     Attributes:
         lr: The rate; None before the first probe.
         settled: Whether eight probes in a row have asked for no growth to speak of.
-        refused: Probes that were not finite or had no length, and were not used.
+        refused: Probes that were not finite, and were not used.
     """
 
     def __init__(self, lr_min: float = 1e-8, lr_max: float = 10.0) -> None:
@@ -55,15 +58,11 @@ class AveragedRule:
         self._resting = 0
         self.settled = False
 
-    def observe(self, model: DirectionalModel, steps: int) -> bool:
-        """Changes the rate by what a probe shows, and returns whether it was used.
-
-        Args:
-            model: Slope and curvature along an update.
-            steps: Optimizer steps since the last probe.
-        """
-        if not model.is_finite or model.squared_length == 0.0:
+    def observe(self, model: DirectionalModel) -> bool:
+        """Changes the rate by what a probe shows, slope and curvature along an update; returns whether it was used."""
+        if not model.is_finite:
             self.refused += 1
+        if not model.is_finite or model.squared_length == 0.0:
             return False
         slope, curvature = model.slope / model.squared_length, model.sharpness
         self._probes.append((slope, curvature))
@@ -71,7 +70,7 @@ class AveragedRule:
         if self._count <= _FIRST:
             self._begin(slope, curvature)
         else:
-            self._follow(steps)
+            self._follow()
         return True
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,19 +100,19 @@ class AveragedRule:
         start = _START * self._smallest if math.isfinite(self._smallest) else 0.0
         self._set(start if self.lr is None else min(start, self.lr * _GROWTH))
 
-    def _follow(self, steps: int) -> None:
+    def _follow(self) -> None:
         assert self.lr is not None
         lr, count = self.lr, len(self._probes)
         if count < _FIRST:
             return
         ends = [slope - lr * curvature for slope, curvature in self._probes]
         gains = [slope - lr * curvature / 2 for slope, curvature in self._probes]
+        slope, curvature = (fmean(values) for values in zip(*self._probes, strict=True))
         if fmean(ends) > _standard_error(ends):
-            curvature = fmean(curvature for _, curvature in self._probes)
-            best = fmean(slope for slope, _ in self._probes) / curvature if curvature > 0.0 else math.inf
-            growth = _RECOVERY if self.settled else _GROWTH**steps
+            best = slope / curvature if curvature > 0.0 else math.inf
+            growth = _RECOVERY if self.settled else _GROWTH
             self._set(min(lr * growth ** (1.0 - lr / best), best))
-        elif count >= _ENOUGH and fmean(gains) < -2 * _standard_error(gains):
+        elif count >= _ENOUGH and fmean(gains) < -2 * _standard_error(gains) and lr * curvature / 2 > -slope:
             self._set(lr / _SHRINKAGE)
             self._probes.clear()
         else:
@@ -152,7 +151,7 @@ class PublishedRule:
         self._bounds = (lr_min, lr_max)
         self._smoothing = smoothing
 
-    def observe(self, model: DirectionalModel, steps: int) -> bool:
+    def observe(self, model: DirectionalModel) -> bool:
         """Changes the rate by what a probe shows, and returns whether it was used."""
         step = model.optimal_step
         low, high = self._bounds

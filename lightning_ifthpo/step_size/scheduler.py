@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import torch
@@ -22,6 +23,7 @@ from lightning_ifthpo.step_size.rules import AveragedRule, PublishedRule
 
 DirectionalCurvature: TypeAlias = Literal["three_point"] | Curvature
 DIRECTIONAL_CURVATURES: tuple[str, ...] = ("three_point", *get_args(Curvature))
+_Change: TypeAlias = list[tuple[Tensor, Tensor]]  # parameters and a tensor for each
 
 
 class _Rule(Protocol):
@@ -31,7 +33,7 @@ class _Rule(Protocol):
     @property
     def settled(self) -> bool: ...
 
-    def observe(self, model: DirectionalModel, steps: int) -> bool: ...
+    def observe(self, model: DirectionalModel) -> bool: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -46,7 +48,8 @@ class ExactGeNLR(LRScheduler):
 
     Now and then, and on every step until the rate has settled, the optimizer makes its step at a rate of one, so that
     its update ω with all its momentum, preconditioning, decay and clipping can be read off and be applied with the
-    rate that is wanted; the state of the optimizer advances once. `probe` then takes slope and curvature along ω. The
+    rate that is wanted; the state of the optimizer advances once. During such a step `param_groups[...]["lr"]` reads
+    one, or what the groups' rates are to each other. `probe` then takes slope and curvature along ω. The
     initial rates of the groups count only in relation to each other.
 
     Call `probe` with the loss of each batch before `optimizer.step()`, and `step()` after it:
@@ -115,11 +118,16 @@ class ExactGeNLR(LRScheduler):
             final_decay=final_decay,
             per_group=per_group,
         )
+        if total_steps is not None:
+            require_at_least("total_steps", total_steps, 1)
         check_linear_in_lr(optimizer)
-        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        # a warm-up that is being replaced has already set the rates themselves to zero
+        rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
         highest = max(rates)
         self._multipliers = [1.0 if per_group or not highest else rate / highest for rate in rates]
-        self._rules = [_RULES[rule](lr_min, lr_max) for _ in (rates if per_group else [highest])]
+        self._make_rule = partial(_RULES[rule], lr_min, lr_max)
+        self._per_group = per_group
+        self._rules = [self._make_rule() for _ in (rates if per_group else [highest])]
         self.total_steps = total_steps
         self._every = every_n_steps
         self._on_same_batch = probe == "same_batch"
@@ -127,10 +135,9 @@ class ExactGeNLR(LRScheduler):
         self._final_decay = final_decay
         self._loss: Callable[[], LossValue] | None = None
         self._context: Callable[[], AbstractContextManager[object]] = nullcontext
-        self._before: list[Tensor] | None = None
-        self._update: list[Tensor] | None = None
+        self._before: _Change | None = None
+        self._update: _Change | None = None
         self._applied = [0.0] * len(self._rules)
-        self._probed_step = 0
         self.looks = 0
         self.models: list[DirectionalModel] = []
         self.accepted = True
@@ -164,8 +171,10 @@ class ExactGeNLR(LRScheduler):
 
         Args:
             loss: Callable without arguments that returns the scalar loss.
-            context: Makes a context manager in which the loss is evaluated and differentiated.
+            context: Makes a context manager in which the loss is evaluated and differentiated. Use it to undo what an
+                evaluation changes beside the weights: running statistics of BatchNorm, random numbers, metrics.
         """
+        self._adopt_new_groups()
         self._loss, self._context = loss, context
         if self._update is not None:
             update, self._update = self._update, None
@@ -174,53 +183,76 @@ class ExactGeNLR(LRScheduler):
 
     def step(self, epoch: int | None = None) -> None:
         """Counts an optimizer step, also one that a loss scaler has skipped, and sets the rates of the next."""
+        self._adopt_new_groups()
         self.last_epoch += 1
         self._last_lr = self.get_lr()
         self._set_rates(self._last_lr)
 
     def get_lr(self) -> list[float | Tensor]:
         """Returns the rate of each group."""
-        groups = zip(self._per_group(self._rates()), self._multipliers, strict=True)
-        return [rate * multiplier for rate, multiplier in groups]
+        rates = self._rates()
+        return [rates[self._rule_of(index)] * multiplier for index, multiplier in enumerate(self._multipliers)]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all that changes, as tensors and plain numbers."""
         return {
             "last_epoch": self.last_epoch,
             "multipliers": self._multipliers,
-            "rules": [rule.state_dict() for rule in self._rules],
-            "update": self._update,
+            "rules": [{"name": type(rule).__name__} | rule.state_dict() for rule in self._rules],
+            "update": None if self._update is None else [moved for _, moved in self._update],
             "applied": self._applied,
-            "probed_step": self._probed_step,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a state."""
+        """Goes on from a state.
+
+        Raises:
+            ValueError: If it is that of another scheduler, or of other options.
+        """
+        names = [rule.get("name") for rule in state_dict.get("rules", [])]
+        if names != [type(rule).__name__ for rule in self._rules]:
+            raise ValueError(
+                f"the checkpoint holds the state of {names or 'another scheduler'}, and this ExactGeN has the rules "
+                f"{[type(rule).__name__ for rule in self._rules]}; resume with the options of the run that wrote it"
+            )
         self.last_epoch = state_dict["last_epoch"]
         self._multipliers = state_dict["multipliers"]
         for rule, state in zip(self._rules, state_dict["rules"], strict=True):
             rule.load_state_dict(state)
-        self._update = state_dict["update"]
-        self._applied, self._probed_step = state_dict["applied"], state_dict["probed_step"]
+        update = state_dict["update"]
+        if update is not None:
+            pairs = zip(self._trainable(), update, strict=True)
+            self._update = [(parameter, moved.to(parameter.device)) for parameter, moved in pairs]
+        self._applied = state_dict["applied"]
         self._set_rates(self.get_lr())
 
     def detach(self) -> None:
-        """Leaves the optimizer alone from now on, at the present rate."""
+        """Leaves the optimizer alone from now on, at the present rate, and forgets losses and data."""
         for hook in self._hooks:
             hook.remove()
         self._set_rates(self.get_lr())
+        self._loss, self._context, self._update = None, nullcontext, None
 
     @property
     def _has_rates(self) -> bool:
-        return all(rule.lr is not None for rule in self._rules)
+        return any(rule.lr is not None for rule in self._rules)
 
     def _rates(self) -> list[float]:
         """Returns what each rule wants of the step that comes, after decay."""
         return [(rule.lr or 0.0) * self._decay() for rule in self._rules]
 
-    def _per_group(self, values: list[float]) -> list[float]:
-        """Returns a value for each parameter group from one for each rule."""
-        return values if len(values) == len(self._multipliers) else values * len(self._multipliers)
+    def _rule_of(self, group: int) -> int:
+        """Returns which rule a parameter group follows."""
+        return group if self._per_group else 0
+
+    def _adopt_new_groups(self) -> None:
+        """Takes over groups that were added during training, in the relation of their rate to the highest of now."""
+        present = max(float(rate) for rate in self.get_lr())
+        for group in self.optimizer.param_groups[len(self._multipliers) :]:
+            self._multipliers.append(1.0 if self._per_group or not present else float(group["lr"]) / present)
+            if self._per_group:
+                self._rules.append(self._make_rule())
+                self._applied.append(0.0)
 
     def _decay(self) -> float:
         """Returns the factor of the final decay; one before it."""
@@ -230,12 +262,14 @@ class ExactGeNLR(LRScheduler):
         return min(1.0, max(left, 0.0))
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        self._adopt_new_groups()
         due = self.last_epoch % self._every == 0 or not all(rule.settled for rule in self._rules)
         # the decay is not to be undone, nor is there anything to gain from looking on
         if not self._has_rates or (due and self._decay() == 1.0):
-            self._before = [parameter.detach().clone() for group in self._parameters() for parameter in group]
+            self._before = [(parameter, parameter.detach().clone()) for parameter in self._trainable()]
             self._set_rates(self._multipliers)
         else:
+            self._before = None
             self._set_rates(self.get_lr())  # whatever an interrupted step has left behind
 
     @torch.no_grad()
@@ -243,8 +277,7 @@ class ExactGeNLR(LRScheduler):
         if self._before is None:
             return
         update, self._before = self._before, None
-        groups = self._parameters()
-        for parameter, value in zip([parameter for group in groups for parameter in group], update, strict=True):
+        for parameter, value in update:
             moved = value - parameter
             parameter.copy_(value)
             value.copy_(moved)
@@ -253,27 +286,24 @@ class ExactGeNLR(LRScheduler):
                 raise RuntimeError("ExactGeNLR needs a loss to look at: call probe(loss) before optimizer.step()")
             self._look(update, [0.0] * len(self._rules))
         self._applied = self._rates()
-        updates = iter(update)
-        for group, rate in zip(groups, self._per_group(self._applied), strict=True):
-            for parameter in group:
-                parameter.sub_(next(updates), alpha=rate)
+        for part, rate in zip(self._parts(update), self._applied, strict=True):
+            for parameter, moved in part:
+                parameter.sub_(moved, alpha=rate)
         self._update = None if self._on_same_batch else update
         self._set_rates(self.get_lr())
 
-    def _look(self, update: list[Tensor], applied: list[float]) -> None:
+    def _look(self, update: _Change, applied: list[float]) -> None:
         """Shows each rule the loss along its update, as seen from where it began, `applied` times the update ago."""
-        assert self._loss is not None
-        groups = self._parameters()
-        parts = groups if len(self._rules) > 1 else [[parameter for group in groups for parameter in group]]
-        updates, models = iter(update), []
-        with torch.enable_grad(), self._context():
-            for part, rate, rule in zip(parts, applied, self._rules, strict=True):
-                direction = [next(updates) for _ in part]
-                models.append(self._model(part, direction, rate or rule.lr or 0.0).at(-rate))
-        steps = max(self.last_epoch - self._probed_step, 1)
         self.looks += 1
-        used = [rule.observe(model, steps) for rule, model in zip(self._rules, models, strict=True)]
-        self.models, self.accepted, self._probed_step = models, all(used), self.last_epoch
+        self.models, used = [], []
+        for part, rate, rule in zip(self._parts(update), applied, self._rules, strict=True):
+            model = DirectionalModel(0.0, 0.0, 0.0)
+            if part:
+                with torch.enable_grad(), self._context():
+                    model = self._model([parameter for parameter, _ in part], [moved for _, moved in part], rate)
+            self.models.append(model.at(-rate))
+            used.append(rule.observe(self.models[-1]))
+        self.accepted = any(used)
 
     def _model(self, parameters: list[Tensor], direction: list[Tensor], step: float) -> DirectionalModel:
         assert self._loss is not None
@@ -281,9 +311,18 @@ class ExactGeNLR(LRScheduler):
             return three_point_model(self._loss, parameters, direction, step=step)
         return directional_model(self._loss, parameters, direction, curvature=self._curvature)
 
-    def _parameters(self) -> list[list[Tensor]]:
-        """Returns the trainable parameters of each group."""
-        return [[tensor for tensor in group["params"] if tensor.requires_grad] for group in self.optimizer.param_groups]
+    def _trainable(self) -> list[Tensor]:
+        groups = self.optimizer.param_groups
+        return [tensor for group in groups for tensor in group["params"] if tensor.requires_grad]
+
+    def _parts(self, change: _Change) -> list[_Change]:
+        """Returns what of a change belongs to each rule."""
+        parts: list[_Change] = [[] for _ in self._rules]
+        groups = enumerate(self.optimizer.param_groups)
+        rules = {id(tensor): self._rule_of(index) for index, group in groups for tensor in group["params"]}
+        for parameter, value in change:
+            parts[rules[id(parameter)]].append((parameter, value))
+        return parts
 
     def _set_rates(self, rates: Sequence[float | Tensor]) -> None:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
@@ -313,6 +352,8 @@ def check_options(
         raise ValueError(f"expected 0 < lr_min <= lr_max < infinity, got {lr_min} and {lr_max}")
     if not 0.0 <= final_decay <= 1.0:
         raise ValueError(f"expected 0 <= final_decay <= 1, a fraction of the run, got {final_decay}")
+    if not isinstance(per_group, bool):
+        raise ValueError(f"expected per_group to be true or false, got {per_group!r}")
     if per_group and probe == "same_batch":
         raise ValueError(
             "per_group=True needs probe='next_batch': where a step began, groups do not see yet what the others will do"
@@ -322,18 +363,20 @@ def check_options(
 def check_linear_in_lr(optimizer: Optimizer) -> None:
     """Raises ValueError unless an optimizer's update is proportional to its learning rate.
 
-    Tried out on a few numbers, by an optimizer of the same class with the same options: the third step is made at
-    two rates. No list of names is needed.
+    Tried out on a small matrix, by an optimizer of the same class with the same options: the third step is made at two
+    rates, one of them that at which updates are read off. No list of names is needed.
     """
     name = type(optimizer).__name__
+    if any(group.get("maximize") for group in optimizer.param_groups):
+        raise ValueError(f"ExactGeN lowers a loss, and this {name} maximizes; minimize the negative instead")
     try:
-        once, twice = (_third_update(optimizer, rate) for rate in (0.01, 0.02))
+        small, full = (_third_update(optimizer, rate) for rate in (0.01, 1.0))
     except Exception as error:
         raise ValueError(
             f"ExactGeN needs an optimizer whose step can be repeated at another learning rate, and {name} cannot: "
             f"{type(error).__name__}: {error}"
         ) from error
-    if not torch.allclose(2 * once, twice, rtol=1e-6, atol=1e-12) or not bool(once.any()):
+    if not torch.allclose(100 * small, full, rtol=1e-6, atol=1e-12) or not bool(small.any()):
         raise ValueError(
             f"ExactGeN needs an optimizer whose update is linear in its learning rate, and that of {name} is not: "
             "use SGD, Adam, AdamW or their likes"
@@ -342,7 +385,7 @@ def check_linear_in_lr(optimizer: Optimizer) -> None:
 
 def _third_update(optimizer: Optimizer, rate: float) -> Tensor:
     """Returns the third update of a twin of the optimizer, the last step made at a given rate."""
-    weight = torch.linspace(0.5, 1.5, 4, dtype=torch.float64).requires_grad_()
+    weight = torch.linspace(0.5, 1.5, 4, dtype=torch.float64).view(2, 2).requires_grad_()
     accepted = inspect.signature(type(optimizer).__init__).parameters
     rejected = ("lr", "params", "fused", "foreach", "capturable", "differentiable")
     options = {
@@ -352,7 +395,7 @@ def _third_update(optimizer: Optimizer, rate: float) -> Tensor:
     }
     twin = type(optimizer)([weight], **({"lr": 0.01} | options))
     for step, gradient in enumerate((0.3, -0.7, 0.4)):
-        weight.grad = gradient * torch.linspace(1.0, 2.0, 4, dtype=torch.float64)
+        weight.grad = gradient * torch.linspace(1.0, 2.0, 4, dtype=torch.float64).view(2, 2)
         if step == 2:
             twin.param_groups[0]["lr"] = rate
         before = weight.detach().clone()
