@@ -24,9 +24,18 @@ QUICK = {
     "edge_of_stability": ["--fraction", "0.02"],
     "callback_overhead": ["--steps", "20", "--models", "perceptron"],
     "learning_rate_free": ["--optimizers", "SGD"],
+    "distill_dataset": ["--seeds", "0", "--steps", "500"],
+    "compare_inversions": ["--models", "logistic regression", "--unroll", "20"],
     "compare_estimators": ["--settings", "A", "--optimizers", "sgd", "--points", "1", "--unroll", "20"],
 }
-PICTURES = {"clean_noisy_labels", "tune_weight_decay", "edge_of_stability", "learning_rate_free"}
+PICTURES = {
+    "clean_noisy_labels",
+    "tune_weight_decay",
+    "edge_of_stability",
+    "learning_rate_free",
+    "distill_dataset",
+    "compare_inversions",
+}
 
 
 def test_every_example_is_tested():
@@ -60,3 +69,16 @@ def test_training_runs_at_the_edge_of_stability(tmp_path, capsys):
     result = load("edge_of_stability").main(["--output", str(tmp_path)])
     assert result["gradient_descent"]["measured"] == pytest.approx(1.0, abs=0.05)
     assert result["adam"]["measured"] == pytest.approx(1.0, abs=0.1)
+
+
+def test_inversions_are_as_good_as_their_price(tmp_path):
+    """At the optimum of logistic regression: conjugate gradients are exact, and KFAC is better than the identity."""
+    result = load("compare_inversions").main(
+        ["--models", "logistic regression", "--unroll", "5", "--output", str(tmp_path)]
+    )
+    cosines = [
+        result[f"logistic regression, {name}, at the optimum"]["measured"] for name in ("identity", "KFAC", "CG 20")
+    ]
+    assert cosines == sorted(cosines)
+    assert cosines[0] < 0.9 < 0.97 < cosines[1]
+    assert cosines[2] == 1.0

@@ -51,6 +51,15 @@ def test_decay_is_bounded_whatever_lambda_is():
         assert math.isfinite(float(decay().detach()))
 
 
+@pytest.mark.parametrize("value", [-1e4, -100.0, 100.0, 1e4])
+def test_the_gradient_of_decay_is_finite_whatever_lambda_is(value):
+    decay = WeightDecay(net(), initial=0.1, maximum=0.7).requires_grad_(True)
+    with torch.no_grad():
+        decay.log_decay[0].fill_(value)
+    (gradient,) = torch.autograd.grad(decay(), list(decay.parameters()))
+    assert torch.isfinite(gradient)
+
+
 def test_weights_follow_the_module_and_are_not_parameters_of_the_decay():
     module = net()
     decay = WeightDecay(module, initial=0.1)

@@ -363,14 +363,14 @@ def test_a_rate_that_hardly_grows_any_more_is_settled():
     assert 0.4 < rule.lr < 0.5
 
 
-def test_the_rate_does_not_shrink_where_a_shorter_step_is_no_better():
+def test_the_rate_does_not_collapse_where_a_shorter_step_is_no_better():
     """As with few batches in a fixed order, whose next slope is negative whatever the rate."""
     rule = AveragedRule()
     while not rule.settled:
         feed(rule, lambda _: 2.0, 4.0, 1)
     before = rule.lr
-    assert feed(rule, lambda _: -1.5, 4.0, 200) == pytest.approx(before, rel=0.02)
-    assert feed(rule, lambda _: -0.1, 4.0, 200) < before / 2
+    assert feed(rule, lambda _: -1.5, 4.0, 400) == pytest.approx(before / 4, rel=0.25)
+    assert feed(rule, lambda _: -0.01, 4.0, 400) < before / 8
 
 
 def test_a_probe_without_length_is_not_used_and_not_refused():

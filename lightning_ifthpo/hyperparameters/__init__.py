@@ -1,6 +1,18 @@
 """Ready-made hyperparameters: modules to register on a `BilevelLightningModule`."""
 
+from lightning_ifthpo.hyperparameters.augmentation import AugmentationNetwork, InputNoise
 from lightning_ifthpo.hyperparameters.decay import WeightDecay
+from lightning_ifthpo.hyperparameters.distilled import DistilledData
+from lightning_ifthpo.hyperparameters.losses import LabelSmoothing, LossWeights
 from lightning_ifthpo.hyperparameters.weighting import IndexedDataset, SampleWeights
 
-__all__ = ["IndexedDataset", "SampleWeights", "WeightDecay"]
+__all__ = [
+    "AugmentationNetwork",
+    "DistilledData",
+    "IndexedDataset",
+    "InputNoise",
+    "LabelSmoothing",
+    "LossWeights",
+    "SampleWeights",
+    "WeightDecay",
+]

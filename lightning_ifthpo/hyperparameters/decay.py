@@ -70,7 +70,8 @@ class WeightDecay(nn.Module):
 
     def decays(self) -> list[Tensor]:
         """Returns the decay of each weight tensor, shaped so that it broadcasts against it."""
-        decays = [1.0 / ((-log_decay).exp() + 1.0 / self.maximum) for log_decay in self.log_decay]
+        # as a sigmoid, whose derivative is finite whatever λ is
+        decays = [self.maximum * torch.sigmoid(log_decay - math.log(self.maximum)) for log_decay in self.log_decay]
         return decays * len(self.weights) if self.granularity == "global" else decays
 
     def forward(self) -> Tensor:

@@ -17,6 +17,7 @@ _GROWTH = (
     1.08  # per probe, one at each step: slower than curvature answers (some ten steps), also through momentum of 0.9
 )
 _SHRINKAGE = 1.25
+_FLOOR = 0.25  # of the highest rate, where a shorter step is no better
 _ENOUGH = 4  # probes to judge a rate by, after it has shrunk
 # per probe, and growth of a settled rate: more than what shrinking by mistake takes away (4 % of the windows)
 _RECOVERY = 1.01
@@ -29,11 +30,11 @@ class AveragedRule:
     sixteen probes, the mean of n − ηd is the slope where the step of length η ends, and the mean of ηn − η²d/2 what the
     step gains. The rate grows while the slope at the end is positive by one standard error, by 8 % a probe until it has
     settled and by 1 % from then on, and the slower the nearer it is to mean(n)/mean(d), which it never passes; it
-    shrinks by a fifth, and forgets what it saw, when the gain is negative by two, and for the sake of the curvature:
-    where the slope alone is as negative, as with very few batches in a fixed order, a shorter step is no better.
-    Between the two it rests, and recovers by 1 % a probe towards the highest rate it has had: there lies the stationary
-    state of noisy descent, in which the gain is zero whatever the rate, so that any rule that follows n/d must collapse
-    or explode. Probes are weighed by 1/‖ω‖².
+    shrinks by a fifth, and forgets what it saw, when the gain is negative by two. Where the curvature is not to blame,
+    because the slope alone is as negative (as with very few batches, of which the next knows the last one), it shrinks
+    to a quarter of its highest rate at most. Between the two it rests, and recovers by 1 % a probe towards the highest
+    rate it has had: there lies the stationary state of noisy descent, in which the gain is zero whatever the rate, so
+    that any rule that follows n/d must collapse or explode. Probes are weighed by 1/‖ω‖².
 
     The first rate is 0.003 of the smallest n/d of three probes; no rate has to be given.
 
@@ -112,7 +113,11 @@ class AveragedRule:
             best = slope / curvature if curvature > 0.0 else math.inf
             growth = _RECOVERY if self.settled else _GROWTH
             self._set(min(lr * growth ** (1.0 - lr / best), best))
-        elif count >= _ENOUGH and fmean(gains) < -2 * _standard_error(gains) and lr * curvature / 2 > -slope:
+        elif (
+            count >= _ENOUGH
+            and fmean(gains) < -2 * _standard_error(gains)
+            and (lr * curvature / 2 > -slope or lr > _FLOOR * self._highest)
+        ):
             self._set(lr / _SHRINKAGE)
             self._probes.clear()
         else:

@@ -1,0 +1,146 @@
+"""Learned changes of the training inputs; in eval mode inputs stay as they are."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class InputNoise(nn.Module):
+    """Adds Gaussian noise of learned scale: x + s ε with ε ~ N(0, I) and s = maximum · σ(λ).
+
+    Noise is drawn in training mode only, as dropout is: the inner loss sees it, the outer loss does not.
+
+    Args:
+        shape: Shape of s, which broadcasts against x: () for one scale, (C, 1, 1) for one for each channel.
+        initial: Each scale at the start, in (0, maximum), in the unit of x.
+        maximum: Upper bound of each scale.
+
+    Shape:
+        - x: any that `shape` broadcasts to.
+        - output: that of x.
+
+    Raises:
+        ValueError: If an argument is out of range; and, when called, if `shape` does not broadcast to that of x.
+        TypeError: If x, when called, is not floating-point.
+
+    >>> noise = InputNoise((3, 1, 1), initial=0.1)
+    >>> images = torch.zeros(2, 3, 28, 28)
+    >>> noise(images).shape
+    torch.Size([2, 3, 28, 28])
+    >>> torch.equal(noise.eval()(images), images)
+    True
+    """
+
+    def __init__(self, shape: tuple[int, ...] = (), *, initial: float = 0.1, maximum: float = 1.0) -> None:
+        super().__init__()
+        if not 0.0 < initial < maximum < math.inf:
+            raise ValueError(f"expected 0 < initial < maximum < inf, got initial={initial!r} and maximum={maximum!r}")
+        if any(size < 1 for size in shape):
+            raise ValueError(f"expected a shape of positive sizes, got {shape}")
+        self.maximum = maximum
+        start = math.log(initial / (maximum - initial))
+        self.logits = nn.Parameter(torch.full(shape, start), requires_grad=False)
+
+    def scales(self) -> Tensor:
+        """Returns s, of the shape given."""
+        return self.maximum * self.logits.sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x with noise in training mode, and x itself in eval mode."""
+        self._check(x)
+        return x + self.scales().to(x.dtype) * torch.randn_like(x) if self.training else x
+
+    def _check(self, x: Tensor) -> None:
+        if not x.is_floating_point():
+            raise TypeError(f"expected a floating-point input, got {x.dtype}; convert it before noise is added")
+        shape = self.logits.shape
+        pairs = zip(reversed(shape), reversed(x.shape), strict=False)
+        if len(shape) > x.ndim or any(size not in (1, wanted) for size, wanted in pairs):
+            raise ValueError(f"scales of shape {tuple(shape)} do not broadcast to an input of shape {tuple(x.shape)}")
+
+
+class AugmentationNetwork(nn.Module):
+    """A small U-Net that changes training images, as in Lorraine, Vicol, Duvenaud (2019): x + maximum · tanh U(x, ε).
+
+    ε ~ N(0, I), drawn anew for each image and pixel, enters as further channels, so that one image has many versions.
+    The last convolution starts at zero, and the network as the identity. No pixel ever moves by more than `maximum`;
+    GroupNorm keeps what is inside from growing with the weights, and lets no image see another, as BatchNorm would. In
+    eval mode, and so in the outer loss, images stay as they are.
+
+    Args:
+        channels: Channels of the images.
+        width: Channels at full resolution; they double with each halving of the resolution.
+        depth: How often the resolution is halved, by convolutions of stride two.
+        noise_channels: Channels of ε; 0 for a change without chance.
+        maximum: Bound of the change of each pixel, in the unit of x; one suits images of unit variance.
+
+    Shape:
+        - x: [B, channels, H, W], of any height and width.
+        - output: that of x.
+
+    Raises:
+        ValueError: If an argument is out of range; and, when called, if x is not [B, channels, H, W].
+
+    >>> augment = AugmentationNetwork(1, width=8)
+    >>> images = torch.rand(2, 1, 28, 28)
+    >>> torch.equal(augment(images), images)
+    True
+    >>> _ = nn.init.normal_(augment.last.weight)
+    >>> torch.equal(augment(images), images), torch.equal(augment.eval()(images), images)
+    (False, True)
+    """
+
+    def __init__(
+        self, channels: int = 1, *, width: int = 16, depth: int = 2, noise_channels: int = 1, maximum: float = 1.0
+    ) -> None:
+        super().__init__()
+        # one channel has nothing to normalize over in an image of one pixel
+        for name, value, least in (
+            ("channels", channels, 1),
+            ("width", width, 2),
+            ("depth", depth, 1),
+            ("noise_channels", noise_channels, 0),
+        ):
+            if value < least:
+                raise ValueError(f"expected {name} >= {least}, got {value}")
+        if not 0.0 < maximum < math.inf:
+            raise ValueError(f"expected 0 < maximum < inf, got {maximum!r}")
+        self.channels = channels
+        self.noise_channels = noise_channels
+        self.maximum = maximum
+        levels = list(itertools.pairwise(width * 2**level for level in range(depth + 1)))
+        self.first = _block(channels + noise_channels, width)
+        self.down = nn.ModuleList(_block(fine, coarse, stride=2) for fine, coarse in levels)
+        self.up = nn.ModuleList(_block(coarse + fine, fine) for fine, coarse in reversed(levels))
+        self.last = nn.Conv2d(width, channels, kernel_size=1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns changed images in training mode, and x itself in eval mode."""
+        if x.ndim != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"expected images of shape [B, {self.channels}, H, W], got {tuple(x.shape)}")
+        return x + self.maximum * self._change(x).tanh() if self.training else x
+
+    def _change(self, x: Tensor) -> Tensor:
+        noise = torch.randn(len(x), self.noise_channels, *x.shape[2:], device=x.device, dtype=x.dtype)
+        features = [self.first(torch.cat([x, noise], dim=1))]
+        for down in self.down:
+            features.append(down(features[-1]))
+        h = features.pop()
+        for up in self.up:
+            skip = features.pop()
+            h = up(torch.cat([F.interpolate(h, size=skip.shape[2:]), skip], dim=1))
+        return self.last(h)  # type: ignore[no-any-return]
+
+
+def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    """A convolution, a norm of each image by itself, and an activation that can be differentiated twice."""
+    convolution = nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1)
+    return nn.Sequential(convolution, nn.GroupNorm(1, outputs), nn.SiLU())
