@@ -54,10 +54,10 @@ EXPECTED: dict[str, tuple[float, float]] = {
     "IFTHypergradient()": (3.01, 2.82),
     "SharpnessMonitor(100, max_overhead=None)": (1.22, 1.29),
     "SharpnessMonitor()": (1.03, 1.01),
-    "ExactGeN()": (1.3, 1.82),
-    "ExactGeN(1)": (2.87, 3.9),
-    "ExactGeN(curvature='hessian')": (1.3, 1.82),
-    "ExactGeN(curvature='gauss_newton')": (1.3, 1.82),
+    "ExactGeN()": (1.29, 1.4),
+    "ExactGeN(1)": (1.94, 2.23),
+    "ExactGeN(curvature='hessian')": (1.4, 1.8),
+    "ExactGeN(curvature='gauss_newton')": (1.38, 1.42),
 }
 
 

@@ -7,10 +7,11 @@ gradient of the outer loss through all of the training that is left.
 
 The slides of Lorraine, Vicol and Duvenaud (2019, Fig. 5) report that KFAC does well on logistic regression, and that it
 brought no improvement on deep networks; the code behind them lays its factors out otherwise than the vector they are
-applied to. The KFAC here, of curvlinops, is correct (`pip install lightning_ifthpo[kfac]`).
+applied to. A correct KFAC, of curvlinops (`pip install lightning_ifthpo[kfac]`), confirms the first, and improves on
+the identity with a hidden layer too: as much as a hundred Neumann terms do, for the price of a few gradients.
 
 Run:
-    python examples/compare_inversions.py           # a minute on two cores
+    python examples/compare_inversions.py           # three minutes on two cores
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 # Cosine with the exact hypergradient at the optimum, and on the way to it after 50 steps.
 EXPECTED: dict[str, dict[str, tuple[float, float]]] = {
-    "logistic regression": {"identity": (0.0, 0.0), "CG 20": (0.0, 0.0), "KFAC": (0.0, 0.0)},
-    "hidden layer": {"identity": (0.0, 0.0), "CG 20": (0.0, 0.0), "KFAC": (0.0, 0.0)},
+    "logistic regression": {"identity": (0.84, 0.86), "CG 20": (1.0, 0.98), "KFAC": (0.98, 0.96)},
+    "hidden layer": {"identity": (0.21, 0.44), "CG 20": (0.51, 0.55), "KFAC": (0.39, 0.55)},
 }
 
 
