@@ -8,7 +8,7 @@ Prodigy (`pip install prodigyopt`, with the cosine schedule that its authors rec
 
 Run:
     python examples/learning_rate_free.py                            # digits, one seed, half a minute on two cores
-    python examples/learning_rate_free.py --full --seeds 0 1 2       # all data, starts and grids: half an hour on one core
+    python examples/learning_rate_free.py --full --seeds 0 1 2       # all data and grids: half an hour on one core
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Method = Literal["constant", "cosine", "ExactGeN", "AutoGeN", "Prodigy"]
 NETS: dict[str, Callable[[], nn.Module]] = {
     "digits": lambda: perceptron(64),
     "MNIST": lambda: perceptron(784),
-    "MNIST, convolutions": lambda: nn.Sequential(
+    "convolutions": lambda: nn.Sequential(
         nn.Unflatten(1, (1, 28, 28)),
         *(nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
         *(nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
@@ -62,9 +62,9 @@ EXPECTED = {
     "MNIST/SGD": -0.13,
     "MNIST/momentum": -0.3,
     "MNIST/AdamW": -0.5,
-    "MNIST, convolutions/SGD": -1.07,
-    "MNIST, convolutions/momentum": -0.2,
-    "MNIST, convolutions/AdamW": -0.46,
+    "convolutions/SGD": -1.07,
+    "convolutions/momentum": -0.2,
+    "convolutions/AdamW": -0.46,
 }
 PACKAGES = {"AutoGeN": "GeN", "Prodigy": "prodigyopt"}
 
