@@ -177,10 +177,8 @@ class _Update:
                 **({"differentiable": True} | self._required()),
             )
             kept = dict(zip(state.tensors, inputs[2 * count :], strict=True))
-            for index, tensor in enumerate(after):
-                for key, value in (kept | state.others).items():
-                    if key[0] == index:
-                        twin.state[tensor][key[1]] = value.clone() if isinstance(value, Tensor) else value
+            for (index, name), value in (kept | state.others).items():
+                twin.state[after[index]][name] = value.clone() if isinstance(value, Tensor) else value
             twin.step()
         entries = [
             ((index, name), value) for index, tensor in enumerate(after) for name, value in twin.state[tensor].items()

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 
 from lightning_ifthpo.callbacks.evaluation import Losses, copied, evaluating
 from lightning_ifthpo.callbacks.logging import log_metrics
-from lightning_ifthpo.callbacks.preflight import check_precision, check_single_device, is_half
+from lightning_ifthpo.callbacks.preflight import check_precision, check_real_weights, check_single_device, is_half
 from lightning_ifthpo.checks import require_choice
 from lightning_ifthpo.step_size import ExactGeNLR
 from lightning_ifthpo.step_size.scheduler import DIRECTIONAL_CURVATURES, DirectionalCurvature, check_options
@@ -177,7 +177,6 @@ def _check(trainer: L.Trainer, module: L.LightningModule) -> None:
     optimizers = [optimizer for optimizer in trainer.optimizers if optimizer.param_groups]
     if len(optimizers) != 1:
         raise ValueError(f"ExactGeN chooses the rate of one optimizer, and there are {len(optimizers)}")
-    if any(parameter.is_complex() for parameter in module.parameters()):
-        raise ValueError(f"{type(module).__name__} has complex weights, which ExactGeN does not support")
+    check_real_weights(module, module.parameters())
     if any(isinstance(callback, StochasticWeightAveraging) for callback in vars(trainer)["callbacks"]):
         raise ValueError("StochasticWeightAveraging sets its own learning rates; use it or ExactGeN, not both")

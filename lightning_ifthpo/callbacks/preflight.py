@@ -64,9 +64,14 @@ def check_observed(trainer: L.Trainer, module: Any, top_k: int) -> None:
     size = math.inf if any(map(is_lazy, weights)) else sum(weight.numel() for weight in weights)
     if top_k > size:
         raise ValueError(f"top_k={top_k} eigenvalues are asked for, and {name} has {size} trainable weights")
-    if any(weight.is_complex() for weight in weights):
-        raise ValueError(f"{name} has complex weights, whose curvature is not supported")
+    check_real_weights(module, weights)
     check_repeatable(module)
+
+
+def check_real_weights(module: Any, weights: Iterable[Tensor]) -> None:
+    """Raises ValueError if some of a module's weights are complex."""
+    if any(weight.is_complex() for weight in weights):
+        raise ValueError(f"{type(module).__name__} has complex weights, whose curvature is not supported")
 
 
 def check_repeatable(module: Any) -> None:

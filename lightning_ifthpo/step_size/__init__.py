@@ -1,5 +1,6 @@
 """Learning rates from slope and curvature along the update: the generalized Newton's method (GeN)."""
 
+from lightning_ifthpo.step_size.linearity import check_linear_in_lr
 from lightning_ifthpo.step_size.model import (
     DirectionalModel,
     directional_model,
@@ -9,7 +10,7 @@ from lightning_ifthpo.step_size.model import (
     three_point_model,
 )
 from lightning_ifthpo.step_size.rules import AveragedRule, PublishedRule
-from lightning_ifthpo.step_size.scheduler import ExactGeNLR, check_linear_in_lr
+from lightning_ifthpo.step_size.scheduler import ExactGeNLR
 
 __all__ = [
     "AveragedRule",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightning_ifthpo.checks import require_at_least, require_choice
 from lightning_ifthpo.curvature import Curvature
 from lightning_ifthpo.loss_graph import LossValue
+from lightning_ifthpo.step_size.linearity import check_linear_in_lr
 from lightning_ifthpo.step_size.model import DirectionalModel, directional_model, three_point_model
 from lightning_ifthpo.step_size.rules import AveragedRule, PublishedRule
 
@@ -247,8 +246,11 @@ class ExactGeNLR(LRScheduler):
 
     def _adopt_new_groups(self) -> None:
         """Takes over groups that were added during training, in the relation of their rate to the highest of now."""
+        new = self.optimizer.param_groups[len(self._multipliers) :]
+        if not new:
+            return
         present = max(float(rate) for rate in self.get_lr())
-        for group in self.optimizer.param_groups[len(self._multipliers) :]:
+        for group in new:
             self._multipliers.append(1.0 if self._per_group or not present else float(group["lr"]) / present)
             if self._per_group:
                 self._rules.append(self._make_rule())
@@ -358,46 +360,3 @@ def check_options(
         raise ValueError(
             "per_group=True needs probe='next_batch': where a step began, groups do not see yet what the others will do"
         )
-
-
-def check_linear_in_lr(optimizer: Optimizer) -> None:
-    """Raises ValueError unless an optimizer's update is proportional to its learning rate.
-
-    Tried out on a small matrix, by an optimizer of the same class with the same options: the third step is made at two
-    rates, one of them that at which updates are read off. No list of names is needed.
-    """
-    name = type(optimizer).__name__
-    if any(group.get("maximize") for group in optimizer.param_groups):
-        raise ValueError(f"ExactGeN lowers a loss, and this {name} maximizes; minimize the negative instead")
-    try:
-        small, full = (_third_update(optimizer, rate) for rate in (0.01, 1.0))
-    except Exception as error:
-        raise ValueError(
-            f"ExactGeN needs an optimizer whose step can be repeated at another learning rate, and {name} cannot: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    if not torch.allclose(100 * small, full, rtol=1e-6, atol=1e-12) or not bool(small.any()):
-        raise ValueError(
-            f"ExactGeN needs an optimizer whose update is linear in its learning rate, and that of {name} is not: "
-            "use SGD, Adam, AdamW or their likes"
-        )
-
-
-def _third_update(optimizer: Optimizer, rate: float) -> Tensor:
-    """Returns the third update of a twin of the optimizer, the last step made at a given rate."""
-    weight = torch.linspace(0.5, 1.5, 4, dtype=torch.float64).view(2, 2).requires_grad_()
-    accepted = inspect.signature(type(optimizer).__init__).parameters
-    rejected = ("lr", "params", "fused", "foreach", "capturable", "differentiable")
-    options = {
-        key: copy.copy(value)
-        for key, value in optimizer.param_groups[0].items()
-        if key in accepted and key not in rejected
-    }
-    twin = type(optimizer)([weight], **({"lr": 0.01} | options))
-    for step, gradient in enumerate((0.3, -0.7, 0.4)):
-        weight.grad = gradient * torch.linspace(1.0, 2.0, 4, dtype=torch.float64).view(2, 2)
-        if step == 2:
-            twin.param_groups[0]["lr"] = rate
-        before = weight.detach().clone()
-        twin.step()
-    return before - weight.detach()

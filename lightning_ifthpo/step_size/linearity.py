@@ -1,0 +1,53 @@
+"""Whether the update of an optimizer is proportional to its learning rate."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def check_linear_in_lr(optimizer: Optimizer) -> None:
+    """Raises ValueError unless an optimizer's update is proportional to its learning rate.
+
+    Tried out on a small matrix, by an optimizer of the same class with the same options: the third step is made at two
+    rates, one of them that at which updates are read off. No list of names is needed.
+    """
+    name = type(optimizer).__name__
+    if any(group.get("maximize") for group in optimizer.param_groups):
+        raise ValueError(f"ExactGeN lowers a loss, and this {name} maximizes; minimize the negative instead")
+    try:
+        small, full = (_third_update(optimizer, rate) for rate in (0.01, 1.0))
+    except Exception as error:
+        raise ValueError(
+            f"ExactGeN needs an optimizer whose step can be repeated at another learning rate, and {name} cannot: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not torch.allclose(100 * small, full, rtol=1e-6, atol=1e-12) or not bool(small.any()):
+        raise ValueError(
+            f"ExactGeN needs an optimizer whose update is linear in its learning rate, and that of {name} is not: "
+            "use SGD, Adam, AdamW or their likes"
+        )
+
+
+def _third_update(optimizer: Optimizer, rate: float) -> Tensor:
+    """Returns the third update of a twin of the optimizer, the last step made at a given rate."""
+    weight = torch.linspace(0.5, 1.5, 4, dtype=torch.float64).view(2, 2).requires_grad_()
+    accepted = inspect.signature(type(optimizer).__init__).parameters
+    rejected = ("lr", "params", "fused", "foreach", "capturable", "differentiable")
+    options = {
+        key: copy.copy(value)
+        for key, value in optimizer.param_groups[0].items()
+        if key in accepted and key not in rejected
+    }
+    twin = type(optimizer)([weight], **({"lr": 0.01} | options))
+    for step, gradient in enumerate((0.3, -0.7, 0.4)):
+        weight.grad = gradient * torch.linspace(1.0, 2.0, 4, dtype=torch.float64).view(2, 2)
+        if step == 2:
+            twin.param_groups[0]["lr"] = rate
+        before = weight.detach().clone()
+        twin.step()
+    return before - weight.detach()
