@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_ifthpo import Hypergradient, implicit_hypergradient, unrolled_hypergradient
-from lightning_ifthpo.curvature import KFACOperator, mark_outputs
+from lightning_ifthpo.curvature import mark_outputs
 from lightning_ifthpo.solvers import ConjugateGradient, Direct, Identity, Neumann, Nystrom
 
 TRAINING, OUTER, HIDDEN = 500, 1000, 16
@@ -114,7 +114,6 @@ class Problem:
 def methods(problem: Problem) -> dict[str, Callable[[], Hypergradient]]:
     """Returns all by name."""
     solve = problem.hypergradient
-    kfac = partial(KFACOperator, model=problem.net, loss_function=nn.CrossEntropyLoss(), data=[problem.inner_data])
     damped = {"curvature": "gauss_newton"}
     named: dict[str, Callable[[], Hypergradient]] = {
         "identity": partial(solve, solver=Identity(scale=0.5)),
@@ -128,7 +127,7 @@ def methods(problem: Problem) -> dict[str, Callable[[], Hypergradient]]:
             for k in (20, 100)
         },
         "gradient outer product": partial(solve, solver=Direct(damping=DECAY), curvature="gradient_outer_product"),
-        "KFAC": partial(solve, solver=Direct(damping=DECAY), curvature=kfac),
+        "KFAC": partial(solve, solver=Direct(damping=DECAY), curvature="kfac"),
     }
     return named
 

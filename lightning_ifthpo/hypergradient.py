@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_ifthpo.autodiff import differentiable, vjp
-from lightning_ifthpo.curvature import Curvature, HessianOperator, OperatorFactory, curvature_operator
+from lightning_ifthpo.curvature import Curvature, HessianOperator, curvature_operator
 from lightning_ifthpo.loss_graph import LossValue, check_loss, loss_and_outputs
 from lightning_ifthpo.solvers import ConjugateGradient, Direct, Solver, SolveResult, Status
 from lightning_ifthpo.solvers.diagnosis import diagnose
@@ -67,7 +67,7 @@ def implicit_hypergradient(
     parameters: Sequence[Tensor],
     hyperparameters: Sequence[Tensor],
     *,
-    curvature: Curvature | OperatorFactory = "hessian",
+    curvature: Curvature = "hessian",
     solver: Solver = ConjugateGradient(max_iterations=100, rtol=1e-6),  # noqa: B008 - frozen
     x0: Tensor | None = None,
     allow_unused: bool = False,
@@ -87,8 +87,8 @@ def implicit_hypergradient(
         parameters: w, together [n].
         hyperparameters: λ, real leaf tensors of any shape, with or without `requires_grad`.
         curvature: What stands for H: "hessian"; "gauss_newton", which needs the model's outputs (`mark_outputs`);
-            "gradient_outer_product"; "finite_difference", for losses without a second derivative, which also replaces
-            the mixed derivative; or what makes an operator of a loss and its parameters, as a partial `KFACOperator`.
+            "gradient_outer_product"; "kfac", which needs them too; "finite_difference", for losses without a second
+            derivative, which also replaces the mixed derivative.
         solver: How the linear system is solved.
         x0: Where the solve starts from, [n]: usually the `solution.x` of a similar problem.
         allow_unused: Return zeros for hyperparameters that enter neither loss, instead of raising.
@@ -128,7 +128,7 @@ def check_hypergradient(
     parameters: Sequence[Tensor],
     hyperparameters: Sequence[Tensor],
     *,
-    curvature: Curvature | OperatorFactory = "hessian",
+    curvature: Curvature = "hessian",
     solver: Solver = ConjugateGradient(max_iterations=100, rtol=1e-6),  # noqa: B008 - frozen
     reference: Literal["direct", "finite_difference"] = "direct",
     rtol: float = 1e-3,

@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from lightning_ifthpo import BilevelLightningModule, IFTHypergradient
 from lightning_ifthpo.callbacks.hyper_step import HyperStepper
 from lightning_ifthpo.hyperparameters import WeightDecay
-from lightning_ifthpo.solvers import Amortized, ConjugateGradient, Identity, Neumann
+from lightning_ifthpo.solvers import Amortized, ConjugateGradient, Direct, Identity, Neumann
 from tests.problems import relative_error
 from tests.trainers import Classifier, Ridge, loader, quiet_trainer, same, trained
 
 
 @pytest.mark.filterwarnings("ignore:hyper step .* ended with status 'negative_curvature'")
-@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton", "finite_difference"])
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton", "gradient_outer_product", "finite_difference"])
 @pytest.mark.parametrize(
     "options", [{}, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}], ids=["plain", "accumulated and clipped"]
 )
@@ -57,6 +57,48 @@ def test_ridge_takes_a_step_along_its_closed_form(curvature):
     # exact products: rounding; finite differences: 1e-10 through the condition number
     tolerance = 1e-6 if curvature == "finite_difference" else 1e-10
     assert relative_error(moved.reshape(1), module.closed_form(start).reshape(1)) < tolerance
+
+
+class RidgeLayer(Ridge):
+    """The same, with its weights in a layer, which KFAC can find."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 1, bias=False, dtype=torch.float64)
+        self.layer.weight = nn.Parameter(self.w.detach()[None])
+        del self.w
+
+    def inner_loss(self, batch):
+        x, y = batch
+        penalty = self.log_decay.exp() * self.layer.weight.square().sum() / 2
+        return (self.mark_outputs(self.layer(x))[:, 0] - y).square().mean() / 2 + penalty
+
+    def outer_loss(self, batch):
+        x, y = batch
+        return (self.layer(x)[:, 0] - y).square().mean() / 2
+
+
+def test_kfac_with_the_penalty_as_damping_takes_the_same_step():
+    """KFAC does not see the penalty, and is exact otherwise."""
+    module = RidgeLayer()
+    start = torch.tensor(-1.0, dtype=torch.float64)
+    solver = Direct(damping=float(start.exp()))
+    callback = IFTHypergradient(1, curvature="kfac", solver=solver, start_after_batches=299)
+    quiet_trainer(max_epochs=300, callbacks=[callback]).fit(module)
+    moved = start - module.log_decay
+    assert relative_error(moved.reshape(1), module.closed_form(start).reshape(1)) < 1e-10
+
+
+@pytest.mark.parametrize("curvature", ["kfac", "gradient_outer_product"])
+@pytest.mark.parametrize("solver", [None, Direct(damping="horizon")], ids=["amortized", "direct"])
+def test_closed_forms_serve_an_adaptive_optimizer(curvature, solver):
+    """Whose preconditioner makes the damping another one for each weight."""
+    module = Classifier(optimizer="AdamW")
+    module.net[1].requires_grad_(False)  # BatchNorm, which KFAC does not know
+    callback = IFTHypergradient(1, curvature=curvature, solver=solver, on_failure="raise")
+    quiet_trainer(max_epochs=2, callbacks=[callback]).fit(module)
+    assert callback.skipped == 0
+    assert all(decay.item() != pytest.approx(0.01, rel=1e-3) for decay in module.decay.decays()[:2])
 
 
 @pytest.mark.parametrize(("horizon", "tolerance"), [(10_000, 0.03), (100, 0.2)])

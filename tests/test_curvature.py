@@ -354,19 +354,31 @@ def test_the_outer_product_of_a_vanishing_gradient_has_no_inverse():
     assert torch.equal(Direct().solve(operator, torch.ones(3)).x, torch.zeros(3))
 
 
-def kfac_problem(net, loss_function=None):
+def kfac_data(examples):
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(8, 4, dtype=torch.float64, generator=generator)
-    y = torch.randn(8, 2, dtype=torch.float64, generator=generator)
-    loss_function = loss_function or nn.MSELoss()
-    options = {"model": net, "loss_function": loss_function, "data": [(x, y)]}
-    return lambda: loss_function(net(x), y), options
+    x = torch.randn(examples, 4, dtype=torch.float64, generator=generator)
+    return x, torch.randn(examples, 2, dtype=torch.float64, generator=generator).softmax(dim=1)
+
+
+def kfac_problem(net, criterion=nn.functional.mse_loss, examples=8):
+    x, y = kfac_data(examples)
+    return lambda: criterion(mark_outputs(net(x)), y)
+
+
+def binary(logits, y):
+    return nn.functional.binary_cross_entropy_with_logits(logits, y.round(), reduction="sum")
+
+
+def heteroscedastic(outputs, y):
+    """A loss that no library knows, whose curvature has signs of both kinds."""
+    mean, log_deviation = outputs[:, 0], outputs[:, 1]
+    return ((mean - y[:, 0]).square() * torch.exp(-2 * log_deviation) / 2 + log_deviation).mean()
 
 
 def test_kfac_is_the_exact_hessian_of_one_linear_layer_with_squared_error():
     net = nn.Linear(4, 2, dtype=torch.float64)
-    loss, options = kfac_problem(net)
-    kfac = KFACOperator(loss, list(net.parameters()), **options)
+    loss = kfac_problem(net)
+    kfac = KFACOperator(loss, list(net.parameters()))
     exact = HessianOperator(loss, list(net.parameters()))
     assert relative_error(kfac.to_dense(), exact.to_dense()) < 1e-12
     assert relative_error(kfac.gradient, exact.gradient) < 1e-12
@@ -376,10 +388,13 @@ def test_kfac_is_the_exact_hessian_of_one_linear_layer_with_squared_error():
     assert got.products == 0
 
 
+def two_layers():
+    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+
+
 def test_kfac_of_two_layers_has_a_block_for_each_and_its_own_inverse():
-    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
-    loss, options = kfac_problem(net)
-    kfac = KFACOperator(loss, list(net.parameters()), **options)
+    net = two_layers()
+    kfac = KFACOperator(kfac_problem(net), list(net.parameters()))
     dense = kfac.to_dense()
     assert not dense[:15, 15:].any()
     assert dense[:15, :15].any()
@@ -388,9 +403,70 @@ def test_kfac_of_two_layers_has_a_block_for_each_and_its_own_inverse():
     assert relative_error(Direct(damping=0.1).solve(kfac, b).x, wanted) < 1e-10
 
 
+@pytest.mark.parametrize("criterion", [nn.functional.mse_loss, nn.functional.cross_entropy, binary])
+def test_kfac_of_a_single_example_is_the_exact_block_of_each_layer(criterion):
+    net = two_layers()
+    loss = kfac_problem(net, criterion, examples=1)
+    kfac, exact = (kind(loss, list(net.parameters())).to_dense() for kind in (KFACOperator, GaussNewtonOperator))
+    for block in (slice(0, 15), slice(15, 23)):
+        assert relative_error(kfac[block, block], exact[block, block]) < 1e-12
+
+
+def test_kfac_averages_inputs_and_adds_curvatures_of_the_outputs():
+    net = nn.Linear(4, 2, bias=False, dtype=torch.float64)
+    x, _ = kfac_data(8)
+    p = net(x).detach().softmax(dim=1)
+    softmax = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    wanted = torch.kron(softmax.mean(dim=0), x.T @ x / 8)
+    got = KFACOperator(kfac_problem(net, nn.functional.cross_entropy), [net.weight]).to_dense()
+    assert relative_error(got, wanted) < 1e-12
+
+
+def test_kfac_takes_the_positive_part_of_a_loss_that_is_not_convex():
+    net = nn.Linear(4, 2, dtype=torch.float64)
+    loss = kfac_problem(net, heteroscedastic, examples=1)
+    exact, got = (kind(loss, list(net.parameters())).to_dense() for kind in (GaussNewtonOperator, KFACOperator))
+    values, vectors = torch.linalg.eigh(exact)
+    assert values.min() < -0.1 < 0.1 < values.max()
+    # of one example and one layer, the positive part of JᵀLJ is J times that of L, as J is a multiple of an isometry
+    assert relative_error(got, vectors * values.clamp_min(0.0) @ vectors.T) < 1e-10
+
+
+def test_kfac_draws_the_same_dropout_masks_for_both_of_its_passes():
+    """A network that is nothing but its mask would have curvature zero where two masks differ."""
+    dropout, layer = nn.Dropout(0.5), nn.Linear(64, 1, bias=False, dtype=torch.float64)
+
+    recorded = []
+
+    def once():
+        mask = dropout(torch.ones(1, 64, dtype=torch.float64))
+        recorded.append(mask)
+        z = layer(mask)
+        return z.square().sum() / 2, z
+
+    before = torch.get_rng_state()
+    KFACOperator(once, [layer.weight])
+    assert len(recorded) == 2
+    assert torch.equal(*recorded)
+    torch.set_rng_state(before)
+    assert torch.equal(dropout(torch.ones(1, 64, dtype=torch.float64)), recorded[0])
+
+
+def test_kfac_takes_the_geometric_mean_of_a_damping_for_each_weight():
+    net = two_layers()
+    kfac = KFACOperator(kfac_problem(net), list(net.parameters()))
+    b = torch.linspace(-1, 1, 23, dtype=torch.float64)
+    uneven = torch.tensor([0.01, 1.0], dtype=torch.float64).repeat(12)[:23]
+    mean = float(uneven.log().mean().exp())
+    assert torch.allclose(kfac.solve(b, uneven), kfac.solve(b, mean), rtol=1e-12)
+    even, rough = (Direct(damping=damping).solve(kfac, b) for damping in (mean, uneven))
+    assert even.relative_residual < 1e-10
+    assert rough.relative_residual > 0.1
+
+
 def test_kfac_makes_hypergradients():
     net = nn.Linear(4, 2, dtype=torch.float64)
-    loss, options = kfac_problem(net)
+    loss = kfac_problem(net)
     shift = torch.zeros(2, dtype=torch.float64)
 
     def inner():
@@ -402,7 +478,7 @@ def test_kfac_makes_hypergradients():
     solver = Direct(damping=0.1)
     got, wanted = (
         implicit_hypergradient(inner, outer, list(net.parameters()), [shift], curvature=curvature, solver=solver)
-        for curvature in (partial(KFACOperator, **options), "hessian")
+        for curvature in ("kfac", "hessian")
     )
     assert relative_error(got.gradients[0], wanted.gradients[0]) < 1e-10
 
@@ -417,25 +493,67 @@ class Tied(nn.Module):
         return self.second(self.first(x))[:, :2]
 
 
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(self.layer(x))[:, :2]
+
+
+class Standardized(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight - self.weight.mean(), self.bias)
+
+
+class Circular(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(1, 2, 2, padding=1, padding_mode="circular")
+
+    def forward(self, x):
+        return self.layer(x.view(8, 1, 2, 2)).mean(dim=(2, 3))
+
+
+class Patches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 3), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.second(self.first(x.view(16, 2)).view(8, 6))
+
+
+def contrastive(outputs, y):
+    return (outputs @ outputs.T).logsumexp(dim=1).mean()
+
+
 @pytest.mark.parametrize(
-    ("net", "message"),
+    ("net", "criterion", "message"),
     [
-        (Tied, r"of shape \(4, 4\), is shared between layers"),
-        (lambda: nn.Sequential(nn.Linear(4, 2), nn.LayerNorm(2)), "belongs to no Linear or Conv2d layer"),
+        (Tied, nn.functional.mse_loss, r"of shape \(4, 4\), is shared between layers"),
+        (Twice, nn.functional.mse_loss, "used several times"),
+        (lambda: nn.Sequential(nn.Linear(4, 2), nn.LayerNorm(2)), nn.functional.mse_loss, "belongs to no Linear"),
+        (lambda: Standardized(4, 2), nn.functional.mse_loss, "belongs to no Linear"),
+        (Circular, nn.functional.mse_loss, "padding_mode='circular'"),
+        (Patches, nn.functional.mse_loss, r"same number of examples, got \[8, 16\]"),
+        (lambda: nn.Linear(4, 2), contrastive, "couples them"),
     ],
 )
-def test_kfac_refuses_what_it_cannot_express(net, message):
+def test_kfac_refuses_what_it_cannot_express(net, criterion, message):
     net = net().double()
-    loss, options = kfac_problem(net)
     with pytest.raises(ValueError, match=message):
-        KFACOperator(loss, list(net.parameters()), **options)
+        KFACOperator(kfac_problem(net, criterion), list(net.parameters()))
 
 
 def test_kfac_says_what_is_missing(monkeypatch):
     net = nn.Linear(4, 2, dtype=torch.float64)
-    loss, options = kfac_problem(net)
-    with pytest.raises(ValueError, match="damping by one number > 0"):
-        Direct().solve(KFACOperator(loss, list(net.parameters()), **options), torch.ones(10, dtype=torch.float64))
+    loss, parameters = kfac_problem(net), list(net.parameters())
+    with pytest.raises(ValueError, match="needs damping > 0"):
+        Direct().solve(KFACOperator(loss, parameters), torch.ones(10, dtype=torch.float64))
+    with pytest.raises(ValueError, match="mark_outputs"):
+        KFACOperator(lambda: net(torch.ones(1, 4, dtype=torch.float64)).sum(), parameters)
     monkeypatch.setitem(sys.modules, "curvlinops", None)
     with pytest.raises(ImportError, match=r"pip install 'lightning_ifthpo\[kfac\]'"):
-        KFACOperator(loss, list(net.parameters()), **options)
+        KFACOperator(loss, parameters)

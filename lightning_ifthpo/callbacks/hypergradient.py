@@ -16,11 +16,13 @@ from lightning_ifthpo.callbacks.hyper_step import HyperStepper
 from lightning_ifthpo.callbacks.periodic import PeriodicCallback
 from lightning_ifthpo.callbacks.preflight import check_module, check_precision, find_outer_data
 from lightning_ifthpo.checks import require_choice
+from lightning_ifthpo.curvature import Curvature
+from lightning_ifthpo.curvature.kinds import OPERATORS
 from lightning_ifthpo.hypergradient import Hypergradient
 from lightning_ifthpo.module import BilevelLightningModule
 from lightning_ifthpo.solvers import Amortized, Solver, Status
 
-_CURVATURES = ("auto", "hessian", "gauss_newton", "finite_difference")
+_CURVATURES = ("auto", *OPERATORS)
 
 
 class IFTHypergradient(PeriodicCallback):
@@ -32,8 +34,9 @@ class IFTHypergradient(PeriodicCallback):
 
     Args:
         every_n_batches: Training batches between two hyper steps, at least 1.
-        curvature: "hessian"; "gauss_newton", for losses that mark the model's outputs; "finite_difference", for models
-            without a second derivative; "auto" takes Gauss–Newton if outputs are marked, else the Hessian.
+        curvature: "hessian"; "gauss_newton", for losses that mark the model's outputs; "kfac" likewise, and
+            "gradient_outer_product", both with `Direct(damping=...)`; "finite_difference", for models without a second
+            derivative; "auto" takes Gauss–Newton if outputs are marked, else the Hessian.
         solver: How the linear system is solved; None takes `Amortized(products=2, horizon=100)`.
         warm_start: Start each solve from the last solution.
         start_after_batches: Training batches before the first of every_n_batches is counted.
@@ -63,7 +66,7 @@ class IFTHypergradient(PeriodicCallback):
         self,
         every_n_batches: int = 5,
         *,
-        curvature: Literal["auto", "hessian", "gauss_newton", "finite_difference"] = "auto",
+        curvature: Literal["auto"] | Curvature = "auto",
         solver: Solver | None = None,
         warm_start: bool = True,
         start_after_batches: int = 0,

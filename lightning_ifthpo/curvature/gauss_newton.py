@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_ifthpo.autodiff import add, tangent, tangents, vjp
-from lightning_ifthpo.curvature.marking import cut_at, recording_outputs
+from lightning_ifthpo.curvature.marking import cut_at, known_outputs, recording_outputs
 from lightning_ifthpo.curvature.operator import LossOperator
 from lightning_ifthpo.loss_graph import LossGraph, LossValue, check_loss, loss_and_outputs
 from lightning_ifthpo.space import ParameterSpace
@@ -45,7 +45,7 @@ class GaussNewtonOperator(LossOperator):
         with recording_outputs() as marked:
             total, outputs = loss_and_outputs(loss())
         self._graph = LossGraph(total, parameters)
-        self._outputs = _checked(outputs or marked)
+        self._outputs = known_outputs(outputs or marked)
         self.loss = total.detach()
         self.size, self.dtype, self.device = self._graph.space.size, self._graph.space.dtype, self._graph.space.device
 
@@ -93,7 +93,7 @@ def forward_slope_and_curvature(
     with recording_outputs() as marked, tangents(space.tensors, space.split(v)):
         total, outputs = loss_and_outputs(loss())
         check_loss(total, "the loss")
-        inputs = [*_checked(outputs or marked), *space.tensors]
+        inputs = [*known_outputs(outputs or marked), *space.tensors]
         with cut_at(inputs[: -len(space.tensors)]):
             gradients = vjp([total], inputs)  # they carry ∇²L [Jv v] along
         pairs = [(gradient, tensor) for gradient, tensor in zip(gradients, inputs, strict=True) if gradient is not None]
@@ -109,15 +109,3 @@ def _backward(
     """Returns Jᵀu, where u may have structural zeros."""
     pairs = [(output, u) for output, u in zip(outputs, cotangents, strict=True) if u is not None]
     return vjp([output for output, _ in pairs], parameters, [u for _, u in pairs])
-
-
-def _checked(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    if not outputs:
-        raise ValueError(
-            "Gauss–Newton curvature needs the model's outputs: call mark_outputs(logits) inside the loss, or return "
-            "(loss, outputs) from it"
-        )
-    for output in outputs:
-        if output.grad_fn is None:
-            raise ValueError("a marked output does not depend on any parameter; mark what the model returns")
-    return outputs

@@ -38,6 +38,23 @@ def recording_outputs() -> Iterator[list[Tensor]]:
         _recorder.reset(token)
 
 
+def known_outputs(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Returns the outputs of a model, by `mark_outputs` or beside the loss, once they are checked.
+
+    Raises:
+        ValueError: If there are none, or one of them depends on nothing.
+    """
+    if not outputs:
+        raise ValueError(
+            "this curvature needs the model's outputs: call mark_outputs(logits) inside the loss, or return "
+            "(loss, outputs) from it"
+        )
+    for output in outputs:
+        if output.grad_fn is None:
+            raise ValueError("a marked output does not depend on any parameter; mark what the model returns")
+    return outputs
+
+
 @contextmanager
 def cut_at(outputs: Sequence[Tensor]) -> Iterator[None]:
     """Lets no gradient pass through the outputs inside the block, although they still receive their own."""

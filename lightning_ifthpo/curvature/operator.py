@@ -68,7 +68,7 @@ class InvertibleOperator(LossOperator):
 
     @abstractmethod
     def solve(self, b: Tensor, delta: float | Tensor) -> Tensor:
-        """Returns (A + δI)⁻¹ b, or (A + diag(δ))⁻¹ b for δ: [n], for b: [n]."""
+        """Returns (A + δI)⁻¹ b, or (A + diag(δ))⁻¹ b for δ: [n], for b: [n]; an approximation where it says so."""
 
 
 class MatrixOperator(CurvatureOperator):
