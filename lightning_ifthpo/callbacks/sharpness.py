@@ -22,7 +22,7 @@ from lightning_ifthpo.callbacks.outer_data import check_batches
 from lightning_ifthpo.callbacks.periodic import PeriodicCallback
 from lightning_ifthpo.callbacks.preflight import check_observed, check_precision
 from lightning_ifthpo.checks import require_choice
-from lightning_ifthpo.curvature import AverageOperator, Curvature, CurvatureOperator, curvature_operator
+from lightning_ifthpo.curvature import AverageOperator, CurvatureOperator, LossCurvature, curvature_operator
 from lightning_ifthpo.random_state import isolated
 from lightning_ifthpo.spectrum import SpectrumTracker
 from lightning_ifthpo.spectrum.tracking import Method
@@ -86,7 +86,7 @@ class SharpnessMonitor(PeriodicCallback):
         *,
         method: Method = "lanczos",
         top_k: int = 1,
-        curvature: Curvature = "hessian",
+        curvature: LossCurvature = "hessian",
         preconditioned: bool | None = None,
         max_iterations: int = 30,
         rtol: float = 1e-2,
@@ -97,7 +97,7 @@ class SharpnessMonitor(PeriodicCallback):
         name: str = "sharpness",
     ) -> None:
         super().__init__()
-        require_choice("curvature", curvature, get_args(Curvature))
+        require_choice("curvature", curvature, get_args(LossCurvature))
         if spectral_density and find_spec("matplotlib") is None:
             raise ModuleNotFoundError(
                 "spectral_density=True draws with matplotlib: pip install 'lightning_ifthpo[plots]'"

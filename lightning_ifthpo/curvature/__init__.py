@@ -5,7 +5,7 @@ from lightning_ifthpo.curvature.finite_difference import FiniteDifferenceOperato
 from lightning_ifthpo.curvature.gauss_newton import GaussNewtonOperator
 from lightning_ifthpo.curvature.hessian import HessianOperator
 from lightning_ifthpo.curvature.kfac import KFACOperator
-from lightning_ifthpo.curvature.kinds import Curvature, curvature_operator
+from lightning_ifthpo.curvature.kinds import Curvature, LossCurvature, curvature_operator
 from lightning_ifthpo.curvature.marking import mark_outputs
 from lightning_ifthpo.curvature.operator import (
     CurvatureOperator,
@@ -28,6 +28,7 @@ __all__ = [
     "HessianOperator",
     "InvertibleOperator",
     "KFACOperator",
+    "LossCurvature",
     "LossOperator",
     "MatrixOperator",
     "PreconditionedOperator",

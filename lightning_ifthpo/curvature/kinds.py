@@ -15,7 +15,10 @@ from lightning_ifthpo.curvature.operator import LossOperator
 from lightning_ifthpo.curvature.outer_product import GradientOuterProductOperator
 from lightning_ifthpo.loss_graph import LossValue
 
-Curvature: TypeAlias = Literal["hessian", "gauss_newton", "gradient_outer_product", "kfac", "finite_difference"]
+LossCurvature: TypeAlias = Literal["hessian", "gauss_newton", "finite_difference"]
+"""That of the loss itself, worth measuring; the others only stand for it where it is to be inverted."""
+
+Curvature: TypeAlias = LossCurvature | Literal["gradient_outer_product", "kfac"]
 
 OPERATORS: dict[str, Callable[[Callable[[], LossValue], Sequence[Tensor]], LossOperator]] = {
     "hessian": HessianOperator,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.curvature import Curvature, FiniteDifferenceOperator, curvature_operator
+from lightning_ifthpo.curvature import FiniteDifferenceOperator, LossCurvature, curvature_operator
 from lightning_ifthpo.curvature.gauss_newton import forward_slope_and_curvature
 from lightning_ifthpo.loss_graph import LossValue, check_loss, loss_and_outputs
 from lightning_ifthpo.random_state import RandomState
@@ -63,7 +63,7 @@ def directional_model(
     parameters: Sequence[Tensor],
     direction: Sequence[Tensor | None],
     *,
-    curvature: Curvature = "hessian",
+    curvature: LossCurvature = "hessian",
 ) -> DirectionalModel:
     """Returns the exact slope, and the curvature by one product.
 
@@ -233,7 +233,7 @@ def optimal_group_steps(slopes: Tensor, curvatures: Tensor, *, diagonal: bool = 
 
 
 def _slope_and_curvature(
-    loss: Callable[[], LossValue], parameters: Sequence[Tensor], omega: Tensor, curvature: Curvature
+    loss: Callable[[], LossValue], parameters: Sequence[Tensor], omega: Tensor, curvature: LossCurvature
 ) -> tuple[Tensor, Tensor]:
     if curvature == "gauss_newton":
         with suppress(RuntimeError):  # of an operation without a derivative in forward mode

@@ -14,14 +14,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_ifthpo.checks import require_at_least, require_choice
-from lightning_ifthpo.curvature import Curvature
+from lightning_ifthpo.curvature import LossCurvature
 from lightning_ifthpo.loss_graph import LossValue
 from lightning_ifthpo.step_size.linearity import check_linear_in_lr
 from lightning_ifthpo.step_size.model import DirectionalModel, directional_model, three_point_model
 from lightning_ifthpo.step_size.rules import AveragedRule, PublishedRule
 
-DirectionalCurvature: TypeAlias = Literal["three_point"] | Curvature
-DIRECTIONAL_CURVATURES: tuple[str, ...] = ("three_point", *get_args(Curvature))
+DirectionalCurvature: TypeAlias = Literal["three_point"] | LossCurvature
+DIRECTIONAL_CURVATURES: tuple[str, ...] = ("three_point", *get_args(LossCurvature))
 _Change: TypeAlias = list[tuple[Tensor, Tensor]]  # parameters and a tensor for each
 
 
