@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ifthpo import BilevelLightningModule, IFTHypergradient
+from lightning_ifthpo.curvature import mark_outputs
 from lightning_ifthpo.hyperparameters import DistilledData
 from lightning_ifthpo.solvers import ConjugateGradient
 
@@ -126,7 +127,7 @@ class Regression(nn.Module):
         """Returns cross-entropy plus weight decay, which makes it strictly convex."""
         images, labels = examples
         penalty = sum(parameter.square().sum() for parameter in self.parameters())
-        return F.cross_entropy(self(images), labels) + decay / 2 * penalty
+        return F.cross_entropy(mark_outputs(self(images)), labels) + decay / 2 * penalty
 
 
 class Distiller(BilevelLightningModule, L.LightningModule):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_ifthpo.autodiff import differentiable, vjp
-from lightning_ifthpo.curvature import Curvature, HessianOperator, curvature_operator
+from lightning_ifthpo.curvature import AllReduce, Curvature, HessianOperator, curvature_operator
+from lightning_ifthpo.curvature.summed import summed
 from lightning_ifthpo.loss_graph import LossValue, check_loss, loss_and_outputs
 from lightning_ifthpo.solvers import ConjugateGradient, Direct, Solver, SolveResult, Status
 from lightning_ifthpo.solvers.diagnosis import diagnose
@@ -72,6 +73,7 @@ def implicit_hypergradient(
     x0: Tensor | None = None,
     allow_unused: bool = False,
     diagnosed: bool = True,
+    all_reduce: AllReduce | None = None,
 ) -> Hypergradient:
     """Returns dL_V/dλ = ∂L_V/∂λ − (∂²L_T/∂w∂λᵀ)ᵀ H⁻¹ ∂L_V/∂w at the present weights and hyperparameters.
 
@@ -93,6 +95,9 @@ def implicit_hypergradient(
         x0: Where the solve starts from, [n]: usually the `solution.x` of a similar problem.
         allow_unused: Return zeros for hyperparameters that enter neither loss, instead of raising.
         diagnosed: Measure why a failed solve failed, by at most 60 products.
+        all_reduce: Where examples are spread over processes: sums a tensor over them. Each process then gives its share
+            of both losses, which together make the whole (a mean over its own examples times their part of all), and
+            all of them get the same result. One collective for each product, and three more.
 
     Raises:
         ValueError: If a loss is not scalar or is detached, or a hyperparameter enters neither loss.
@@ -111,7 +116,9 @@ def implicit_hypergradient(
         check_real(tensor, f"hyperparameter {index}")
     with differentiable(hyperparameters):
         outer = OuterGradient.of(outer_loss, space, hyperparameters)
-        operator = curvature_operator(curvature, inner_loss, parameters)
+        if all_reduce is not None:
+            outer = outer.summed(hyperparameters, all_reduce)
+        operator = curvature_operator(curvature, inner_loss, parameters, all_reduce)
         solution = solver.solve(operator, outer.v, x0)
         mixed = operator.mixed_product(solution.x, hyperparameters)
         result = assembled(outer, hyperparameters, mixed, [operator.loss], solution)
@@ -201,6 +208,14 @@ class OuterGradient:
         gradients = vjp([value], [*space.tensors, *hyperparameters])
         count = len(space.tensors)
         return cls(value.detach(), space.flatten(gradients[:count]), gradients[count:])
+
+    def summed(self, hyperparameters: Sequence[Tensor], all_reduce: AllReduce) -> OuterGradient:
+        """Returns those of the sum of all processes' losses, by one collective."""
+        parts = [self.value, self.v, *self.direct]
+        value, v, *direct = summed(parts, [self.value, self.v, *hyperparameters], all_reduce)
+        assert value is not None
+        assert v is not None
+        return OuterGradient(value, v, direct)
 
 
 def assembled(

@@ -566,12 +566,6 @@ def test_two_monitors_have_names_and_states_of_their_own(tmp_path):
     assert not torch.equal(states[first.state_key]["tracker"]["last"], states[second.state_key]["tracker"]["last"])
 
 
-def test_several_devices_are_refused():
-    trainer = quiet_trainer(callbacks=[monitor()], devices=2, strategy="ddp_spawn")
-    with pytest.raises(ValueError, match="SharpnessMonitor runs on one device so far, and the Trainer uses 2"):
-        SharpnessMonitor().on_fit_start(trainer, Plain())
-
-
 def test_it_serves_pytorch_lightning_too():
     pl = pytest.importorskip("pytorch_lightning")
 

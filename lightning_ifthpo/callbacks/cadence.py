@@ -50,14 +50,20 @@ class Cadence:
         self._batches = 0
         self._since_last = 0
         self._stepped = False
+        self._agreed: Callable[[bool], bool] = bool
         self._began = clock()
         self._own_seconds = 0.0
         self._last_cost = 0.0
         self._fired = False
         self.postponed = 0
 
-    def begin(self) -> None:
-        """Starts the clock of the budget; to be called when training starts."""
+    def begin(self, agreed: Callable[[bool], bool] = bool) -> None:
+        """Starts the clock of the budget; to be called when training starts.
+
+        Args:
+            agreed: Returns what all processes decide, given what this one would, whose clock is its own.
+        """
+        self._agreed = agreed
         self._began = self._clock()
         self._own_seconds = 0.0
 
@@ -76,10 +82,11 @@ class Cadence:
         if self._batches > self._start_after:
             self._since_last += 1
         stepped, self._stepped = self._stepped, False
-        waited = stepped and (hurry or self._since_last >= self._every)
+        if not (stepped and (hurry or self._since_last >= self._every)):
+            return False
         affordable = self._affordable()
-        self.postponed += waited and not affordable
-        return waited and affordable
+        self.postponed += not affordable
+        return affordable
 
     @contextmanager
     def firing(self, synchronize: Callable[[], None]) -> Iterator[None]:
@@ -118,7 +125,7 @@ class Cadence:
         if self._max_overhead is None:
             return True
         training = self._clock() - self._began - self._own_seconds
-        return self._own_seconds + self._last_cost <= self._max_overhead * training
+        return self._agreed(self._own_seconds + self._last_cost <= self._max_overhead * training)
 
     def _now(self, synchronize: Callable[[], None]) -> float:
         if self._max_overhead is not None:

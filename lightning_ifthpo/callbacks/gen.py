@@ -15,7 +15,8 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 
 from lightning_ifthpo.callbacks.evaluation import Losses, copied, evaluating
 from lightning_ifthpo.callbacks.logging import log_metrics
-from lightning_ifthpo.callbacks.preflight import check_precision, check_real_weights, check_single_device, is_half
+from lightning_ifthpo.callbacks.preflight import check_precision, check_real_weights, check_strategy, is_half
+from lightning_ifthpo.callbacks.ranks import Ranks
 from lightning_ifthpo.checks import require_choice
 from lightning_ifthpo.step_size import ExactGeNLR
 from lightning_ifthpo.step_size.scheduler import DIRECTIONAL_CURVATURES, DirectionalCurvature, check_options
@@ -98,6 +99,7 @@ class ExactGeN(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Finds out how long the run is: asked any earlier, the Trainer forgets where to resume its data."""
+        self._ranks = Ranks(trainer)
         steps = float(trainer.estimated_stepping_batches)
         if math.isfinite(steps):
             self._active_scheduler.total_steps = int(steps)
@@ -120,7 +122,8 @@ class ExactGeN(L.Callback):
                 losses.append(evaluated)
                 yield
 
-        scheduler.probe(lambda: losses[-1].inner(kept)(), context)
+        share = self._ranks.share(lambda: losses[-1].inner(kept)(), kept)
+        scheduler.probe(share, context, all_reduce=self._ranks.all_reduce)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -168,7 +171,7 @@ class ExactGeN(L.Callback):
 
 def _check(trainer: L.Trainer, module: L.LightningModule) -> None:
     """Raises ValueError for what cannot be served, as far as the Trainer and the module know before the first batch."""
-    check_single_device(trainer, "ExactGeN")
+    check_strategy(trainer, "ExactGeN")
     if not module.automatic_optimization:
         raise ValueError(
             f"{type(module).__name__} optimizes manually, and ExactGeN needs the Trainer to make the steps; use "

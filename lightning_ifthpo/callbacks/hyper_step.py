@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_ifthpo.autodiff import differentiable
 from lightning_ifthpo.callbacks.evaluation import CurvaturePrecision, Losses, evaluating, prepared
 from lightning_ifthpo.callbacks.outer_data import OuterData
+from lightning_ifthpo.callbacks.ranks import Ranks
 from lightning_ifthpo.curvature import Curvature
 from lightning_ifthpo.curvature.marking import recording_outputs
 from lightning_ifthpo.hypergradient import Hypergradient, implicit_hypergradient
@@ -56,8 +57,9 @@ class HyperStepper:
         self._hyperparameters = list(module.hyperparameters())
         self.optimizer: torch.optim.Optimizer = module.configure_hyper_optimizer()
         self.steps = 0
+        self._ranks = Ranks(trainer)
         # torch's seed is the user's where there is one, and asking for it draws nothing
-        self._seed = torch.initial_seed() % 2**31
+        self._seed = self._ranks.agreed_number(torch.initial_seed() % 2**31)
         self._estimate: Tensor | None = None
         consumed = 0
         if state:
@@ -65,7 +67,14 @@ class HyperStepper:
             self.steps, self._seed, consumed = state["steps"], state["seed"], state["consumed"]
             estimate = state["estimate"]
             self._estimate = None if estimate is None else estimate.to(module.device)
-        self._outer_data = OuterData(source, module.device, seed=self._seed, consumed=consumed)
+        self._outer_data = OuterData(
+            source,
+            module.device,
+            seed=self._seed,
+            consumed=consumed,
+            rank=self._ranks.rank,
+            world_size=self._ranks.count,
+        )
 
     def rehearse(self, batch: Any) -> None:
         """Evaluates everything once, to find out whether it works and which curvature "auto" stands for.
@@ -126,8 +135,8 @@ class HyperStepper:
     ) -> Hypergradient:
         assert self._curvature != "auto", "rehearse() comes first"
         return implicit_hypergradient(
-            losses.inner(batch),
-            losses.outer(outer_batch),
+            self._ranks.share(losses.inner(batch), batch),
+            self._ranks.share(losses.outer(outer_batch), outer_batch),
             self._parameters(),
             self._hyperparameters,
             curvature=self._curvature,
@@ -135,6 +144,7 @@ class HyperStepper:
             x0=self._estimate,
             allow_unused=True,
             diagnosed=diagnosed,
+            all_reduce=self._ranks.all_reduce,
         )
 
     def _parameters(self) -> list[nn.Parameter]:

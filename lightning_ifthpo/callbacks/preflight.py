@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lightning_ifthpo.callbacks.evaluation import BY_DIFFERENCES, data_module
+from lightning_ifthpo.callbacks.ranks import supports
 from lightning_ifthpo.hyperparameters import WeightDecay
 from lightning_ifthpo.module import BilevelLightningModule, has_inner_loss
 from lightning_ifthpo.update_rule import is_known
@@ -35,7 +36,7 @@ def check_module(trainer: L.Trainer, module: Any, unfrozen: Iterable[str]) -> No
             f"IFTHypergradient needs a BilevelLightningModule, got {name}; add the mixin: "
             f"class {name}(BilevelLightningModule, LightningModule)"
         )
-    check_single_device(trainer, "IFTHypergradient")
+    check_strategy(trainer, "IFTHypergradient")
     if not any(True for _ in module.hyperparameters()):
         raise ValueError(
             f"{name} has no hyperparameters; call self.register_hyperparameter(name, tensor_or_module) in its __init__"
@@ -48,15 +49,18 @@ def check_module(trainer: L.Trainer, module: Any, unfrozen: Iterable[str]) -> No
     _check_optimizers(trainer, module, set(unfrozen))
 
 
-def check_single_device(trainer: L.Trainer, callback: str) -> None:
-    """Raises ValueError if the Trainer uses several devices."""
-    if trainer.world_size > 1:
-        raise ValueError(f"{callback} runs on one device so far, and the Trainer uses {trainer.world_size}")
+def check_strategy(trainer: L.Trainer, callback: str) -> None:
+    """Raises ValueError if the Trainer spreads the model itself over several devices."""
+    if trainer.world_size > 1 and not supports(trainer.strategy):
+        raise ValueError(
+            f"{callback} needs the whole model on each device, which {type(trainer.strategy).__name__} does not "
+            "provide; use strategy='ddp'"
+        )
 
 
 def check_observed(trainer: L.Trainer, module: Any, top_k: int) -> None:
     """Raises ValueError unless so many eigenvalues of the module's loss can be measured in this Trainer."""
-    check_single_device(trainer, "SharpnessMonitor")
+    check_strategy(trainer, "SharpnessMonitor")
     name = type(module).__name__
     weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not weights:

@@ -21,6 +21,7 @@ from lightning_ifthpo.callbacks.logging import log_figure, takes_figures
 from lightning_ifthpo.callbacks.outer_data import check_batches
 from lightning_ifthpo.callbacks.periodic import PeriodicCallback
 from lightning_ifthpo.callbacks.preflight import check_observed, check_precision
+from lightning_ifthpo.callbacks.ranks import Ranks
 from lightning_ifthpo.checks import require_choice
 from lightning_ifthpo.curvature import AverageOperator, CurvatureOperator, LossCurvature, curvature_operator
 from lightning_ifthpo.random_state import isolated
@@ -168,7 +169,8 @@ class SharpnessMonitor(PeriodicCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock of the budget."""
-        self._cadence.begin()
+        self._ranks = Ranks(trainer)
+        self._cadence.begin(self._ranks.agreed)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Says how many measurements did not do what was asked."""
@@ -268,7 +270,8 @@ class SharpnessMonitor(PeriodicCallback):
                 ]
                 operator: CurvatureOperator = AverageOperator(operators, [size for _, size in self._examples])
             else:
-                operator = curvature_operator(self.curvature, losses.inner(batch), parameters)
+                share = self._ranks.share(losses.inner(batch), batch)
+                operator = curvature_operator(self.curvature, share, parameters, self._ranks.all_reduce)
             if edge is not None and edge.metric is not None:
                 operator = operator.preconditioned(edge.metric)
             yield operator, edge

@@ -16,8 +16,10 @@ from lightning_ifthpo.curvature.operator import (
     PreconditionedOperator,
 )
 from lightning_ifthpo.curvature.outer_product import GradientOuterProductOperator
+from lightning_ifthpo.curvature.summed import AllReduce, SummedOperator
 
 __all__ = [
+    "AllReduce",
     "AverageOperator",
     "Curvature",
     "CurvatureOperator",
@@ -32,6 +34,7 @@ __all__ = [
     "LossOperator",
     "MatrixOperator",
     "PreconditionedOperator",
+    "SummedOperator",
     "curvature_operator",
     "mark_outputs",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from lightning_ifthpo.curvature.hessian import HessianOperator
 from lightning_ifthpo.curvature.kfac import KFACOperator
 from lightning_ifthpo.curvature.operator import LossOperator
 from lightning_ifthpo.curvature.outer_product import GradientOuterProductOperator
+from lightning_ifthpo.curvature.summed import AllReduce, SummedOperator
 from lightning_ifthpo.loss_graph import LossValue
 
 LossCurvature: TypeAlias = Literal["hessian", "gauss_newton", "finite_difference"]
@@ -30,7 +31,10 @@ OPERATORS: dict[str, Callable[[Callable[[], LossValue], Sequence[Tensor]], LossO
 
 
 def curvature_operator(
-    curvature: Curvature, loss: Callable[[], LossValue], parameters: Sequence[Tensor]
+    curvature: Curvature,
+    loss: Callable[[], LossValue],
+    parameters: Sequence[Tensor],
+    all_reduce: AllReduce | None = None,
 ) -> LossOperator:
     """Returns the curvature of a loss under its name.
 
@@ -38,10 +42,17 @@ def curvature_operator(
         curvature: "hessian", "gauss_newton", "gradient_outer_product", "kfac" or "finite_difference".
         loss: Callable without arguments that returns the scalar loss, or (loss, outputs).
         parameters: The tensors w, together [n].
+        all_reduce: Sums over the processes that have a share of the loss each; None where there is one process.
 
     Raises:
-        ValueError: If the name is unknown.
+        ValueError: If the name is unknown, or the curvature of a sum is not the sum of curvatures.
     """
     if curvature not in OPERATORS:
         raise ValueError(f"expected curvature to be one of {sorted(OPERATORS)}, got {curvature!r}")
-    return OPERATORS[curvature](loss, parameters)
+    if all_reduce is None:
+        return OPERATORS[curvature](loss, parameters)
+    if curvature not in get_args(LossCurvature):
+        raise ValueError(
+            f"curvature={curvature!r} needs all examples in one process; with several devices use 'gauss_newton'"
+        )
+    return SummedOperator(OPERATORS[curvature](loss, parameters), all_reduce)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.curvature import FiniteDifferenceOperator, LossCurvature, curvature_operator
+from lightning_ifthpo.curvature import AllReduce, FiniteDifferenceOperator, LossCurvature, curvature_operator
 from lightning_ifthpo.curvature.gauss_newton import forward_slope_and_curvature
 from lightning_ifthpo.loss_graph import LossValue, check_loss, loss_and_outputs
 from lightning_ifthpo.random_state import RandomState
@@ -64,6 +64,7 @@ def directional_model(
     direction: Sequence[Tensor | None],
     *,
     curvature: LossCurvature = "hessian",
+    all_reduce: AllReduce | None = None,
 ) -> DirectionalModel:
     """Returns the exact slope, and the curvature by one product.
 
@@ -73,6 +74,7 @@ def directional_model(
         direction: ω, shaped like the parameters; None for zeros.
         curvature: "hessian", exact; "gauss_newton", never negative for a convex loss of the outputs;
             "finite_difference", from two gradients beside w.
+        all_reduce: Sums over processes that have a share of the loss each; None where there is one process.
 
     Cost: for the Hessian one forward pass, one differentiable gradient and one product; for Gauss–Newton a forward pass
     that carries derivatives along, or, where an operation has none in forward mode, as for the Hessian; by finite
@@ -83,8 +85,9 @@ def directional_model(
     0.5
     """
     omega = ParameterSpace(parameters).flatten(direction)
-    slope, curved = _slope_and_curvature(loss, parameters, omega, curvature)
-    return DirectionalModel(*torch.stack([slope, curved, omega @ omega]).tolist())
+    pair = torch.stack(_slope_and_curvature(loss, parameters, omega, curvature))
+    slope, curved = (pair if all_reduce is None else all_reduce(pair)).tolist()
+    return DirectionalModel(slope, curved, float(omega @ omega))
 
 
 def three_point_model(
@@ -93,6 +96,7 @@ def three_point_model(
     direction: Sequence[Tensor | None],
     *,
     step: float = 0.0,
+    all_reduce: AllReduce | None = None,
 ) -> DirectionalModel:
     """Returns slope and curvature as differences of three losses, L(w + αω), L(w) and L(w − αω).
 
@@ -106,6 +110,7 @@ def three_point_model(
         step: α; made longer where rounding of the losses would drown their second difference, so that α‖ω‖ is at least
             cbrt(machine epsilon) · max(1, ‖w‖). Where none is given, up to a hundred times as long, until the second
             difference shows.
+        all_reduce: Sums over processes that have a share of the loss each; None where there is one process.
 
     Cost: three forward passes, where no step is given up to nine, and one extra copy of the parameters.
 
@@ -129,7 +134,7 @@ def three_point_model(
         with state.replayed():
             value, _ = loss_and_outputs(loss())
         check_loss(value, "the loss")
-        return value.item()
+        return (value if all_reduce is None else all_reduce(value)).item()
 
     try:
         for alpha in [max(step, shortest)] if step else [shortest, 10.0 * shortest, 100.0 * shortest]:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_ifthpo.checks import require_at_least, require_choice
-from lightning_ifthpo.curvature import LossCurvature
+from lightning_ifthpo.curvature import AllReduce, LossCurvature
 from lightning_ifthpo.loss_graph import LossValue
 from lightning_ifthpo.step_size.linearity import check_linear_in_lr
 from lightning_ifthpo.step_size.model import DirectionalModel, directional_model, three_point_model
@@ -134,6 +134,7 @@ class ExactGeNLR(LRScheduler):
         self._final_decay = final_decay
         self._loss: Callable[[], LossValue] | None = None
         self._context: Callable[[], AbstractContextManager[object]] = nullcontext
+        self._all_reduce: AllReduce | None = None
         self._before: _Change | None = None
         self._update: _Change | None = None
         self._applied = [0.0] * len(self._rules)
@@ -165,6 +166,8 @@ class ExactGeNLR(LRScheduler):
         self,
         loss: Callable[[], LossValue],
         context: Callable[[], AbstractContextManager[object]] = nullcontext,
+        *,
+        all_reduce: AllReduce | None = None,
     ) -> None:
         """Takes the loss of the batch at hand, and looks along the last update where there is one to look along.
 
@@ -172,9 +175,11 @@ class ExactGeNLR(LRScheduler):
             loss: Callable without arguments that returns the scalar loss.
             context: Makes a context manager in which the loss is evaluated and differentiated. Use it to undo what an
                 evaluation changes beside the weights: running statistics of BatchNorm, random numbers, metrics.
+            all_reduce: Sums over processes that have a share of the loss each, and all take the same steps; None where
+                there is one process.
         """
         self._adopt_new_groups()
-        self._loss, self._context = loss, context
+        self._loss, self._context, self._all_reduce = loss, context, all_reduce
         if self._update is not None:
             update, self._update = self._update, None
             self._look(update, self._applied)
@@ -310,8 +315,10 @@ class ExactGeNLR(LRScheduler):
     def _model(self, parameters: list[Tensor], direction: list[Tensor], step: float) -> DirectionalModel:
         assert self._loss is not None
         if self._curvature == "three_point":
-            return three_point_model(self._loss, parameters, direction, step=step)
-        return directional_model(self._loss, parameters, direction, curvature=self._curvature)
+            return three_point_model(self._loss, parameters, direction, step=step, all_reduce=self._all_reduce)
+        return directional_model(
+            self._loss, parameters, direction, curvature=self._curvature, all_reduce=self._all_reduce
+        )
 
     def _trainable(self) -> list[Tensor]:
         groups = self.optimizer.param_groups

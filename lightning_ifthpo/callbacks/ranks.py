@@ -1,0 +1,85 @@
+"""The processes among which a Trainer spreads its examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.data import extract_batch_size
+from torch import Tensor
+
+from lightning_ifthpo.curvature import AllReduce
+
+
+class Ranks:
+    """What the processes of a run agree on; in a run of one process, nothing.
+
+    All processes must call the same methods in the same order.
+
+    Args:
+        trainer: The Trainer, with its strategy set up.
+    """
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        self.rank = trainer.global_rank
+        self.count = trainer.world_size
+        self._device = trainer.strategy.root_device
+        self._guessed = False
+
+    @property
+    def all_reduce(self) -> AllReduce | None:
+        """Sums over the processes; None where there is one."""
+        return None if self.count == 1 else _all_reduce
+
+    def agreed(self, decision: bool) -> bool:
+        """Returns what the first process has decided."""
+        return bool(self.agreed_number(int(decision))) if self.count > 1 else decision
+
+    def agreed_number(self, number: int) -> int:
+        """Returns the number that the first process has."""
+        if self.count == 1:
+            return number
+        tensor = torch.tensor(number, device=self._device)
+        torch.distributed.broadcast(tensor, src=0)
+        return int(tensor)
+
+    def share(self, loss: Callable[[], Tensor], batch: Any) -> Callable[[], Tensor]:
+        """Returns what a mean over this process's part of a batch adds to the mean over all parts.
+
+        Args:
+            loss: Evaluates the mean over the batch.
+            batch: Whose examples count.
+        """
+        if self.count == 1:
+            return loss
+        size = self._size(batch)
+        total = _all_reduce(torch.tensor(float(size), device=self._device))
+        return lambda: loss() * (size / float(total))
+
+    def _size(self, batch: Any) -> int:
+        try:
+            return extract_batch_size(batch)
+        except MisconfigurationException:
+            if not self._guessed:
+                self._guessed = True
+                rank_zero_warn(
+                    f"cannot tell the number of examples in a batch of type {type(batch).__name__}; all processes "
+                    "count alike, whether their batches are equally large or not"
+                )
+            return 1
+
+
+def supports(strategy: Any) -> bool:
+    """Returns whether each process holds the whole model."""
+    return type(strategy) is DDPStrategy
+
+
+def _all_reduce(tensor: Tensor) -> Tensor:
+    total = tensor.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total
