@@ -25,6 +25,7 @@ QUICK = {
     "callback_overhead": ["--steps", "20", "--models", "perceptron"],
     "learning_rate_free": ["--optimizers", "SGD"],
     "distill_dataset": ["--seeds", "0", "--steps", "500"],
+    "inverse_hessian": ["--pooling", "14"],
     "compare_inversions": ["--models", "logistic regression", "--unroll", "20"],
     "compare_estimators": ["--settings", "A", "--optimizers", "sgd", "--points", "1", "--unroll", "20"],
 }
@@ -35,6 +36,7 @@ PICTURES = {
     "learning_rate_free",
     "distill_dataset",
     "compare_inversions",
+    "inverse_hessian",
 }
 
 
