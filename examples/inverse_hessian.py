@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -199,8 +199,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float | None]]:
     spectrum = Spectrum(*torch.linalg.eigh(hessian))
     exact = spectrum.vectors / (spectrum.values + DECAY) @ spectrum.vectors.T
     print(
-        f"{len(hessian):,} weights, gradient at the end {slope:.0e}, largest eigenvalue {float(spectrum.values[-1]):.2f}, "
-        f"decay {DECAY:g}\n{'':24}error (expected)   cosine (expected)"
+        f"{len(hessian):,} weights, gradient at the end {slope:.0e}, "
+        f"largest eigenvalue {float(spectrum.values[-1]):.2f}, decay {DECAY:g}\n"
+        f"{'':24}error (expected)   cosine (expected)"
     )
     pictures, captions = {"exact inverse": small(exact)}, {"exact inverse": "(the scale of all)"}
     result: dict[str, dict[str, float | None]] = {}

@@ -14,6 +14,8 @@ def load(name):
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    if str(EXAMPLES) not in sys.path:
+        sys.path.append(str(EXAMPLES))  # where the examples find each other
     spec.loader.exec_module(module)
     return module
 
@@ -27,6 +29,7 @@ QUICK = {
     "distill_dataset": ["--seeds", "0", "--steps", "500"],
     "inverse_hessian": ["--pooling", "14"],
     "compare_inversions": ["--models", "logistic regression", "--unroll", "20"],
+    "compare_methods": ["--experiments", "40 % wrong labels", "--steps", "110"],
     "compare_estimators": ["--settings", "A", "--optimizers", "sgd", "--points", "1", "--unroll", "20"],
 }
 PICTURES = {
@@ -38,6 +41,7 @@ PICTURES = {
     "compare_inversions",
     "inverse_hessian",
 }
+WRITES = PICTURES | {"compare_methods"}
 
 
 def test_every_example_is_tested():
@@ -46,7 +50,7 @@ def test_every_example_is_tested():
 
 @pytest.mark.parametrize("name", QUICK)
 def test_example_runs_shortened(name, tmp_path, capsys):
-    arguments = QUICK[name] + (["--output", str(tmp_path)] if name in PICTURES else [])
+    arguments = QUICK[name] + (["--output", str(tmp_path)] if name in WRITES else [])
     result = load(name).main(arguments)
     last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert last == result

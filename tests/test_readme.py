@@ -3,12 +3,14 @@
 import contextlib
 import inspect
 import io
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from lightning_ifthpo import ExactGeN, IFTHypergradient, SharpnessMonitor
+from tests.test_examples import load
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -72,3 +74,9 @@ def test_the_spectrum_without_a_trainer():
     with contextlib.redirect_stdout(output):
         exec(compile(block, "README.md", "exec"), {})
     assert "StabilityEdge(sharpness=38.0)" in output.getvalue()
+
+
+def test_the_table_of_methods_is_made_from_its_file():
+    example = load("compare_methods")
+    recorded = json.loads(example.RECORDED.read_text(encoding="utf-8"))
+    assert "\n".join(example.table(recorded, [0, 1])) in README.read_text(encoding="utf-8")
