@@ -148,24 +148,28 @@ class ResumableLoader:
         self.first = state["next"] % len(self)  # an epoch at its end is over
 
 
+OWN_METRICS = ("hypergrad/", "hyperparameter/", "sharpness/", "gen/")
+
+
 class Recorder(Callback):
     """Notes what each batch leaves behind."""
 
     def __init__(self) -> None:
-        self.batches, self.logged = [], []
+        self.batches, self.logged, self.own = [], [], {}
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         gradients = [p.grad.clone() for p in pl_module.parameters() if p.grad is not None]
         state = {k: v.clone() for k, v in pl_module.state_dict().items()}
         modes = [m.training for m in pl_module.modules()]
         self.batches.append((state, gradients, modes, torch.get_rng_state(), outputs["loss"].clone()))
+        self.own |= {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(OWN_METRICS)}
         metric = getattr(pl_module, "accuracy", None)
         if metric is not None:
             self.logged.append({k: v.clone() for k, v in metric.metric_state.items()} | {"count": metric.update_count})
 
     def on_train_epoch_end(self, trainer, pl_module):
-        own = ("hyper", "sharpness")
-        self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(own)})
+        others = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(OWN_METRICS)}
+        self.logged.append(others)
 
 
 def same(left, right):

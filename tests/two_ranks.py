@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_ifthpo import BilevelLightningModule, ExactGeN, IFTHypergradient, SharpnessMonitor
 from lightning_ifthpo.hyperparameters import WeightDecay
 from lightning_ifthpo.solvers import ConjugateGradient, Nystrom
-from tests.trainers import L, classification_data, quiet_trainer
+from tests.trainers import OWN_METRICS, L, classification_data, quiet_trainer
 
 # how many of each batch of eight belong to the first rank
 EVEN, UNEVEN = 4, 5
@@ -65,8 +65,7 @@ def fit(callback, first, lr, rank):
     data = DataLoader(part(1, first, rank), batch_size=None)
     trainer.fit(module, data, data)
     state = {name: value.detach().clone() for name, value in module.state_dict().items()}
-    names = ("hypergrad/", "hyperparameter/", "sharpness/", "gen/")
-    metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(names)}
+    metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(OWN_METRICS)}
     return {"state": state, "metrics": metrics}
 
 

@@ -15,6 +15,7 @@ from lightning_ifthpo.callbacks.evaluation import BY_DIFFERENCES, data_module
 from lightning_ifthpo.callbacks.ranks import supports
 from lightning_ifthpo.hyperparameters import WeightDecay
 from lightning_ifthpo.module import BilevelLightningModule, has_inner_loss
+from lightning_ifthpo.random_state import isolated
 from lightning_ifthpo.update_rule import is_known
 
 
@@ -96,7 +97,8 @@ def find_outer_data(trainer: L.Trainer, module: Any, given: Iterable[Any] | None
     if given is not None:
         return given
     for owner in (module, data_module(trainer)):
-        loader = _call(owner, "outer_dataloader")
+        with isolated(module.device):  # a random split there must not change what training draws
+            loader = _call(owner, "outer_dataloader")
         if loader is not None:
             return loader  # type: ignore[no-any-return]
     validation = trainer.val_dataloaders
