@@ -102,8 +102,8 @@ class HyperStepper:
             self._estimate = None  # weights were frozen or unfrozen
         rule = UpdateRule.of(self._trainer.optimizers, parameters)
         with self._evaluation() as losses:
+            self.steps += 1  # counts also where memory does not suffice
             result = self._hypergradient(losses, batch, outer_batch, self._solver.bound_to(rule), diagnosed=diagnosed)
-        self.steps += 1
         if self._warm_start:
             self._remember(result.solution)
         return result

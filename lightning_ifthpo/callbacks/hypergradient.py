@@ -8,6 +8,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 from torch import Tensor
 
 from lightning_ifthpo.callbacks.cadence import Cadence
@@ -44,7 +45,8 @@ class IFTHypergradient(PeriodicCallback):
         outer_dataloader: Loader of outer batches. None asks the module's `outer_dataloader()`, then the data module's,
             then takes the validation data and warns.
         on_failure: What becomes of a solve that neither converged nor completed: "skip" it, "use" it if it is finite,
-            or "raise" an error.
+            or "raise" an error. A hyper step that runs out of memory is skipped unless it is to raise, or other
+            processes take part.
         max_overhead: Fraction of the training time that hyper steps may cost; they become as rare as needed. Such a run
             depends on the clock. None for no limit.
         precision: "32" evaluates the losses without autocast in mixed precision, "inherit" as training does.
@@ -169,12 +171,11 @@ class IFTHypergradient(PeriodicCallback):
 
     def _fire(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
         """Makes one hyper step."""
-        stepper = self._active_stepper
-        # A diagnosis costs products, so only the failure that is told about gets one.
-        result = stepper.compute(batch, diagnosed=not self._warned or self.on_failure == "raise")
-        if self._accepts(result, stepper.steps):
-            stepper.apply(result)
-        return {**_metrics(result), "hypergrad/skipped": float(self.skipped), **_summaries(module)}
+        result = self._computed(trainer, batch)
+        if result is not None and self._accepts(result):
+            self._active_stepper.apply(result)
+        metrics = {} if result is None else _metrics(result)
+        return {**metrics, "hypergrad/skipped": float(self.skipped), **_summaries(module)}
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Ends the worker processes of the outer data."""
@@ -195,20 +196,43 @@ class IFTHypergradient(PeriodicCallback):
         assert self._stepper is not None, "training has not started"
         return self._stepper
 
-    def _accepts(self, result: Hypergradient, step: int) -> bool:
+    def _computed(self, trainer: L.Trainer, batch: Any) -> Hypergradient | None:
+        """Returns a hypergradient; None where memory does not suffice, which is told."""
+        stepper = self._active_stepper
+        try:
+            # A diagnosis costs products, so only the failure that is told about gets one.
+            return stepper.compute(batch, diagnosed=not self._warned or self.on_failure == "raise")
+        except RuntimeError as error:
+            # one of several processes must not leave the others waiting
+            if self.on_failure == "raise" or trainer.world_size > 1 or not is_oom_error(error):
+                raise
+            reason = f"hyper step {stepper.steps} ran out of memory ({str(error).splitlines()[0]})"
+        garbage_collection_cuda()  # what the error held is free by now
+        self._skip(f"{reason}; a smaller outer batch or curvature='finite_difference' takes less")
+        return None
+
+    def _skip(self, reason: str) -> None:
+        """Counts a hyper step that is not made, and tells of the first."""
+        self.skipped += 1
+        self._tell(f"{reason}. It is skipped")
+
+    def _tell(self, what: str) -> None:
+        if not self._warned:
+            self._warned = True
+            rank_zero_warn(f"{what}; further ones are not reported, but counted in hypergrad/skipped")
+
+    def _accepts(self, result: Hypergradient) -> bool:
         """Returns whether to use a result, counting and reporting one that cannot be trusted."""
         if result.status.trustworthy:
             return True
-        reason = f"hyper step {step} ended with status {result.status.value!r}: {result.diagnosis}"
+        reason = f"hyper step {self._active_stepper.steps} ended with status {result.status.value!r}: {result.diagnosis}"
         if self.on_failure == "raise":
             raise RuntimeError(reason)
-        used = self.on_failure == "use" and result.status is not Status.NONFINITE
-        self.skipped += not used
-        if not self._warned:
-            self._warned = True
-            fate = "It is used all the same" if used else "It is skipped"
-            rank_zero_warn(f"{reason}. {fate}; further ones are not reported, but counted in hypergrad/skipped")
-        return used
+        if self.on_failure == "use" and result.status is not Status.NONFINITE:
+            self._tell(f"{reason}. It is used all the same")
+            return True
+        self._skip(reason)
+        return False
 
 
 def _metrics(result: Hypergradient) -> dict[str, float]:

@@ -39,7 +39,8 @@ class SharpnessMonitor(PeriodicCallback):
     Works on any LightningModule: it measures the `inner_loss` where there is one, else the loss of `training_step`, in
     the train/eval modes it finds, on the batch just seen or on a fixed set of examples. It changes nothing: weights,
     buffers, gradients, modes, metrics, other logged values and the random state stay as they would be without it. A
-    measurement that fails is reported, counted and survived.
+    measurement that fails is reported, counted and survived; among several processes it ends the run, since the others
+    would wait for ever.
 
     Args:
         every_n_batches: Training batches between two measurements, at least 1. The first is made after the first epoch
@@ -211,10 +212,15 @@ class SharpnessMonitor(PeriodicCallback):
 
     @contextmanager
     def _surviving(self) -> Iterator[None]:
-        """Counts an error instead of letting an observer end what it observes, and tells of the first in a fit."""
+        """Counts an error instead of letting an observer end what it observes, and tells of the first in a fit.
+
+        Other processes would wait for one that has failed, so that it may not survive them.
+        """
         try:
             yield
         except Exception as error:
+            if self._ranks.count > 1:
+                raise
             self.failures += 1
             if not self._told:
                 self._told = True
