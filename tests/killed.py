@@ -75,7 +75,9 @@ class Death(Callback):
         else:
             while not self.checkpoints.saving:
                 time.sleep(1e-5)
-            time.sleep(max(0.0, self.checkpoints.began + self.fraction * self.checkpoints.seconds - time.perf_counter()))
+            time.sleep(
+                max(0.0, self.checkpoints.began + self.fraction * self.checkpoints.seconds - time.perf_counter())
+            )
         self.note.write_text("saving" if self.checkpoints.saving else "training")
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_ifthpo.curvature import (
     AverageOperator,
@@ -516,6 +517,24 @@ class Circular(nn.Module):
         return self.layer(x.view(8, 1, 2, 2)).mean(dim=(2, 3))
 
 
+class Grouped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(2, 2, 1, groups=2)
+
+    def forward(self, x):
+        return self.layer(x.view(8, 2, 2, 1)).mean(dim=(2, 3))
+
+
+class Unbatched(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return torch.stack([self.layer(x[0])] * 8)
+
+
 class Patches(nn.Module):
     def __init__(self):
         super().__init__()
@@ -532,19 +551,83 @@ def contrastive(outputs, y):
 @pytest.mark.parametrize(
     ("net", "criterion", "message"),
     [
-        (Tied, nn.functional.mse_loss, r"of shape \(4, 4\), is shared between layers"),
+        (Tied, nn.functional.mse_loss, r"of shape \(4, 4\) is shared between layers"),
         (Twice, nn.functional.mse_loss, "used several times"),
         (lambda: nn.Sequential(nn.Linear(4, 2), nn.LayerNorm(2)), nn.functional.mse_loss, "belongs to no Linear"),
         (lambda: Standardized(4, 2), nn.functional.mse_loss, "belongs to no Linear"),
         (Circular, nn.functional.mse_loss, "padding_mode='circular'"),
         (Patches, nn.functional.mse_loss, r"same number of examples, got \[8, 16\]"),
         (lambda: nn.Linear(4, 2), contrastive, "couples them"),
+        (Grouped, nn.functional.mse_loss, "groups=2"),
+        (Unbatched, nn.functional.mse_loss, r"called with shape \(4,\)"),
     ],
 )
 def test_kfac_refuses_what_it_cannot_express(net, criterion, message):
     net = net().double()
     with pytest.raises(ValueError, match=message):
         KFACOperator(kfac_problem(net, criterion), list(net.parameters()))
+
+
+def test_kfac_of_a_network_with_checkpointed_activations_is_the_same():
+    """Which repeats the forward pass in each backward pass."""
+    net = two_layers()
+    plain, repeated = (
+        KFACOperator(kfac_problem(call), list(net.parameters())).to_dense()
+        for call in (net, lambda x: checkpoint(net, x, use_reentrant=False))
+    )
+    assert torch.equal(plain, repeated)
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_frozen_and_unused_parameters_have_blocks_of_zeros(frozen):
+    net, beside = two_layers(), nn.Linear(4, 1, dtype=torch.float64)
+    whole = KFACOperator(kfac_problem(net), list(net.parameters()))
+    net[frozen].requires_grad_(False)
+    loss, parameters = kfac_problem(net), [*net.parameters(), *beside.parameters()]
+
+    part = KFACOperator(lambda: loss() + beside.weight.square().sum(), parameters)
+    idle = {*net[frozen].parameters(), *beside.parameters()}
+    zero = torch.cat([torch.full((parameter.numel(),), parameter in idle) for parameter in parameters])
+    dense = torch.zeros(28, 28, dtype=torch.float64)
+    dense[:23, :23] = whole.to_dense()
+    dense[zero], dense[:, zero] = 0.0, 0.0
+    assert torch.allclose(part.to_dense(), dense, rtol=1e-12)
+    b = torch.linspace(-1, 1, 28, dtype=torch.float64)
+    damped = dense + 0.1 * torch.eye(28, dtype=torch.float64)
+    assert relative_error(part.solve(b, 0.1), torch.linalg.solve(damped, b)) < 1e-10
+
+
+def test_an_error_leaves_no_hooks_on_the_layers():
+    net = two_layers()
+    loss, calls = kfac_problem(net), []
+    net[0].register_forward_hook(lambda *_: calls.append(1))
+
+    def failing():
+        result = loss()
+        if len(calls) == 2:
+            raise MemoryError
+        return result
+
+    with pytest.raises(MemoryError):
+        KFACOperator(failing, list(net.parameters()))
+    assert [len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in net] == [1, 0, 0]
+
+
+def test_a_layer_that_is_not_asked_for_may_be_of_any_kind():
+    augment, net = nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect", dtype=torch.float64), two_layers()
+    loss = kfac_problem(lambda x: net(augment(x.view(8, 1, 2, 2)).flatten(1)))
+    assert KFACOperator(loss, list(net.parameters())).size == 23
+
+
+@pytest.mark.parametrize("operator", [GaussNewtonOperator, KFACOperator])
+def test_outputs_marked_twice_on_one_way_are_refused(operator):
+    net = two_layers()
+
+    def loss():
+        return mark_outputs(2.0 * mark_outputs(net(torch.ones(3, 4, dtype=torch.float64)))).square().sum()
+
+    with pytest.raises(ValueError, match="depends on another one; mark only the last"):
+        operator(loss, list(net.parameters()))
 
 
 def test_kfac_says_what_is_missing(monkeypatch):

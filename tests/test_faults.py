@@ -132,7 +132,9 @@ OBSERVED = {
     },
     "IFTHypergradient, kfac": lambda: IFTHypergradient(2, curvature="kfac", solver=Direct(damping=0.1)),
     **{
-        f"SharpnessMonitor, {curvature}": lambda curvature=curvature: SharpnessMonitor(2, curvature=curvature, max_iterations=3, max_overhead=None)
+        f"SharpnessMonitor, {curvature}": lambda curvature=curvature: SharpnessMonitor(
+            2, curvature=curvature, max_iterations=3, max_overhead=None
+        )
         for curvature in ("hessian", "finite_difference")
     },
     **{
@@ -146,7 +148,9 @@ def fit(callbacks, countdown, **options):
     """Returns what a run ends with, and what it raised."""
     torch.manual_seed(0)
     module, witness = Failing(countdown), Witness()
-    trainer = quiet_trainer(**{"limit_val_batches": 0} | options, callbacks=[witness, *callbacks, witness], max_epochs=2)
+    trainer = quiet_trainer(
+        **{"limit_val_batches": 0} | options, callbacks=[witness, *callbacks, witness], max_epochs=2
+    )
     try:
         trainer.fit(module)
     except BaseException as error:

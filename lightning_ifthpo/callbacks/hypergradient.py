@@ -225,7 +225,9 @@ class IFTHypergradient(PeriodicCallback):
         """Returns whether to use a result, counting and reporting one that cannot be trusted."""
         if result.status.trustworthy:
             return True
-        reason = f"hyper step {self._active_stepper.steps} ended with status {result.status.value!r}: {result.diagnosis}"
+        reason = (
+            f"hyper step {self._active_stepper.steps} ended with status {result.status.value!r}: {result.diagnosis}"
+        )
         if self.on_failure == "raise":
             raise RuntimeError(reason)
         if self.on_failure == "use" and result.status is not Status.NONFINITE:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,23 +22,26 @@ class KFACOperator(InvertibleOperator):
     """A block for each linear or convolutional layer, the Kronecker product of two covariances (Martens, Grosse 2015).
 
     One is that of the layer's inputs, the other that of gradients at its outputs, with the exact Hessian of the loss in
-    the model's outputs, or its positive part. Its inverse is cheap; itself it is exact for a single linear layer with
-    squared error. It approximates Gauss–Newton, and knows nothing of how layers act on each other, nor of penalties on
-    weights. Needs `pip install lightning_ifthpo[kfac]`, which brings curvlinops. Use it with `Direct(damping=...)`.
+    the model's outputs, or its positive part. It is exact for a single linear layer with squared error, if all rows
+    weigh alike and none share the layer along a dimension that is pooled. It approximates Gauss–Newton, and knows
+    nothing of how layers act on each other, nor of penalties on weights. Needs `pip install lightning_ifthpo[kfac]`,
+    which brings curvlinops. Use it with `Direct(damping=...)`.
 
     Cost: two forward passes, one differentiable gradient and C backward passes for C outputs of an example when made; a
-    product and an inverse cost less than a pass.
+    product costs O(d_in² d_out + d_in d_out²) for each layer, and an inverse O(d_in³ + d_out³) beside.
 
     Args:
         loss: Callable without arguments that returns (loss, outputs) with outputs one tensor or several of shape
             [B, ..., C], or the loss alone if it calls `mark_outputs`. A sum or a mean over B.
         parameters: The tensors w, together [n]: weights and biases of Linear and Conv2d layers that the loss calls.
+            Frozen ones, and those that no output depends on, have blocks of zeros.
 
     Raises:
         ImportError: If curvlinops is not installed.
         TypeError, ValueError: If the loss is not a scalar tensor with a graph, no outputs are known, or the loss is no
             sum over their rows.
-        ValueError: If a parameter is shared between layers or belongs to no layer that KFAC knows.
+        ValueError: If a parameter belongs to no layer that KFAC knows, or to a layer that is called several times. A
+            weight that is also used outside of its layer is not noticed.
 
     >>> layer = nn.Linear(2, 1, bias=False)
     >>> def loss():
@@ -61,12 +63,24 @@ class KFACOperator(InvertibleOperator):
         self._graph = LossGraph(total, parameters)
         self.loss = total.detach()
         self.size, self.dtype, self.device = self._graph.space.size, self._graph.space.dtype, self._graph.space.device
-        examples = _checked_layers(calls, parameters)
-        model = _SquaredError(loss, [layer for layer, _ in calls], _roots(total, known_outputs(outputs or marked)))
+        outputs = known_outputs(outputs or marked)
+        slopes = vjp(outputs, parameters, [torch.zeros_like(output) for output in outputs])
+        # frozen or unused ones have no slope, not even zero
+        reached = [parameter for parameter, slope in zip(parameters, slopes, strict=True) if slope is not None]
+        if not reached:
+            raise ValueError("no marked output depends on any of the parameters")
+        examples = _checked_layers(calls, reached)
+        self._reached = torch.cat(
+            [
+                torch.full_like(w, slope is not None, dtype=torch.bool).reshape(-1)
+                for w, slope in zip(parameters, slopes, strict=True)
+            ]
+        )
+        model = _SquaredError(loss, [layer for layer, _ in calls], _roots(total, outputs))
         self._kfac = self._library.KFACLinearOperator(
             model,
             nn.MSELoss(reduction="sum"),
-            list(self._graph.space.tensors),
+            reached,
             [(torch.zeros(examples, device=self.device), torch.zeros_like(model.roots[:, 0]))],
             fisher_type="type-2",
             check_deterministic=False,
@@ -82,7 +96,8 @@ class KFACOperator(InvertibleOperator):
         return self._graph.gradient
 
     def _product(self, v: Tensor) -> Tensor:
-        product: Tensor = self._kfac @ v
+        product = torch.zeros_like(v)
+        product[self._reached] = self._kfac @ v[self._reached]
         return product
 
     def solve(self, b: Tensor, delta: float | Tensor) -> Tensor:
@@ -90,6 +105,10 @@ class KFACOperator(InvertibleOperator):
 
         Kronecker products know damping by one number only: of δ: [n] it takes the geometric mean, and the residual that
         `Direct` reports tells what that is worth.
+
+        Args:
+            b: Right side, [n], or several of them, [n, k].
+            delta: Damping δ, a number, or [n] for one right side.
 
         Raises:
             ValueError: If δ is not positive.
@@ -99,7 +118,8 @@ class KFACOperator(InvertibleOperator):
             raise ValueError("the inverse of KFAC needs damping > 0: Direct(damping=1e-3), or damping='horizon'")
         damping = float(delta.log().mean().exp())
         inverse = self._library.KFACInverseLinearOperator(self._kfac, damping=damping, use_exact_damping=True)
-        solution: Tensor = inverse @ b
+        solution = b / delta
+        solution[self._reached] = inverse @ b[self._reached]
         return solution
 
     def mixed_product(self, v: Tensor, hyperparameters: Sequence[Tensor]) -> list[Tensor | None]:
@@ -123,11 +143,22 @@ class _SquaredError(nn.Module):
         self._loss = loss
         self.layers = nn.ModuleList(layers)
         self.roots = roots
+        self._hooks = [hooks for layer in layers for hooks in (layer._forward_pre_hooks, layer._forward_hooks)]
+        self._users = [set(hooks) for hooks in self._hooks]
 
     def forward(self, _: Tensor) -> Tensor:
-        """Returns Sᵀz for each row, [R, C]; whatever it is called with, it is the loss that knows the batch."""
-        with recording_outputs() as marked:
-            _, outputs = loss_and_outputs(self._loss())
+        """Returns Sᵀz for each row, [R, C]; whatever it is called with, it is the loss that knows the batch.
+
+        The hooks that curvlinops has put on the layers end with the forward pass: activation checkpointing would call
+        them again, and an error would leave them there.
+        """
+        try:
+            with recording_outputs() as marked:
+                _, outputs = loss_and_outputs(self._loss())
+        finally:
+            for hooks, users in zip(self._hooks, self._users, strict=True):
+                for added in hooks.keys() - users:
+                    del hooks[added]
         return torch.einsum("rij,ri->rj", self.roots, _rows(outputs or marked))
 
 
@@ -173,14 +204,14 @@ def _width(output: Tensor) -> int:
 
 
 @contextmanager
-def _recording_layers() -> Iterator[list[tuple[nn.Module, int]]]:
-    """Collects the linear and convolutional layers that are called inside the block, with their batch sizes."""
-    calls: list[tuple[nn.Module, int]] = []
+def _recording_layers() -> Iterator[list[tuple[nn.Module, Tensor]]]:
+    """Collects the linear and convolutional layers that are called inside the block, with their inputs."""
+    calls: list[tuple[nn.Module, Tensor]] = []
 
     def record(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         # not subclasses with a forward pass of their own
         if type(module).forward in (nn.Linear.forward, nn.Conv2d.forward) and inputs:
-            calls.append((module, len(inputs[0])))
+            calls.append((module, inputs[0].detach()))
 
     handle = register_module_forward_pre_hook(record)
     try:
@@ -189,28 +220,36 @@ def _recording_layers() -> Iterator[list[tuple[nn.Module, int]]]:
         handle.remove()
 
 
-def _checked_layers(calls: Sequence[tuple[nn.Module, int]], parameters: Sequence[Tensor]) -> int:
+def _checked_layers(calls: Sequence[tuple[nn.Module, Tensor]], parameters: Sequence[Tensor]) -> int:
     """Returns the number of examples that the layers of the parameters see."""
-    owners: Counter[int] = Counter()
-    sizes: dict[int, int] = {}
-    for layer, examples in calls:
-        for weight in layer.parameters(recurse=False):
-            owners[id(weight)] += 1
-            sizes[id(weight)] = examples
-        if getattr(layer, "padding_mode", "zeros") != "zeros":
-            raise ValueError(
-                f"KFAC knows padding with zeros only, and a Conv2d has padding_mode={layer.padding_mode!r}"
-            )
-    for index, parameter in enumerate(parameters):
-        name = f"parameter {index}, of shape {tuple(parameter.shape)},"
-        if owners[id(parameter)] > 1:
+    uses: dict[int, list[tuple[nn.Module, Tensor]]] = {}
+    for call in calls:
+        for weight in call[0].parameters(recurse=False):
+            uses.setdefault(id(weight), []).append(call)
+    examples = set()
+    for parameter in parameters:
+        name = f"a parameter of shape {tuple(parameter.shape)}"
+        owners = uses.get(id(parameter), [])
+        if len(owners) > 1:
             raise ValueError(f"{name} is shared between layers or used several times, which KFAC cannot express")
-        if not owners[id(parameter)]:
+        if not owners:
             raise ValueError(
-                f"{name} belongs to no Linear or Conv2d layer that the loss calls, and KFAC knows no other; freeze it, "
-                "or use curvature='gauss_newton'"
+                f"{name} belongs to no Linear or Conv2d layer that the loss calls with a tensor, and KFAC knows no "
+                "other; freeze it, or use curvature='gauss_newton'"
             )
-    found = {sizes[id(parameter)] for parameter in parameters}
-    if len(found) > 1:
-        raise ValueError(f"KFAC needs layers that see the same number of examples, got {sorted(found)}")
-    return found.pop()
+        ((layer, images),) = owners
+        _check_layer(layer, images)
+        examples.add(len(images))
+    if len(examples) > 1:
+        raise ValueError(f"KFAC needs layers that see the same number of examples, got {sorted(examples)}")
+    return examples.pop()
+
+
+def _check_layer(layer: nn.Module, inputs: Tensor) -> None:
+    """Raises ValueError for what curvlinops would take for something else."""
+    if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
+        raise ValueError(f"KFAC knows padding with zeros only, and a Conv2d has padding_mode={layer.padding_mode!r}")
+    if isinstance(layer, nn.Conv2d) and layer.groups != 1:
+        raise ValueError(f"KFAC knows no groups, and a Conv2d has groups={layer.groups}")
+    if inputs.ndim < (4 if isinstance(layer, nn.Conv2d) else 2):
+        raise ValueError(f"KFAC needs batches, and a {type(layer).__name__} is called with shape {tuple(inputs.shape)}")

@@ -7,7 +7,10 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import cast
 
+import torch
 from torch import Tensor
+
+from lightning_ifthpo.autodiff import vjp
 
 _recorder: ContextVar[list[Tensor] | None] = ContextVar("_recorder", default=None)
 
@@ -42,7 +45,7 @@ def known_outputs(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
     """Returns the outputs of a model, by `mark_outputs` or beside the loss, once they are checked.
 
     Raises:
-        ValueError: If there are none, or one of them depends on nothing.
+        ValueError: If there are none, one of them depends on nothing, or one of them on another.
     """
     if not outputs:
         raise ValueError(
@@ -52,6 +55,10 @@ def known_outputs(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
     for output in outputs:
         if output.grad_fn is None:
             raise ValueError("a marked output does not depend on any parameter; mark what the model returns")
+    for index, output in enumerate(outputs):
+        later = outputs[index + 1 :]
+        if vjp(later, [output], [torch.zeros_like(other) for other in later]) != [None]:
+            raise ValueError("a marked output depends on another one; mark only the last on each way to the loss")
     return outputs
 
 
