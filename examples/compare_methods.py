@@ -181,7 +181,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     distillation.silence_lightning()
     torch.set_num_threads(1)  # at this size a second brings little
     args.output.mkdir(parents=True, exist_ok=True)
-    file = args.output / "compare_methods.json"
+    shortened = "" if args.steps is None else f"_{args.steps}_steps"  # which must not be taken for whole runs
+    file = args.output / f"compare_methods{shortened}.json"
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     for name in args.experiments:
         for seed in args.seeds:

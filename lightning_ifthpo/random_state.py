@@ -9,6 +9,9 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+PROCESS_STRIDE = 1_000_003
+"""Between the seeds of one process and the next, more than a run counts."""
+
 
 class RandomState:
     """The state of the generators of Python, NumPy and torch (the CPU's and one device's) at one moment.

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from lightning_ifthpo import ExactGeN, IFTHypergradient, SharpnessMonitor
 from lightning_ifthpo.callbacks.cadence import Cadence
+from lightning_ifthpo.callbacks.evaluation import undisturbed
+from lightning_ifthpo.callbacks.ranks import Ranks, supports
 from lightning_ifthpo.curvature import curvature_operator
 from lightning_ifthpo.hypergradient import implicit_hypergradient
 from lightning_ifthpo.solvers import Direct
@@ -38,9 +40,10 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.filterwarnings("ignore:The number of training batches")
 @pytest.mark.filterwarnings("ignore:The .*dataloader.* does not have many workers")
+@pytest.mark.filterwarnings("ignore:spectral_density=True, but no logger takes figures")
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_equal_one(name, ranks):
-    alone = run(name)
+def test_two_ranks_equal_one(name, ranks, tmp_path):
+    alone = run(name, tmp_path)
     together = ranks[0][name]
     # Sums over ranks are made in another order: a few units in the last place, which differences of gradients divide by
     # a step of 0.005, and second differences of losses by the square of a step.
@@ -52,6 +55,8 @@ def test_two_ranks_equal_one(name, ranks):
     torch.testing.assert_close(
         together["state"], alone["state"], rtol=0.0, atol=1e-4 if "three_point" in name else 1e-6
     )
+    assert together["error"] == alone["error"]
+    assert bool(alone["error"]) == ("NaN" in name)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -59,14 +64,71 @@ def test_ranks_agree_to_the_last_bit(name, ranks):
     first, second = (rank[name] for rank in ranks)
     assert all(torch.equal(first["state"][key], value) for key, value in second["state"].items())
     assert first["metrics"] == second["metrics"]
+    assert first["error"] == second["error"]
 
 
 @pytest.mark.parametrize("callback", [IFTHypergradient, SharpnessMonitor, ExactGeN])
 def test_a_model_that_is_spread_over_devices_is_refused(callback):
     trainer = quiet_trainer(devices=2, strategy=ModelParallelStrategy(tensor_parallel_size=1))
-    message = f"{callback.__name__} needs the whole model on each device, which ModelParallelStrategy does not provide"
+    message = (
+        f"{callback.__name__} needs the whole model on each device, and ModelParallelStrategy is not known to keep it"
+    )
     with pytest.raises(ValueError, match=message):
         callback().on_fit_start(trainer, Classifier())
+
+
+class OwnStrategy(DDPStrategy):
+    pass
+
+
+def test_strategies_are_known_by_name():
+    import pytorch_lightning
+
+    assert supports(OwnStrategy())
+    assert supports(pytorch_lightning.strategies.DDPStrategy())
+    assert not supports(type("DeepSpeedStrategy", (DDPStrategy,), {})())
+
+
+def two_processes(other):
+    """Two processes, of which the other one is played."""
+    ranks = Ranks(quiet_trainer())
+    ranks.count = 2
+    ranks.total = lambda part: part + other.to(part)
+    return ranks
+
+
+def test_batches_of_unknown_size_count_alike():
+    loss = torch.tensor(3.0)
+    known = [torch.ones(6, 2)]
+    assert two_processes(torch.tensor([2.0, 0.0])).share(lambda: loss, known)() == 3.0 * 6 / 8
+    with pytest.warns(UserWarning, match="cannot tell the number of examples in a batch of type list"):
+        assert two_processes(torch.tensor([0.0, 1.0])).share(lambda: loss, known)() == 1.5
+    with pytest.warns(UserWarning, match="cannot tell the number of examples in a batch of type object"):
+        assert two_processes(torch.tensor([2.0, 0.0])).share(lambda: loss, object())() == 1.5
+    assert two_processes(torch.tensor([0.0, 0.0])).share(lambda: loss, [torch.ones(0, 2)])() == 1.5
+
+
+def test_an_error_that_other_processes_do_not_have_is_not_survived():
+    monitor = SharpnessMonitor()
+    monitor._ranks = two_processes(torch.tensor(0.0))
+    with pytest.raises(RuntimeError, match="mine"), monitor._surviving():
+        raise RuntimeError("mine")
+    with pytest.warns(UserWarning, match="a measurement failed"), monitor._surviving():
+        raise FloatingPointError("everybody's")
+    with monitor._surviving(alone=True):
+        raise RuntimeError("nobody waits for it")
+    assert monitor.failures == 2
+
+
+def test_each_process_draws_its_own_masks(monkeypatch):
+    module, trainer = Classifier(), quiet_trainer()
+    masks = []
+    for rank in (0, 0, 1):
+        monkeypatch.setattr(type(trainer), "global_rank", rank)
+        with undisturbed(trainer, module, seed=5):
+            masks.append(torch.rand(4))
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
 
 
 @pytest.mark.parametrize("curvature", ["kfac", "gradient_outer_product"])

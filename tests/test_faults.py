@@ -197,7 +197,7 @@ class Terminated(Callback):
 @pytest.mark.parametrize("name", OBSERVED)
 def test_a_signal_to_terminate_leaves_everything_as_it_was(name):
     before = signal.getsignal(signal.SIGTERM)
-    trainer, module, witness, error = fit([OBSERVED[name](), Terminated()], Countdown(10**6))
+    trainer, module, _, error = fit([OBSERVED[name](), Terminated()], Countdown(10**6))
     assert isinstance(error, SIGTERMException)
     assert left_behind(trainer, module) == []
     assert trainer.global_step in (3, 4)

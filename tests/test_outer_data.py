@@ -141,7 +141,7 @@ def test_what_yields_no_batches_again_and_again_is_refused(source, message):
 
 
 def test_several_ranks_are_told_that_the_data_are_not_split():
-    with pytest.warns(UserWarning, match="the same on every rank"):
+    with pytest.warns(UserWarning, match="iterated as they are on every rank"):
         OuterData([1, 2], CPU, seed=0, world_size=2)
 
 

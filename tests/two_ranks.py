@@ -1,14 +1,16 @@
 """Runs that must come out the same on one process and on two; started by test_data_parallel.py under torchrun."""
 
+import itertools
 import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_ifthpo import BilevelLightningModule, ExactGeN, IFTHypergradient, SharpnessMonitor
 from lightning_ifthpo.hyperparameters import WeightDecay
@@ -24,8 +26,9 @@ class Net(BilevelLightningModule, L.LightningModule):
 
     def __init__(self, lr):
         super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
         self.register_hyperparameter("decay", WeightDecay(self.net, "tensor", initial=0.05))
         self.register_hyperparameter("unused_at_first", torch.zeros(2))
         self.lr = lr
@@ -58,22 +61,63 @@ def part(seed, first, rank):
     return [(x[chosen], y[chosen]) for x, y in batches]
 
 
-def fit(callback, first, lr, rank):
+def fit(callback, first, lr, rank, spoil, folder):
     module = Net(lr)
     strategy = {} if rank is None else {"strategy": DDPStrategy(), "devices": 2}
-    trainer = quiet_trainer(callbacks=[callback], use_distributed_sampler=False, limit_val_batches=0, **strategy)
-    data = DataLoader(part(1, first, rank), batch_size=None)
-    trainer.fit(module, data, data)
+    logger = CSVLogger(folder)
+    trainer = quiet_trainer(
+        callbacks=[callback], use_distributed_sampler=False, limit_val_batches=0, logger=logger, **strategy
+    )
+    data = DataLoader(spoil(part(1, first, rank), rank), batch_size=None)
+    error = ""
+    try:
+        trainer.fit(module, data, data)
+    except ValueError as raised:
+        error = str(raised)
     state = {name: value.detach().clone() for name, value in module.state_dict().items()}
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(OWN_METRICS)}
-    return {"state": state, "metrics": metrics}
+    return {"state": state, "metrics": metrics, "error": error}
+
+
+def whole(batches, rank):
+    return batches
+
+
+def with_nan_at_the_end(batches, rank):
+    """Spoils an example that the second rank sees first, of two."""
+    if rank != 0:
+        batches[0][0][-1] = torch.nan
+    return batches
 
 
 def hypergradient(first, rank, **options):
     return IFTHypergradient(2, outer_dataloader=part(2, first, rank), on_failure="raise", **options)
 
 
+def shuffled(rank):
+    """Eight examples for each step, whoever draws them."""
+    data = DataLoader(classification_data(48, 2), batch_size=8 if rank is None else 4, shuffle=True)
+    return IFTHypergradient(2, outer_dataloader=data, on_failure="raise")
+
+
+def distributed(seed, rank):
+    """A loader as the Trainer prepares them for validation."""
+    data = classification_data(48, seed)
+    sampler = None if rank is None else DistributedSampler(data, num_replicas=2, rank=rank, shuffle=False)
+    return DataLoader(data, batch_size=8 if rank is None else 4, sampler=sampler)
+
+
+class OwnClock(IFTHypergradient):
+    """Time goes backwards for the second rank, which would never fire again."""
+
+    def on_train_start(self, trainer, pl_module):
+        super().on_train_start(trainer, pl_module)
+        self._cadence._clock = itertools.count(step=-1 if trainer.global_rank else 1).__next__
+
+
 CG = ConjugateGradient(20, damping=1.0)  # beyond the negative curvature of the first weights
+EXACT = {"rtol": 1e-6, "max_overhead": 1e6}
+# the callback, how many of each batch belong to the first rank, the learning rate, and what happens to the batches
 CASES = {
     # weights stay where they are: DDP's own gradients are not weighted per example
     **{
@@ -81,29 +125,67 @@ CASES = {
             lambda rank, curvature=curvature: hypergradient(UNEVEN, rank, curvature=curvature, solver=CG),
             UNEVEN,
             0.0,
+            whole,
         )
         for curvature in ("hessian", "gauss_newton", "finite_difference")
     },
-    "amortized, training": (lambda rank: hypergradient(EVEN, rank), EVEN, 0.1),
-    "a budget of time": (lambda rank: hypergradient(EVEN, rank, max_overhead=1e6), EVEN, 0.1),
-    "nystrom, training": (lambda rank: hypergradient(EVEN, rank, solver=Nystrom(5, damping=0.1)), EVEN, 0.1),
-    "sharpness, uneven": (lambda rank: SharpnessMonitor(2, rtol=1e-6, trace=True, max_overhead=1e6), UNEVEN, 0.0),
-    "sharpness on fixed examples": (lambda rank: SharpnessMonitor(2, dataloader=part(3, EVEN, None)), EVEN, 0.1),
+    "amortized, training": (lambda rank: hypergradient(EVEN, rank), EVEN, 0.1, whole),
+    "shuffled outer data": (shuffled, EVEN, 0.1, whole),
+    "distributed outer data": (
+        lambda rank: IFTHypergradient(2, outer_dataloader=distributed(2, rank), on_failure="raise"),
+        EVEN,
+        0.1,
+        whole,
+    ),
+    "a budget of time": (
+        lambda rank: OwnClock(2, outer_dataloader=part(2, EVEN, rank), on_failure="raise", max_overhead=1e6),
+        EVEN,
+        0.1,
+        whole,
+    ),
+    "nystrom, training": (lambda rank: hypergradient(EVEN, rank, solver=Nystrom(5, damping=0.1)), EVEN, 0.1, whole),
+    "NaN on one rank": (lambda rank: hypergradient(EVEN, rank), EVEN, 0.1, with_nan_at_the_end),
+    "sharpness, uneven": (lambda rank: SharpnessMonitor(2, trace=True, **EXACT), UNEVEN, 0.0, whole),
+    "sharpness on fixed examples": (
+        lambda rank: SharpnessMonitor(2, dataloader=part(3, EVEN, None), **EXACT),
+        EVEN,
+        0.1,
+        whole,
+    ),
+    "sharpness on one fixed batch": (
+        lambda rank: SharpnessMonitor(2, dataloader=part(3, EVEN, None)[:1], **EXACT),
+        EVEN,
+        0.1,
+        whole,
+    ),
+    "sharpness on distributed examples": (
+        lambda rank: SharpnessMonitor(2, dataloader=distributed(3, rank), **EXACT),
+        EVEN,
+        0.1,
+        whole,
+    ),
+    "a density that nobody can show": (
+        lambda rank: SharpnessMonitor(2, spectral_density=True, **EXACT),
+        EVEN,
+        0.1,
+        whole,
+    ),
     **{
-        f"gen, {curvature}": (lambda rank, curvature=curvature: ExactGeN(curvature=curvature), EVEN, 0.1)
+        f"gen, {curvature}": (lambda rank, curvature=curvature: ExactGeN(curvature=curvature), EVEN, 0.1, whole)
         for curvature in ("three_point", "gauss_newton", "finite_difference")
     },
 }
 
 
-def run(name, rank=None):
-    make, first, lr = CASES[name]
-    return fit(make(rank), first, lr, rank)
+def run(name, folder, rank=None):
+    make, first, lr, spoil = CASES[name]
+    torch.manual_seed(100 * (rank or 0))  # each process draws its own numbers
+    return fit(make(rank), first, lr, rank, spoil, folder)
 
 
 def main(folder):
     rank = int(os.environ["RANK"])
-    torch.save({name: run(name, rank) for name in CASES}, Path(folder) / f"{rank}.pt")
+    torch.save({name: run(name, folder, rank) for name in CASES}, Path(folder) / f"{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_ifthpo.autodiff import gradients_on
 from lightning_ifthpo.callbacks.snapshot import restored
 from lightning_ifthpo.module import training_loss
-from lightning_ifthpo.random_state import isolated
+from lightning_ifthpo.random_state import PROCESS_STRIDE, isolated
 
 CurvaturePrecision: TypeAlias = Literal["32", "inherit"]
 BY_DIFFERENCES = ("finite_difference", "three_point")  # of gradients or of losses
@@ -32,7 +32,7 @@ def undisturbed(trainer: L.Trainer, module: L.LightningModule, seed: int) -> Ite
     `torch.autograd.grad` is used.
     """
     with ExitStack() as stack:
-        stack.enter_context(isolated(module.device, seed))
+        stack.enter_context(isolated(module.device, _own_seed(trainer, seed)))
         stack.enter_context(restored(module))
         stack.callback(setattr, trainer, "loggers", trainer.loggers)
         trainer.loggers = [DummyLogger()]  # which takes all calls, as under fast_dev_run
@@ -107,7 +107,7 @@ def prepared(trainer: L.Trainer, module: L.LightningModule, batch: Any, seed: in
     """Returns a copy of a batch on the device, converted as in validation; random transforms draw from a seed."""
     trainer.validating = True  # augmentations that ask self.trainer.training must not touch it
     try:
-        with isolated(module.device, seed):
+        with isolated(module.device, _own_seed(trainer, seed)):
             batch = trainer.precision_plugin.convert_input(copied(batch))
             batch = _transfer_hook_owner(trainer, module).on_before_batch_transfer(batch, 0)
             return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
@@ -125,6 +125,11 @@ def _transfer_hook_owner(trainer: L.Trainer, module: Any) -> Any:
 def data_module(trainer: L.Trainer) -> Any:
     """Returns the LightningDataModule in use, if any."""
     return getattr(trainer, "datamodule", None)
+
+
+def _own_seed(trainer: L.Trainer, seed: int) -> int:
+    """Returns a seed for each process, since masks for other examples are other masks."""
+    return seed + PROCESS_STRIDE * trainer.global_rank
 
 
 @contextmanager

@@ -87,8 +87,8 @@ class HyperStepper:
         with self._evaluation() as losses:
             with differentiable(self._hyperparameters):
                 with recording_outputs() as outputs:
-                    _check_value("inner_loss", losses.inner(batch)())
-                _check_value("outer_loss", losses.outer(outer_batch)())
+                    self._check_value("inner_loss", losses.inner(batch)())
+                self._check_value("outer_loss", losses.outer(outer_batch)())
             if self._curvature == "auto":
                 self._curvature = "gauss_newton" if outputs else "hessian"
             result = self._hypergradient(losses, batch, outer_batch, Identity(), diagnosed=False)
@@ -178,10 +178,9 @@ class HyperStepper:
                     "ExactGeN or a sweep is the tool"
                 )
 
-
-def _check_value(name: str, value: Any) -> None:
-    check_loss(value, name)
-    if not bool(torch.isfinite(value)):
-        raise ValueError(
-            f"{name} is {float(value.detach())} on the first batch; look at the data and the initial weights"
-        )
+    def _check_value(self, name: str, value: Any) -> None:
+        """Raises unless a loss can be differentiated and is finite, in all processes alike."""
+        check_loss(value, name)
+        total = self._ranks.total(value)
+        if not bool(torch.isfinite(total)):
+            raise ValueError(f"{name} is {float(total)} on the first batch; look at the data and the initial weights")

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, Sampler, SequentialSampler
 
-from lightning_ifthpo.random_state import isolated
+from lightning_ifthpo.random_state import PROCESS_STRIDE, isolated
 
 
 class EndlessBatchSampler(Sampler[list[int]]):
@@ -92,13 +92,12 @@ class OuterData:
             raise ValueError("the outer data loader is empty: Check its data set, and drop_last beside batch_size")
         self.consumed = consumed
         self._device = device
-        self._seed = seed
-        self._source = source
         self._pending: list[Any] = []
         rebuilt = _rebuilt(source, seed, rank, world_size, consumed)
         if rebuilt is None:
             _warn_if_inexact(consumed, world_size)
-        with isolated(device, seed):
+        self._own_seed = seed + PROCESS_STRIDE * rank
+        with isolated(device, self._own_seed):
             self._batches: Iterator[Any] = _cycled(source, skip=consumed) if rebuilt is None else iter(rebuilt)
 
     def close(self) -> None:
@@ -109,7 +108,7 @@ class OuterData:
         """Returns the next batch without using it up."""
         if not self._pending:
             # Random transforms in this process draw from a seed of their own for each batch, and disturb nobody.
-            with isolated(self._device, self._seed + self.consumed):
+            with isolated(self._device, self._own_seed + self.consumed):
                 self._pending.append(next(self._batches))
         return self._pending[0]
 
@@ -148,12 +147,9 @@ def _rebuilt(source: Iterable[Any], seed: int, rank: int, world_size: int, consu
     """Returns the loader around an endless sampler; None where that would change what the user asked for."""
     if type(source) is not DataLoader or source.batch_size is None:
         return None
-    sampler = source.sampler
-    if not isinstance(sampler, (RandomSampler, SequentialSampler)) or getattr(sampler, "replacement", False):
+    if not _draws_all(source.sampler, source.dataset, world_size):
         return None
     size = len(source.dataset)  # type: ignore[arg-type]
-    if sampler.data_source is not source.dataset or len(sampler) != size:  # type: ignore[comparison-overlap]
-        return None
     batches = EndlessBatchSampler(size, source.batch_size, seed, rank, world_size, consumed)
     return DataLoader(
         source.dataset,
@@ -164,10 +160,19 @@ def _rebuilt(source: Iterable[Any], seed: int, rank: int, world_size: int, consu
         timeout=source.timeout,
         worker_init_fn=source.worker_init_fn,
         multiprocessing_context=source.multiprocessing_context,
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(seed + PROCESS_STRIDE * rank),
         prefetch_factor=source.prefetch_factor,
         persistent_workers=source.persistent_workers,
     )
+
+
+def _draws_all(sampler: Any, dataset: Any, world_size: int) -> bool:
+    """Whether a sampler draws each example once, and nothing else; in all processes together."""
+    if isinstance(sampler, DistributedSampler):
+        return sampler.dataset is dataset and sampler.num_replicas == world_size
+    if not isinstance(sampler, (RandomSampler, SequentialSampler)) or getattr(sampler, "replacement", False):
+        return False
+    return sampler.data_source is dataset and len(sampler) == len(dataset)
 
 
 def _cycled(source: Iterable[Any], skip: int) -> Iterator[Any]:
@@ -186,8 +191,8 @@ def _cycled(source: Iterable[Any], skip: int) -> Iterator[Any]:
 def _warn_if_inexact(consumed: int, world_size: int) -> None:
     if world_size > 1:
         rank_zero_warn(
-            "the outer data are iterated as they are, the same on every rank: only a map-style DataLoader with a "
-            "sequential or random sampler is split among ranks"
+            "the outer data are iterated as they are on every rank: only a map-style DataLoader with a sequential, "
+            "random or distributed sampler is split among ranks"
         )
     elif consumed:
         rank_zero_warn(

@@ -54,8 +54,8 @@ def check_strategy(trainer: L.Trainer, callback: str) -> None:
     """Raises ValueError if the Trainer spreads the model itself over several devices."""
     if trainer.world_size > 1 and not supports(trainer.strategy):
         raise ValueError(
-            f"{callback} needs the whole model on each device, which {type(trainer.strategy).__name__} does not "
-            "provide; use strategy='ddp'"
+            f"{callback} needs the whole model on each device, and {type(trainer.strategy).__name__} is not known to "
+            "keep it there; use strategy='ddp'"
         )
 
 
@@ -123,9 +123,10 @@ def is_half(trainer: L.Trainer) -> bool:
 
 
 def check_precision(trainer: L.Trainer, curvature: str, precision: str) -> None:
-    """Raises ValueError where a difference would be nothing but rounding."""
+    """Raises ValueError where a difference would be nothing but rounding, or nothing can be computed at all."""
     kind = str(trainer.precision_plugin.precision)
-    if curvature in BY_DIFFERENCES and (is_half(trainer) or ("mixed" in kind and precision == "inherit")):
+    needy = (*BY_DIFFERENCES, "kfac")  # which decomposes matrices
+    if curvature in needy and (is_half(trainer) or ("mixed" in kind and precision == "inherit")):
         raise ValueError(
             f"curvature={curvature!r} needs float32, and the Trainer's precision is {kind!r}: use precision='32' "
             "in the callback with a mixed precision of the Trainer, or curvature='hessian'"

@@ -8,12 +8,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 
-from lightning_ifthpo.curvature import AllReduce
+from lightning_ifthpo.curvature import AllReduce, CurvatureOperator
+from lightning_ifthpo.curvature.summed import SummedProducts
 
 
 class Ranks:
@@ -48,6 +48,10 @@ class Ranks:
         torch.distributed.broadcast(tensor, src=0)
         return int(tensor)
 
+    def total(self, part: Tensor) -> Tensor:
+        """Returns the sum over the processes, detached."""
+        return part.detach() if self.count == 1 else _all_reduce(part)
+
     def share(self, loss: Callable[[], Tensor], batch: Any) -> Callable[[], Tensor]:
         """Returns what a mean over this process's part of a batch adds to the mean over all parts.
 
@@ -57,26 +61,37 @@ class Ranks:
         """
         if self.count == 1:
             return loss
-        size = self._size(batch)
-        total = _all_reduce(torch.tensor(float(size), device=self._device))
-        return lambda: loss() * (size / float(total))
+        size = batch_size(batch)
+        known = self.total(torch.tensor([size or 0.0, size is None], device=self._device)).tolist()
+        fraction = 1.0 / self.count if known[1] or not known[0] or size is None else size / known[0]
+        if known[1] and not self._guessed:
+            self._guessed = True
+            rank_zero_warn(
+                f"cannot tell the number of examples in a batch of type {type(batch).__name__}; all processes count "
+                "alike, whether their batches are equally large or not"
+            )
+        return lambda: loss() * fraction
 
-    def _size(self, batch: Any) -> int:
-        try:
-            return extract_batch_size(batch)
-        except MisconfigurationException:
-            if not self._guessed:
-                self._guessed = True
-                rank_zero_warn(
-                    f"cannot tell the number of examples in a batch of type {type(batch).__name__}; all processes "
-                    "count alike, whether their batches are equally large or not"
-                )
-            return 1
+    def mean(self, operator: CurvatureOperator, weight: float) -> CurvatureOperator:
+        """Returns the weighted mean of operators, of which each process has one."""
+        if self.count == 1:
+            return operator
+        fraction = weight / float(self.total(torch.tensor(float(weight), device=self._device)))
+        return SummedProducts(operator, lambda part: _all_reduce(fraction * part))
+
+
+def batch_size(batch: Any) -> int | None:
+    """Returns the number of examples, as Lightning counts them; None where it cannot."""
+    try:
+        return extract_batch_size(batch)
+    except MisconfigurationException:
+        return None
 
 
 def supports(strategy: Any) -> bool:
-    """Returns whether each process holds the whole model."""
-    return type(strategy) is DDPStrategy
+    """Returns whether each process is known to hold the whole model; of `lightning` or of `pytorch_lightning`."""
+    names = {kind.__name__ for kind in type(strategy).__mro__}
+    return "DDPStrategy" in names and "DeepSpeedStrategy" not in names
 
 
 def _all_reduce(tensor: Tensor) -> Tensor:

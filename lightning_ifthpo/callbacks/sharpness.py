@@ -10,9 +10,8 @@ from typing import Any, get_args
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.data import extract_batch_size
+from torch.utils.data import DistributedSampler
 
 from lightning_ifthpo import spectrum
 from lightning_ifthpo.callbacks.cadence import Cadence
@@ -21,7 +20,7 @@ from lightning_ifthpo.callbacks.logging import log_figure, takes_figures
 from lightning_ifthpo.callbacks.outer_data import check_batches
 from lightning_ifthpo.callbacks.periodic import PeriodicCallback
 from lightning_ifthpo.callbacks.preflight import check_observed, check_precision
-from lightning_ifthpo.callbacks.ranks import Ranks
+from lightning_ifthpo.callbacks.ranks import Ranks, batch_size
 from lightning_ifthpo.checks import require_choice
 from lightning_ifthpo.curvature import AverageOperator, CurvatureOperator, LossCurvature, curvature_operator
 from lightning_ifthpo.random_state import isolated
@@ -58,7 +57,7 @@ class SharpnessMonitor(PeriodicCallback):
             end, and others may lie beyond: λ_min below −rtol · λ_max proves negative curvature, and a positive one does
             not exclude it.
         dataloader: Fixed examples to measure on instead of the training batch, kept in memory; weighted per example,
-            with batches of any size. The loss has to be a mean over examples.
+            with batches of any size, which several processes share out. The loss has to be a mean over examples.
         spectral_density: Log a figure of the spectral density at the first measurement of each epoch, by 50
             products for a large network, and up to 1,000 for one of some hundred weights.
         trace: Log the trace too, by 60 more products.
@@ -124,6 +123,7 @@ class SharpnessMonitor(PeriodicCallback):
         self.unconverged = 0
         self._tracker = SpectrumTracker(self.method, k=self.top_k, max_iterations=self.max_iterations, rtol=self.rtol)
         self._examples: list[tuple[Any, int]] = []
+        self._weight = 0
         self._pictured_epoch = -1
         self._told = False
 
@@ -163,14 +163,16 @@ class SharpnessMonitor(PeriodicCallback):
         check_observed(trainer, pl_module, self.top_k)
         check_precision(trainer, self.curvature, "32")
         self._check_optimizers(trainer)
+        self._ranks = Ranks(trainer)
         if self.dataloader is not None:
-            self._examples = _loaded(self.dataloader, pl_module.device)
-        if self.spectral_density and not any(takes_figures(logger) for logger in trainer.loggers):
+            self._examples, self._weight = _loaded(self.dataloader, pl_module.device, self._ranks)
+        # loggers take everything in all processes but the first
+        self._pictures = self.spectral_density and self._ranks.agreed(any(map(takes_figures, trainer.loggers)))
+        if self.spectral_density and not self._pictures:
             rank_zero_warn("spectral_density=True, but no logger takes figures; add a TensorBoardLogger, say")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock of the budget."""
-        self._ranks = Ranks(trainer)
         self._cadence.begin(self._ranks.agreed)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -199,27 +201,30 @@ class SharpnessMonitor(PeriodicCallback):
 
     def _illustrate(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
         """Logs a figure of the spectral density, once an epoch."""
-        new = self._pictured_epoch != trainer.current_epoch
-        if not (self.spectral_density and new and any(map(takes_figures, trainer.loggers))):
+        if not self._pictures or self._pictured_epoch == trainer.current_epoch:
             return
         with self._surviving():
-            from lightning_ifthpo.plots import plot_spectral_density  # and so matplotlib
-
             with self._operator(trainer, module, batch) as (operator, _):
                 density = spectrum.spectral_density(operator)
-            log_figure(trainer, f"{self.name}/spectral_density", plot_spectral_density(density))
             self._pictured_epoch = trainer.current_epoch
+            if trainer.is_global_zero:
+                with self._surviving(alone=True):
+                    from lightning_ifthpo.plots import plot_spectral_density  # and so matplotlib
+
+                    log_figure(trainer, f"{self.name}/spectral_density", plot_spectral_density(density))
 
     @contextmanager
-    def _surviving(self) -> Iterator[None]:
+    def _surviving(self, *, alone: bool = False) -> Iterator[None]:
         """Counts an error instead of letting an observer end what it observes, and tells of the first in a fit.
 
-        Other processes would wait for one that has failed, so that it may not survive them.
+        Where processes measure together the others would wait for one that has failed, so that they all end with it,
+        unless the error comes from numbers that all of them have.
         """
         try:
             yield
         except Exception as error:
-            if self._ranks.count > 1:
+            together = self._ranks.count > 1 and not alone
+            if together and not isinstance(error, FloatingPointError):
                 raise
             self.failures += 1
             if not self._told:
@@ -274,7 +279,8 @@ class SharpnessMonitor(PeriodicCallback):
                     )
                     for examples, _ in self._examples
                 ]
-                operator: CurvatureOperator = AverageOperator(operators, [size for _, size in self._examples])
+                mean = AverageOperator(operators, [size for _, size in self._examples])
+                operator = self._ranks.mean(mean, self._weight)
             else:
                 share = self._ranks.share(losses.inner(batch), batch)
                 operator = curvature_operator(self.curvature, share, parameters, self._ranks.all_reduce)
@@ -302,8 +308,8 @@ def _finite(metrics: dict[str, float]) -> dict[str, float]:
     return metrics
 
 
-def _loaded(source: Iterable[Any], device: torch.device) -> list[tuple[Any, int]]:
-    """Returns the batches of a loader, each with its number of examples."""
+def _loaded(source: Iterable[Any], device: torch.device, ranks: Ranks) -> tuple[list[tuple[Any, int]], int]:
+    """Returns this process's part of the batches of a loader, each with its number of examples, and their sum."""
     check_batches(source)
     with isolated(device, _SEED):
         batches = [(batch, _size(batch)) for batch in source]
@@ -312,14 +318,17 @@ def _loaded(source: Iterable[Any], device: torch.device) -> list[tuple[Any, int]
             "the dataloader of SharpnessMonitor is empty, or has an empty batch: check its data set, and drop_last "
             "beside batch_size"
         )
-    return batches
+    split = isinstance(getattr(source, "sampler", None), DistributedSampler)
+    own = batches if split else batches[ranks.rank :: ranks.count]
+    # a process without any takes a batch all the same, which weighs nothing
+    return own or batches[:1], sum(size for _, size in own)
 
 
 def _size(batch: Any) -> int:
-    try:
-        return extract_batch_size(batch)
-    except MisconfigurationException as error:
+    size = batch_size(batch)
+    if size is None:
         raise ValueError(
             f"cannot tell the number of examples in a batch of type {type(batch).__name__}; the dataloader of "
             "SharpnessMonitor should yield tensors, or tuples, lists or dicts of tensors"
-        ) from error
+        )
+    return size

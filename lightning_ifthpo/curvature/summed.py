@@ -9,16 +9,33 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.curvature.operator import LossOperator
+from lightning_ifthpo.curvature.operator import CurvatureOperator, LossOperator
 
 AllReduce: TypeAlias = Callable[[Tensor], Tensor]
 """Returns the sum of a tensor over all processes, the same to the last bit in each of them."""
 
 
-class SummedOperator(LossOperator):
-    """Σ Aᵣ, the curvature of a loss L = Σ Lᵣ of which each process knows its share.
+class SummedProducts(CurvatureOperator):
+    """Σ Aᵣ, of which each process knows one.
 
     All processes must ask for the same products, at the same time. One collective a product, of one flat tensor.
+
+    Args:
+        share: Aᵣ, of this process.
+        all_reduce: Sums over the processes.
+    """
+
+    def __init__(self, share: CurvatureOperator, all_reduce: AllReduce) -> None:
+        self._share = share
+        self._all_reduce = all_reduce
+        self.size, self.dtype, self.device = share.size, share.dtype, share.device
+
+    def _product(self, v: Tensor) -> Tensor:
+        return self._all_reduce(self._share.matvec(v))
+
+
+class SummedOperator(SummedProducts, LossOperator):
+    """Σ Aᵣ, the curvature of a loss L = Σ Lᵣ of which each process knows its share.
 
     Args:
         share: Aᵣ, of this process.
@@ -30,10 +47,10 @@ class SummedOperator(LossOperator):
     tensor([4.])
     """
 
+    _share: LossOperator
+
     def __init__(self, share: LossOperator, all_reduce: AllReduce) -> None:
-        self._share = share
-        self._all_reduce = all_reduce
-        self.size, self.dtype, self.device = share.size, share.dtype, share.device
+        super().__init__(share, all_reduce)
 
     @cached_property
     def loss(self) -> Tensor:  # type: ignore[override]
@@ -44,9 +61,6 @@ class SummedOperator(LossOperator):
     def gradient(self) -> Tensor:
         """∂L/∂w, [n], detached."""
         return self._all_reduce(self._share.gradient)
-
-    def _product(self, v: Tensor) -> Tensor:
-        return self._all_reduce(self._share.matvec(v))
 
     def mixed_product(self, v: Tensor, hyperparameters: Sequence[Tensor]) -> list[Tensor | None]:
         """Returns (∂²L/∂w∂λᵀ)ᵀ v, exactly as the shares do."""
