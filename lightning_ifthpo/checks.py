@@ -1,23 +1,47 @@
-"""Checks of arguments that many constructors share."""
+"""Checks of arguments that many constructors share; none of them lets a wrong type pass."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from numbers import Integral, Real
+
+
+def is_number(value: object) -> bool:
+    """Returns whether the value is a real number; NaN is one, and truth values are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def ascending(*values: object) -> bool:
+    """Returns whether the values are numbers, each larger than the one before it."""
+    return all(map(is_number, values)) and all(left < right for left, right in pairwise(values))  # type: ignore[operator]
 
 
 def require_at_least(name: str, value: int, minimum: int) -> None:
     """Raises ValueError unless the value is an integer that is large enough."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"expected {name} to be an integer >= {minimum}, got {value!r}")
 
 
 def require_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raises ValueError unless the value is one of the choices."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"expected {name} to be one of {tuple(choices)}, got {value!r}")
 
 
-def require_tolerance(rtol: float | None) -> None:
-    """Raises ValueError unless the tolerance is None or lies in [0, 1)."""
-    if rtol is not None and not 0.0 <= rtol < 1.0:
-        raise ValueError(f"expected 0 <= rtol < 1 or None, got {rtol!r}")
+def require_flag(name: str, value: object) -> None:
+    """Raises ValueError unless the value is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"expected {name} to be True or False, got {value!r}")
+
+
+def require_fraction(name: str, value: float | None) -> None:
+    """Raises ValueError unless the value is None or lies in [0, 1)."""
+    if value is not None and not (is_number(value) and 0.0 <= value < 1.0):
+        raise ValueError(f"expected 0 <= {name} < 1 or None, got {value!r}")
+
+
+def require_shape(name: str, value: Iterable[int]) -> None:
+    """Raises ValueError unless the value is a tuple or a list of positive integers, empty for a scalar."""
+    if not isinstance(value, (tuple, list)) or not all(isinstance(size, int) and size >= 1 for size in value):
+        raise ValueError(f"expected {name} to be a tuple of positive sizes, got {value!r}")

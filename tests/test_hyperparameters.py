@@ -107,7 +107,7 @@ def test_indexed_dataset_gives_each_example_its_index():
         (lambda: WeightDecay(net(), initial=0.0), ValueError, "0 < initial < maximum"),
         (lambda: WeightDecay(net(), initial=2.0), ValueError, "0 < initial < maximum"),
         (lambda: WeightDecay(nn.ReLU()), ValueError, "ReLU has no parameters"),
-        (lambda: SampleWeights(0), ValueError, "n >= 1 examples, got 0"),
+        (lambda: SampleWeights(0), ValueError, "n to be an integer >= 1, got 0"),
         (lambda: IndexedDataset(iter([1, 2])), TypeError, "map-style data set"),
     ],
 )

@@ -782,7 +782,7 @@ def test_optimizers_of_matrices_are_tried_out_on_one_and_none_may_maximize():
     ("options", "message"),
     [
         ({"total_steps": 0}, "total_steps to be an integer >= 1"),
-        ({"per_group": "no"}, "per_group to be true or false"),
+        ({"per_group": "no"}, "per_group to be True or False"),
         ({"every_n_steps": 0}, "every_n_batches"),
         ({"rule": "magic"}, "expected rule to be one of"),
         ({"probe": "none"}, "expected probe to be one of"),

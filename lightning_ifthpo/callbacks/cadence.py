@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from lightning_ifthpo.checks import require_at_least
+from lightning_ifthpo.checks import is_number, require_at_least
 
 
 class Cadence:
@@ -41,7 +41,7 @@ class Cadence:
     ) -> None:
         require_at_least("every_n_batches", every_n_batches, 1)
         require_at_least("start_after_batches", start_after_batches, 0)
-        if max_overhead is not None and not max_overhead > 0.0:
+        if max_overhead is not None and not (is_number(max_overhead) and max_overhead > 0.0):
             raise ValueError(f"expected max_overhead > 0 (0.25 allows 25 % more time) or None, got {max_overhead!r}")
         self._every = every_n_batches
         self._start_after = start_after_batches

@@ -17,7 +17,7 @@ from lightning_ifthpo.callbacks.hyper_step import HyperStepper
 from lightning_ifthpo.callbacks.periodic import PeriodicCallback
 from lightning_ifthpo.callbacks.preflight import check_module, check_precision, find_outer_data
 from lightning_ifthpo.callbacks.ranks import Ranks
-from lightning_ifthpo.checks import require_choice
+from lightning_ifthpo.checks import require_choice, require_flag
 from lightning_ifthpo.curvature import Curvature
 from lightning_ifthpo.curvature.kinds import OPERATORS
 from lightning_ifthpo.hypergradient import Hypergradient
@@ -82,6 +82,7 @@ class IFTHypergradient(PeriodicCallback):
         if not isinstance(solver, Solver | None):
             raise TypeError(f"expected solver to be an instance such as ConjugateGradient(), or None, got {solver!r}")
         require_choice("curvature", curvature, _CURVATURES)
+        require_flag("warm_start", warm_start)
         require_choice("on_failure", on_failure, ("skip", "use", "raise"))
         require_choice("precision", precision, ("32", "inherit"))
         self.every_n_batches = every_n_batches

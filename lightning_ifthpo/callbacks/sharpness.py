@@ -21,7 +21,7 @@ from lightning_ifthpo.callbacks.outer_data import check_batches
 from lightning_ifthpo.callbacks.periodic import PeriodicCallback
 from lightning_ifthpo.callbacks.preflight import check_observed, check_precision
 from lightning_ifthpo.callbacks.ranks import Ranks, batch_size
-from lightning_ifthpo.checks import require_choice
+from lightning_ifthpo.checks import require_choice, require_flag
 from lightning_ifthpo.curvature import AverageOperator, CurvatureOperator, LossCurvature, curvature_operator
 from lightning_ifthpo.random_state import isolated
 from lightning_ifthpo.spectrum import SpectrumTracker
@@ -99,6 +99,12 @@ class SharpnessMonitor(PeriodicCallback):
     ) -> None:
         super().__init__()
         require_choice("curvature", curvature, get_args(LossCurvature))
+        if preconditioned is not None:
+            require_flag("preconditioned", preconditioned)
+        require_flag("spectral_density", spectral_density)
+        require_flag("trace", trace)
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"expected name to be the prefix of all metrics, got {name!r}")
         if spectral_density and find_spec("matplotlib") is None:
             raise ModuleNotFoundError(
                 "spectral_density=True draws with matplotlib: pip install 'lightning_ifthpo[plots]'"

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_ifthpo.checks import ascending, require_at_least, require_shape
+
 
 class InputNoise(nn.Module):
     """Adds Gaussian noise of learned scale: x + s ε with ε ~ N(0, I) and s = maximum · σ(λ).
@@ -38,10 +40,9 @@ class InputNoise(nn.Module):
 
     def __init__(self, shape: tuple[int, ...] = (), *, initial: float = 0.1, maximum: float = 1.0) -> None:
         super().__init__()
-        if not 0.0 < initial < maximum < math.inf:
+        if not ascending(0.0, initial, maximum, math.inf):
             raise ValueError(f"expected 0 < initial < maximum < inf, got initial={initial!r} and maximum={maximum!r}")
-        if any(size < 1 for size in shape):
-            raise ValueError(f"expected a shape of positive sizes, got {shape}")
+        require_shape("shape", shape)
         self.maximum = maximum
         start = math.log(initial / (maximum - initial))
         self.logits = nn.Parameter(torch.full(shape, start), requires_grad=False)
@@ -106,9 +107,8 @@ class AugmentationNetwork(nn.Module):
             ("depth", depth, 1),
             ("noise_channels", noise_channels, 0),
         ):
-            if value < least:
-                raise ValueError(f"expected {name} >= {least}, got {value}")
-        if not 0.0 < maximum < math.inf:
+            require_at_least(name, value, least)
+        if not ascending(0.0, maximum, math.inf):
             raise ValueError(f"expected 0 < maximum < inf, got {maximum!r}")
         self.channels = channels
         self.noise_channels = noise_channels

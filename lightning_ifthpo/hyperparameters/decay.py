@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_ifthpo.checks import ascending, require_choice
+
 _GRANULARITIES = ("global", "tensor", "weight")
 
 
@@ -46,9 +48,10 @@ class WeightDecay(nn.Module):
         maximum: float = 1.0,
     ) -> None:
         super().__init__()
-        if granularity not in _GRANULARITIES:
-            raise ValueError(f"expected granularity to be one of {_GRANULARITIES}, got {granularity!r}")
-        if not 0.0 < initial < maximum < math.inf:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"expected the module whose weights are to decay, got {module!r}")
+        require_choice("granularity", granularity, _GRANULARITIES)
+        if not ascending(0.0, initial, maximum, math.inf):
             raise ValueError(f"expected 0 < initial < maximum < inf, got initial={initial!r} and maximum={maximum!r}")
         # A tuple keeps torch from taking the weights for parameters of this module.
         self.weights = tuple(parameter for parameter in module.parameters() if parameter.requires_grad)

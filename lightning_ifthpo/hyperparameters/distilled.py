@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_ifthpo.checks import require_at_least
+from lightning_ifthpo.checks import ascending, is_number, require_at_least, require_shape
 
 # Of the range between two bounds: nearer to one a sigmoid has next to no slope, and a pixel would never leave it.
 _MARGIN = 0.01
@@ -61,16 +61,18 @@ class DistilledData(nn.Module):
         super().__init__()
         require_at_least("classes", classes, 1)
         require_at_least("per_class", per_class, 1)
-        if min(shape, default=1) < 1:
-            raise ValueError(f"expected a shape without empty dimensions, got {tuple(shape)}")
-        if bounds is not None and not -math.inf < bounds[0] < bounds[1] < math.inf:
-            raise ValueError(f"expected finite bounds (lowest, highest) with lowest < highest, got {bounds}")
+        require_shape("shape", shape)
+        pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2
+        if bounds is not None and not (pair and ascending(-math.inf, *bounds, math.inf)):
+            raise ValueError(f"expected finite bounds (lowest, highest) with lowest < highest, got {bounds!r}")
+        if not isinstance(generator, torch.Generator | None):
+            raise TypeError(f"expected generator to be a torch.Generator or None, got {generator!r}")
         self.bounds = bounds
         wanted = (classes * per_class, *shape)
         if isinstance(initial, Tensor):
             start = self._unbounded(_checked(initial, wanted))
         else:
-            if not 0.0 <= initial < math.inf:
+            if not (is_number(initial) and 0.0 <= initial < math.inf):
                 raise ValueError(f"expected initial >= 0, a standard deviation, got {initial!r}")
             start = initial * torch.randn(wanted, generator=generator)
         self.images = nn.Parameter(start, requires_grad=False)

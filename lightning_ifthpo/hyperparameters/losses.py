@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_ifthpo.checks import ascending, require_at_least, require_flag
+
 
 class LossWeights(nn.Module):
     """A positive weight for each of K terms of a loss, all starting at one: K softmax(λ).
@@ -40,8 +42,10 @@ class LossWeights(nn.Module):
 
     def __init__(self, terms: int | Sequence[str]) -> None:
         super().__init__()
-        if isinstance(terms, str):
-            raise TypeError(f"expected the number of terms or a sequence of names, got the string {terms!r}")
+        counted = isinstance(terms, int) and not isinstance(terms, bool)
+        named = isinstance(terms, (list, tuple)) and all(isinstance(name, str) for name in terms)
+        if not (counted or named):
+            raise TypeError(f"expected the number of terms or a list of names, got {terms!r}")
         self.names = () if isinstance(terms, int) else tuple(terms)
         count = terms if isinstance(terms, int) else len(self.names)
         if count < 2:
@@ -95,9 +99,9 @@ class LabelSmoothing(nn.Module):
 
     def __init__(self, classes: int, *, per_class: bool = False, initial: float = 0.01, maximum: float = 0.5) -> None:
         super().__init__()
-        if classes < 2:
-            raise ValueError(f"expected at least two classes, got {classes}")
-        if not 0.0 < initial < maximum <= 1.0:
+        require_at_least("classes", classes, 2)
+        require_flag("per_class", per_class)
+        if not ascending(0.0, initial, maximum) or maximum > 1.0:
             raise ValueError(f"expected 0 < initial < maximum <= 1, got initial={initial!r} and maximum={maximum!r}")
         self.classes = classes
         self.maximum = maximum

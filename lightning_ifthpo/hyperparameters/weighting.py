@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lightning_ifthpo.checks import require_at_least
+
 
 class SampleWeights(nn.Module):
     """One weight in (0, 2) for each training example: 2σ(λ_i), starting at one.
@@ -31,8 +33,7 @@ class SampleWeights(nn.Module):
 
     def __init__(self, n: int) -> None:
         super().__init__()
-        if n < 1:
-            raise ValueError(f"expected n >= 1 examples, got {n}")
+        require_at_least("n", n, 1)
         self.logits = nn.Parameter(torch.zeros(n), requires_grad=False)
 
     def forward(self, index: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_ifthpo.checks import require_at_least
+from lightning_ifthpo.checks import is_number, require_at_least
 from lightning_ifthpo.curvature.operator import CurvatureOperator
 from lightning_ifthpo.update_rule import UpdateRule
 
@@ -77,10 +77,10 @@ class Solver(ABC):
     def __post_init__(self) -> None:
         if isinstance(self.damping, Tensor):
             valid = bool((torch.isfinite(self.damping) & (self.damping >= 0.0)).all())
+        elif isinstance(self.damping, str):
+            valid = self.damping == "horizon"
         else:
-            valid = self.damping == "horizon" or (
-                isinstance(self.damping, (int, float)) and 0 <= self.damping < math.inf
-            )
+            valid = is_number(self.damping) and 0.0 <= self.damping < math.inf
         if not valid:
             raise ValueError(f"expected a finite damping >= 0 or 'horizon', got {self.damping!r}")
         require_at_least("horizon", self.horizon, 1)

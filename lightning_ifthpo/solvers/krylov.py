@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.checks import require_at_least, require_tolerance
+from lightning_ifthpo.checks import require_at_least, require_fraction
 from lightning_ifthpo.curvature.operator import CurvatureOperator
 from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, measured_residual
 from lightning_ifthpo.solvers.low_rank import Nystrom
@@ -23,7 +23,7 @@ class _Krylov(Solver):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least("max_iterations", self.max_iterations, 1)
-        require_tolerance(self.rtol)
+        require_fraction("rtol", self.rtol)
 
     def _tolerance(self, dtype: torch.dtype) -> float:
         # a residual of length 10 eps is rounding of b, whose length is one: nothing is left to divide by
@@ -72,6 +72,8 @@ class ConjugateGradient(_Krylov):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.preconditioner, Nystrom | None):
+            raise TypeError(f"expected preconditioner to be a Nystrom(rank=...) or None, got {self.preconditioner!r}")
         if self.preconditioner is not None and self.preconditioner.damping != 0.0:
             raise ValueError("a preconditioner takes the damping of the solver; leave its own at zero")
 

@@ -38,6 +38,7 @@ class Nystrom(Solver):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least("rank", self.rank, 1)
+        require_at_least("seed", self.seed, 0)
 
     def approximation(self, operator: CurvatureOperator) -> LowRank:
         """Returns what r products show of A, or of A + diag(δ) with the damping kept apart."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_ifthpo.checks import require_at_least
+from lightning_ifthpo.checks import ascending, require_at_least, require_flag
 from lightning_ifthpo.curvature.operator import CurvatureOperator
 from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, measured_residual
 from lightning_ifthpo.spectrum import lanczos
@@ -35,7 +35,7 @@ class Identity(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 < self.scale < math.inf:
+        if not ascending(0.0, self.scale, math.inf):
             raise ValueError(f"expected a finite scale > 0, got {self.scale!r}")
 
     def _solve(self, operator: CurvatureOperator, b: Tensor, x0: Tensor | None) -> SolveResult:
@@ -80,12 +80,13 @@ class Neumann(Solver):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least("terms", self.terms, 0)
+        require_flag("safeguard", self.safeguard)
         if isinstance(self.step_size, Tensor):
             valid = bool((torch.isfinite(self.step_size) & (self.step_size >= 0.0)).all())
         elif isinstance(self.step_size, str):
             valid = self.step_size in ("auto", "optimizer")
         else:
-            valid = 0.0 < self.step_size < math.inf
+            valid = ascending(0.0, self.step_size, math.inf)
         if not valid:
             raise ValueError(f"expected a finite step_size > 0, 'auto' or 'optimizer', got {self.step_size!r}")
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.checks import require_at_least, require_choice
+from lightning_ifthpo.checks import ascending, require_at_least, require_choice
 from lightning_ifthpo.curvature.operator import CurvatureOperator
 from lightning_ifthpo.spectrum.krylov import length_of, random_vector
 from lightning_ifthpo.spectrum.lanczos import ExtremeEigenvalues, lanczos
@@ -57,8 +57,8 @@ class SpectrumTracker:
         require_at_least("max_iterations", max_iterations, k + 1)
         if k > 1 and method == "power_iteration":
             raise ValueError(f"power iteration finds one eigenvalue at each end, and {k} are asked for; use 'lanczos'")
-        if not 0.0 < rtol < math.inf:
-            raise ValueError(f"expected 0 < rtol < infinity, got {rtol}")
+        if not ascending(0.0, rtol, math.inf):
+            raise ValueError(f"expected 0 < rtol < infinity, got {rtol!r}")
         self.method = method
         self.k = k
         self.max_iterations = max_iterations

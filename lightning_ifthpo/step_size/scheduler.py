@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_ifthpo.checks import require_at_least, require_choice
+from lightning_ifthpo.checks import ascending, is_number, require_at_least, require_choice, require_flag
 from lightning_ifthpo.curvature import AllReduce, LossCurvature
 from lightning_ifthpo.loss_graph import LossValue
 from lightning_ifthpo.step_size.linearity import check_linear_in_lr
@@ -119,6 +119,8 @@ class ExactGeNLR(LRScheduler):
         )
         if total_steps is not None:
             require_at_least("total_steps", total_steps, 1)
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"expected a torch optimizer, got {optimizer!r}")
         check_linear_in_lr(optimizer)
         # a warm-up that is being replaced has already set the rates themselves to zero
         rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
@@ -357,12 +359,11 @@ def check_options(
     require_choice("rule", rule, tuple(_RULES))
     require_choice("probe", probe, ("next_batch", "same_batch"))
     require_choice("curvature", curvature, DIRECTIONAL_CURVATURES)
-    if not 0.0 < lr_min <= lr_max < math.inf:
-        raise ValueError(f"expected 0 < lr_min <= lr_max < infinity, got {lr_min} and {lr_max}")
-    if not 0.0 <= final_decay <= 1.0:
-        raise ValueError(f"expected 0 <= final_decay <= 1, a fraction of the run, got {final_decay}")
-    if not isinstance(per_group, bool):
-        raise ValueError(f"expected per_group to be true or false, got {per_group!r}")
+    if not (ascending(0.0, lr_min, math.inf) and ascending(0.0, lr_max, math.inf) and lr_min <= lr_max):
+        raise ValueError(f"expected 0 < lr_min <= lr_max < infinity, got {lr_min!r} and {lr_max!r}")
+    if not (is_number(final_decay) and 0.0 <= final_decay <= 1.0):
+        raise ValueError(f"expected 0 <= final_decay <= 1, a fraction of the run, got {final_decay!r}")
+    require_flag("per_group", per_group)
     if per_group and probe == "same_batch":
         raise ValueError(
             "per_group=True needs probe='next_batch': where a step began, groups do not see yet what the others will do"
