@@ -20,6 +20,7 @@ def load(name):
     return module
 
 
+QUIET = [f"--trainer.{option}=false" for option in ("enable_progress_bar", "enable_model_summary", "logger")]
 QUICK = {
     "clean_noisy_labels": ["--seeds", "0", "--learn-steps", "120", "--final-steps", "40", "--controls"],
     "tune_weight_decay": ["--seeds", "0", "--steps", "20"],
@@ -28,6 +29,12 @@ QUICK = {
     "learning_rate_free": ["--optimizers", "SGD"],
     "distill_dataset": ["--seeds", "0", "--steps", "500"],
     "inverse_hessian": ["--pooling", "14"],
+    "learned_augmentation": ["--rows", "none", "displacement", "distribution", "--steps", "100"],
+    "augmentation_cost": ["--augmentations", "U-Net", "--rounds", "1", "--batch-size", "2"],
+    "overfit_validation": ["--models", "linear", "--steps", "60"],
+    "stackelberg_gan": ["--seeds", "0", "--steps", "100"],
+    "mixed_search": ["--seeds", "0", "--trials", "1", "--steps", "60"],
+    "cli": ["--config", str(EXAMPLES / "configs" / "tune.yaml"), "--trainer.max_epochs", "2", *QUIET],
     "compare_inversions": ["--models", "logistic regression", "--unroll", "20"],
     "compare_methods": ["--experiments", "40 % wrong labels", "--steps", "110"],
     "compare_estimators": ["--settings", "A", "--optimizers", "sgd", "--points", "1", "--unroll", "20"],
@@ -40,6 +47,10 @@ PICTURES = {
     "distill_dataset",
     "compare_inversions",
     "inverse_hessian",
+    "learned_augmentation",
+    "mixed_search",
+    "overfit_validation",
+    "stackelberg_gan",
 }
 WRITES = PICTURES | {"compare_methods"}
 
@@ -49,7 +60,8 @@ def test_every_example_is_tested():
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_example_runs_shortened(name, tmp_path, capsys):
+def test_example_runs_shortened(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])  # LightningCLI looks there too
     arguments = QUICK[name] + (["--output", str(tmp_path)] if name in WRITES else [])
     result = load(name).main(arguments)
     last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])

@@ -1,0 +1,293 @@
+"""A generator that foresees the discriminator's answer: a GAN as a Stackelberg game, on a ring of eight Gaussians.
+
+The generator leads and the discriminator follows (last slide of Lorraine, Vicol, Duvenaud 2019):
+
+    G* = argmin_G L_G(G, D*(G)),    D*(G) = argmin_D L_D(G, D).
+
+So the weights of the generator are hyperparameters, and those of the discriminator are what training trains. Their
+hypergradient is the direct gradient ∂L_G/∂G, which is all that an ordinary GAN follows, and the implicit term, through
+∂D*/∂G. Unrolling a few steps of the discriminator to get at that term keeps a GAN from dropping modes (Metz et al.
+2017); `IFTHypergradient` gets it from two curvature products, looking ten steps ahead.
+
+Both GANs make a step of the generator after each step of the discriminator, with the same networks and data, at two
+pairs of learning rates:
+
+    lagging   the discriminator's is a tenth of the generator's, the ratio of Metz et al.
+    balanced  the same for both, the pair that suits the ordinary GAN best
+
+A mode is covered if 2 % of the samples, a sixth of its share, lie within three standard deviations of it; samples that
+lie so near to any mode are of high quality. Figures are means over the last quarter of training, because a GAN does not
+come to rest. What comes out: for the same number of steps the implicit term makes up for much of the lag, 5.9 modes of
+8 are covered instead of 1.9. It saves steps, not time: a run takes five times as long, and with 4.6 times the steps the
+ordinary GAN covers 7.6 (seeds 0 to 3). Where the rates suit it, that one covers all modes anyway.
+
+Run:
+    python examples/stackelberg_gan.py
+    python examples/stackelberg_gan.py --seeds 0 1 2 3 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import time
+import warnings
+from pathlib import Path
+from statistics import mean, median, pstdev
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_ifthpo import BilevelLightningModule, IFTHypergradient
+from lightning_ifthpo.solvers import Amortized
+
+Method: TypeAlias = Literal["ordinary", "implicit"]
+Pace: TypeAlias = Literal["lagging", "balanced"]
+
+RADIUS, DEVIATION = 2.0, 0.1  # of the ring, and of each Gaussian
+ANGLES = torch.arange(8) * math.pi / 4
+MODES = RADIUS * torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)  # [8, 2]
+NOISE, WIDTH, BATCH = 8, 32, 64
+STEPS = 2500  # of either player
+SAMPLES = 2000  # at each look
+LOOKS = 40
+# Of generator and discriminator. Of the nine pairs of 1e-3, 3e-3 and 1e-2 the balanced one covers most modes without
+# the implicit term: 7.9 in the mean of nine trials, on other seeds than the default ones.
+RATES: dict[Pace, tuple[float, float]] = {"lagging": (1e-2, 1e-3), "balanced": (3e-3, 3e-3)}
+BETAS = (0.5, 0.999)  # usual for GANs
+# On Gauss–Newton curvature, because outputs are marked; the Hessian of the discriminator is not positive definite. On
+# one other seed the default horizon of 100, and a Neumann series of five terms, covered about one mode less.
+SOLVER = Amortized(products=2, horizon=10)
+METHODS: tuple[Method, ...] = ("ordinary", "implicit")
+# Mean over seeds 0 to 4: modes covered, fraction of samples of high quality.
+EXPECTED: dict[tuple[Pace, Method], tuple[float, float]] = {
+    ("lagging", "ordinary"): (1.86, 0.182),
+    ("lagging", "implicit"): (5.86, 0.246),
+    ("balanced", "ordinary"): (7.92, 0.412),
+    ("balanced", "implicit"): (7.96, 0.382),
+}
+
+
+class RingGAN(BilevelLightningModule, L.LightningModule):
+    """A discriminator to be trained, and a generator whose weights are hyperparameters.
+
+    Args:
+        pace: Which learning rates to use.
+        look_every: Training steps between two looks at samples.
+    """
+
+    generator: nn.Sequential
+
+    def __init__(self, pace: Pace, look_every: int) -> None:
+        super().__init__()
+        self.generator_rate, self.discriminator_rate = RATES[pace]
+        self.look_every = look_every
+        self.discriminator = perceptron(2, 1)
+        self.register_hyperparameter("generator", perceptron(NOISE, 2))
+        self.looks: list[Tensor] = []  # samples, [SAMPLES, 2]
+
+    def samples(self, count: int) -> Tensor:
+        """Returns points that the generator makes, [count, 2]."""
+        points: Tensor = self.generator(torch.randn(count, NOISE))
+        return points
+
+    def inner_loss(self, batch: Tensor) -> Tensor:
+        """Returns L_D: real points are to get positive logits, generated ones negative logits."""
+        points = torch.cat([batch, self.samples(len(batch))])
+        logits = self.mark_outputs(self.discriminator(points / RADIUS))
+        real = torch.cat([torch.ones(len(batch), 1), torch.zeros(len(batch), 1)])
+        return F.binary_cross_entropy_with_logits(logits, real)
+
+    def outer_loss(self, batch: Tensor) -> Tensor:
+        """Returns L_G, the non-saturating one: as many generated points are to get positive logits."""
+        return F.softplus(-self.discriminator(self.samples(len(batch)) / RADIUS)).mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Returns the optimizer of the discriminator."""
+        return torch.optim.Adam(self.inner_parameters(), lr=self.discriminator_rate, betas=BETAS)
+
+    def configure_hyper_optimizer(self) -> torch.optim.Optimizer:
+        """Returns the optimizer of the generator."""
+        return torch.optim.Adam(self.hyperparameters(), lr=self.generator_rate, betas=BETAS)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Keeps samples now and then; callbacks, and so the step of the generator, have had their turn."""
+        if (batch_idx + 1) % self.look_every == 0:
+            with torch.no_grad():
+                self.looks.append(self.samples(SAMPLES))
+
+
+def perceptron(inputs: int, outputs: int) -> nn.Sequential:
+    """Returns a network with two hidden layers, smooth enough to be differentiated twice."""
+    layers = [nn.Linear(inputs, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, outputs)]
+    return nn.Sequential(*layers)
+
+
+class DirectGradient(L.Callback):
+    """Moves the generator after each batch, as `IFTHypergradient` does, but along the direct gradient alone."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Makes the optimizer."""
+        assert isinstance(pl_module, RingGAN)
+        self.optimizer = pl_module.configure_hyper_optimizer()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Makes one step."""
+        assert isinstance(pl_module, RingGAN)
+        weights = list(pl_module.hyperparameters())
+        pl_module.generator.requires_grad_(True)
+        gradients = torch.autograd.grad(pl_module.outer_loss(batch), weights)
+        pl_module.generator.requires_grad_(False)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
+        self.optimizer.step()
+
+
+class Run(NamedTuple):
+    """Samples along training [LOOKS, SAMPLES, 2] and its duration."""
+
+    looks: Tensor
+    seconds: float
+
+    @property
+    def quality(self) -> Tensor:
+        """Fraction of samples within three standard deviations of a mode, at each look."""
+        return self._hits().float().mean((1, 2)) * len(MODES)
+
+    @property
+    def covered(self) -> Tensor:
+        """Number of modes covered, at each look."""
+        return (self._hits().float().mean(1) >= 0.02).sum(1).float()
+
+    @property
+    def final(self) -> tuple[float, float]:
+        """Modes covered and quality, means over the last quarter."""
+        last = -(-len(self.looks) // 4)
+        return float(self.covered[-last:].mean()), float(self.quality[-last:].mean())
+
+    def _hits(self) -> Tensor:
+        """Whether a sample lies near a mode, [LOOKS, SAMPLES, 8]; never near two of them."""
+        return torch.cdist(self.looks, MODES.expand(len(self.looks), -1, -1)) < 3 * DEVIATION
+
+
+def play(pace: Pace, method: Method, seed: int, steps: int) -> Run:
+    """Trains a GAN; the seed decides the first weights and the data, whatever the method."""
+    torch.manual_seed(seed)
+    points: Any = real_points(steps * BATCH)
+    batches: DataLoader[Tensor] = DataLoader(points, BATCH)
+    module = RingGAN(pace, max(1, steps // LOOKS))
+    trainer = L.Trainer(
+        accelerator="cpu",  # the networks are too small for anything else
+        max_epochs=1,
+        callbacks=[
+            IFTHypergradient(every_n_batches=1, solver=SOLVER, outer_dataloader=batches)
+            if method == "implicit"
+            else DirectGradient()
+        ],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    began = time.perf_counter()
+    trainer.fit(module, batches)
+    return Run(torch.stack(module.looks), time.perf_counter() - began)
+
+
+def real_points(count: int) -> Tensor:
+    """Returns points of the ring, [count, 2]."""
+    return MODES[torch.randint(len(MODES), (count,))] + DEVIATION * torch.randn(count, 2)
+
+
+def draw(runs: dict[tuple[Pace, Method], list[Run]], path: Path) -> None:
+    """Saves samples along training with the lagging discriminator, and the number of modes covered, for both paces."""
+    games = [game for game in runs if game[0] == "lagging"]
+    figure = Figure(figsize=(13.0, 2.4 * len(games) + 3.2), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(2.4 * len(games), 3.2))
+    top, bottom = parts
+    top.suptitle("Samples of the first seed, generator ten times as fast as the discriminator", fontsize=14)
+    grid = top.subplots(len(games), 6)
+    for row, game in zip(grid, games, strict=True):
+        looks = runs[game][0].looks
+        for axes, fraction in zip(row, (0.05, 0.2, 0.4, 0.6, 0.8, 1.0), strict=True):
+            axes.scatter(*looks[round(fraction * len(looks)) - 1].T, s=2, alpha=0.3, color="tab:blue", linewidths=0)
+            axes.plot(*MODES.T, "+", color="tab:red", markersize=9)
+            axes.set(xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[], aspect="equal")
+            if game == games[0]:
+                axes.set_title(f"{fraction:.0%} of training", fontsize=11)
+        row[0].set_ylabel(game[1], fontsize=13)
+    panels = dict(zip(RATES, bottom.subplots(1, len(RATES), sharey=True), strict=True))
+    colors = {"ordinary": "tab:gray", "implicit": "tab:blue"}
+    for (pace, method), played in runs.items():
+        covered = torch.stack([run.covered for run in played])
+        fractions = torch.arange(1, covered.shape[1] + 1) / covered.shape[1]
+        panels[pace].plot(fractions, covered.T, color=colors[method], alpha=0.25, linewidth=1)
+        panels[pace].plot(fractions, covered.mean(0), color=colors[method], linewidth=2.5, label=method)
+    for pace, (generator, discriminator) in RATES.items():
+        panels[pace].set_title(f"{pace}: rates {generator:g} (generator), {discriminator:g} (discriminator)")
+        panels[pace].set(xlabel="fraction of training", ylim=(0, 8.4))
+        panels[pace].spines[["top", "right"]].set_visible(False)
+        panels[pace].legend(frameon=False, loc="lower right")
+    panels["lagging"].set_ylabel("modes covered, of 8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
+
+
+def report(runs: dict[tuple[Pace, Method], list[Run]]) -> dict[str, dict[str, float]]:
+    """Prints means over seeds, and returns them beside the expected ones."""
+    print(f"\n{'':22}modes covered   over all seeds   high quality   time, ordinary = 1")
+    result = {}
+    for (pace, method), played in runs.items():
+        modes, qualities = zip(*(run.final for run in played), strict=True)
+        pairs = zip(played, runs[pace, "ordinary"], strict=True)
+        slowdown = median(run.seconds / ordinary.seconds for run, ordinary in pairs)
+        print(
+            f"{pace:11}{method:11}{mean(modes):8.2f}         {min(modes):.2f} to {max(modes):.2f}"
+            f"{mean(qualities):12.3f} ± {pstdev(qualities):.3f}{slowdown:12.1f}"
+        )
+        expected = EXPECTED[pace, method]
+        for name, value, wanted in zip(("modes", "quality"), (mean(modes), mean(qualities)), expected, strict=True):
+            result[f"{pace}, {method}, {name}"] = {"measured": round(value, 3), "expected": wanted}
+    return result
+
+
+def silence_lightning() -> None:
+    """Hides hardware lines, tips and advice that does not apply here."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for advice in ("does not have many workers", "no `val_dataloader`", "treespec, LeafSpec"):
+        warnings.filterwarnings("ignore", f".*{advice}")
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
+    """Plays all games for each seed and returns modes covered and the fraction of samples of high quality."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--steps", type=int, default=STEPS, help="of either player, at least 4")
+    parser.add_argument("--output", type=Path, default=Path("results"), help="folder for the picture")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # at this size a second brings nothing, and on a busy machine it costs much
+    silence_lightning()
+    runs: dict[tuple[Pace, Method], list[Run]] = {(pace, method): [] for pace in RATES for method in METHODS}
+    for seed in args.seeds:
+        for (pace, method), played in runs.items():
+            played.append(play(pace, method, seed, args.steps))
+        print(f"seed {seed}", *(f"{p} {m} {r[-1].final[0]:.2f}" for (p, m), r in runs.items()), sep="   ", flush=True)
+    result = report(runs)
+    picture = args.output / "stackelberg_gan.png"
+    draw(runs, picture)
+    print(f"See {picture}")
+    print(json.dumps(result))
+    return result
+
+
+if __name__ == "__main__":
+    main()
