@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from typing import Any
 
 import lightning as L
 import torch
@@ -98,19 +99,19 @@ class DigitsData(L.LightningDataModule):
         parts = random_split(data, list(SIZES.values()), torch.Generator().manual_seed(0))
         self.parts = dict(zip(SIZES, parts, strict=True))
 
-    def train_dataloader(self) -> DataLoader[list[Tensor]]:
+    def train_dataloader(self) -> DataLoader[Any]:
         """Returns what the weights are trained on."""
         return DataLoader(self.parts["train"], self.batch_size, shuffle=True)
 
-    def outer_dataloader(self) -> DataLoader[list[Tensor]]:
+    def outer_dataloader(self) -> DataLoader[Any]:
         """Returns what the hyperparameters are tuned on."""
         return DataLoader(self.parts["outer"], self.batch_size)
 
-    def val_dataloader(self) -> DataLoader[list[Tensor]]:
+    def val_dataloader(self) -> DataLoader[Any]:
         """Returns what training is watched on."""
         return DataLoader(self.parts["validation"], self.batch_size)
 
-    def test_dataloader(self) -> DataLoader[list[Tensor]]:
+    def test_dataloader(self) -> DataLoader[Any]:
         """Returns what nothing was chosen by."""
         return DataLoader(self.parts["test"], self.batch_size)
 

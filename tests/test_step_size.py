@@ -120,7 +120,8 @@ def test_three_points_are_exact_on_a_parabola_and_leave_no_trace():
     before, exact = weight.detach().clone(), directional_model(loss, [weight], [omega])
     for step in (0.0, 0.3, 5.0):
         model = three_point_model(loss, [weight, unused], [omega, None], step=step)
-        assert (model.slope, model.curvature) == pytest.approx((exact.slope, exact.curvature), rel=1e-7)
+        # a step of zero is lengthened until second differences are worth six digits
+        assert (model.slope, model.curvature) == pytest.approx((exact.slope, exact.curvature), rel=1e-6)
         assert model.squared_length == pytest.approx(exact.squared_length)
         assert torch.equal(weight, before)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -176,17 +177,36 @@ def fitted_model(
     """
     if len(set(steps)) < 3:
         raise ValueError(f"expected at least three different steps to fit a parabola, got {list(steps)}")
-    alphas = torch.tensor(steps, dtype=torch.float64)
-    scale = float(alphas.abs().amax())
-    losses = torch.tensor([loss_at(step) for step in steps], dtype=torch.float64)
-    if not bool(losses.isfinite().all()):
+    scale = max(map(abs, steps))
+    losses = [loss_at(step) for step in steps]
+    if not all(map(math.isfinite, losses)):
         return DirectionalModel(math.nan, math.nan, squared_length)
-    powers = torch.stack([torch.ones_like(alphas), alphas / scale, (alphas / scale).square()], dim=1)
-    _, first, second = torch.linalg.lstsq(powers, losses[:, None]).solution[:, 0].tolist()
+    first, second = _parabola([step / scale for step in steps], losses)
     # a loss is known to half a unit in the last place; a fit sees about twice that in its last coefficient
-    noise = 2 * torch.finfo(dtype).eps * float(losses.abs().amax())
+    noise = 2 * torch.finfo(dtype).eps * max(map(abs, losses))
     curvature = 2 * second / scale**2 if abs(second) > noise else 0.0
     return DirectionalModel(-first / scale, curvature, squared_length)
+
+
+def _parabola(steps: Sequence[float], losses: Sequence[float]) -> tuple[float, float]:
+    """Returns b and c of the parabola a + bx + cx² nearest to points, without rounding.
+
+    LAPACK would round, and how depends on where its arguments lie in memory, so that no run could be repeated to the
+    last bit.
+    """
+    x, y = list(map(Fraction, steps)), list(map(Fraction, losses))
+    center = sum(x, Fraction()) / len(x)
+    linear = [value - center for value in x]
+    variance = _dot(linear, linear) / len(x)
+    skew = _dot(linear, [value * value for value in linear]) / (len(x) * variance)
+    quadratic = [value * value - skew * value - variance for value in linear]  # orthogonal to 1 and to the linear one
+    first = _dot(linear, y) / _dot(linear, linear)
+    second = _dot(quadratic, y) / _dot(quadratic, quadratic)
+    return float(first - second * (2 * center + skew)), float(second)
+
+
+def _dot(left: Sequence[Fraction], right: Sequence[Fraction]) -> Fraction:
+    return sum((a * b for a, b in zip(left, right, strict=True)), Fraction())
 
 
 def group_model(
