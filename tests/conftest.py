@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from importlib.metadata import version
+
 import pytest
 import torch
 
@@ -12,6 +15,13 @@ from tests.problems import SoftmaxRegression
 def _reproducible():
     torch.manual_seed(0)
     torch.set_num_threads(1)  # the problems are small, and threads would only wait for each other; examples set two
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _versions(record_testsuite_property):
+    record_testsuite_property("Python", platform.python_version())
+    for package in ("torch", "lightning", "torchmetrics", "torchvision"):
+        record_testsuite_property(package, version(package))
 
 
 @pytest.fixture(scope="session")

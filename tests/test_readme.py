@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from lightning_ifthpo import ExactGeN, IFTHypergradient, SharpnessMonitor
-from tests.test_examples import load
+from tests.examples.test_all import load
+from tests.report import support
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -74,6 +75,10 @@ def test_the_spectrum_without_a_trainer():
     with contextlib.redirect_stdout(output):
         exec(compile(block, "README.md", "exec"), {})
     assert "StabilityEdge(sharpness=38.0)" in output.getvalue()
+
+
+def test_what_is_supported_is_what_is_tested():
+    assert support() in README.read_text(encoding="utf-8")
 
 
 def test_the_table_of_methods_is_made_from_its_file():

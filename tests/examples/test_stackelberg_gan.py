@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.test_examples import load
+from tests.examples.test_all import load
 
 
 @pytest.fixture(name="example")

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torchvision.datasets import CIFAR10
 
-from tests.test_distilled import write_cifar
-from tests.test_examples import load
+from tests.examples.test_all import load
+from tests.examples.test_distilled import write_cifar
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 
 from lightning_ifthpo.curvature import HessianOperator
 from lightning_ifthpo.solvers import Identity, Neumann
-from tests.test_examples import load
+from tests.examples.test_all import load
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_ifthpo import ExactGeN, IFTHypergradient, SharpnessMonitor
 from lightning_ifthpo.solvers import ConjugateGradient
-from tests.test_examples import EXAMPLES, QUIET, load
+from tests.examples.test_all import EXAMPLES, QUIET, load
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from torchvision.datasets import CIFAR10
 
 from lightning_ifthpo import implicit_hypergradient
 from lightning_ifthpo.hyperparameters import DistilledData
-from tests.test_examples import load
+from tests.examples.test_all import load
 
 
 def test_there_are_examples_of_each_class_in_order():
