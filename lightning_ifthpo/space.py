@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 class ParameterSpace:
@@ -43,7 +44,7 @@ class ParameterSpace:
         parts = [
             torch.zeros(like.numel(), dtype=self.dtype, device=self.device)
             if tensor is None
-            else tensor.detach().reshape(-1).to(self.dtype)
+            else _whole(tensor.detach()).reshape(-1).to(self.dtype)
             for tensor, like in zip(tensors, self.tensors, strict=True)
         ]
         return torch.cat(parts)
@@ -88,6 +89,11 @@ def check_real(tensor: Tensor, name: str) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
         raise TypeError(f"{name}: expected a real floating-point tensor, got {tensor.dtype}; convert it with .float()")
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Returns a tensor, put together if it is spread over processes."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _check(tensors: Sequence[Tensor]) -> None:

@@ -4,20 +4,30 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from lightning_ifthpo import ExactGeN, IFTHypergradient, SharpnessMonitor
+from lightning_ifthpo.callbacks import preflight
 from lightning_ifthpo.callbacks.cadence import Cadence
 from lightning_ifthpo.callbacks.evaluation import undisturbed
-from lightning_ifthpo.callbacks.ranks import Ranks, supports
+from lightning_ifthpo.callbacks.preflight import check_strategy
+from lightning_ifthpo.callbacks.ranks import Ranks, is_replicated
 from lightning_ifthpo.curvature import curvature_operator
 from lightning_ifthpo.hypergradient import implicit_hypergradient
 from lightning_ifthpo.solvers import Direct
 from tests.trainers import Classifier, quiet_trainer
-from tests.two_ranks import CASES, run
+from tests.two_ranks import CASES, possible, run
+
+
+def each_case(test):
+    reason = f"fully_shard does not run on the CPU in torch {torch.__version__}"
+    skipped = pytest.mark.skip(reason=reason)
+    names = [name if name in possible() else pytest.param(name, marks=skipped) for name in CASES]
+    return pytest.mark.parametrize("name", names)(test)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +51,7 @@ def ranks(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore:The number of training batches")
 @pytest.mark.filterwarnings("ignore:The .*dataloader.* does not have many workers")
 @pytest.mark.filterwarnings("ignore:spectral_density=True, but no logger takes figures")
-@pytest.mark.parametrize("name", CASES)
+@each_case
 def test_two_ranks_equal_one(name, ranks, tmp_path):
     alone = run(name, tmp_path)
     together = ranks[0][name]
@@ -59,7 +69,7 @@ def test_two_ranks_equal_one(name, ranks, tmp_path):
     assert bool(alone["error"]) == ("NaN" in name)
 
 
-@pytest.mark.parametrize("name", CASES)
+@each_case
 def test_ranks_agree_to_the_last_bit(name, ranks):
     first, second = (rank[name] for rank in ranks)
     assert all(torch.equal(first["state"][key], value) for key, value in second["state"].items())
@@ -68,13 +78,29 @@ def test_ranks_agree_to_the_last_bit(name, ranks):
 
 
 @pytest.mark.parametrize("callback", [IFTHypergradient, SharpnessMonitor, ExactGeN])
-def test_a_model_that_is_spread_over_devices_is_refused(callback):
-    trainer = quiet_trainer(devices=2, strategy=ModelParallelStrategy(tensor_parallel_size=1))
+def test_a_model_whose_layers_are_spread_over_devices_is_refused(callback, monkeypatch):
+    mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 2)}
+    monkeypatch.setattr(ModelParallelStrategy, "device_mesh", mesh)
+    trainer = quiet_trainer(devices=2, strategy=ModelParallelStrategy())
     message = (
         f"{callback.__name__} needs the whole model on each device, and ModelParallelStrategy is not known to keep it"
     )
     with pytest.raises(ValueError, match=message):
         callback().on_fit_start(trainer, Classifier())
+
+
+def test_weights_that_are_spread_over_devices_are_put_together_or_refused(monkeypatch):
+    monkeypatch.setattr(ModelParallelStrategy, "device_mesh", {"tensor_parallel": SimpleNamespace(size=lambda: 1)})
+    trainer = quiet_trainer(devices=2, strategy=ModelParallelStrategy())
+    check_strategy(trainer, "IFTHypergradient", gathers=True)
+    with pytest.raises(ValueError, match=r"ModelParallelStrategy is not known to keep it there; use strategy='ddp'$"):
+        ExactGeN().on_fit_start(trainer, Classifier())
+
+
+def test_a_hyperparameter_that_is_spread_over_devices_is_refused(monkeypatch):
+    monkeypatch.setattr(preflight, "is_sharded", lambda tensor: True)
+    with pytest.raises(ValueError, match=r"'decay.log_decay.0' is spread over processes; apply fully_shard to"):
+        IFTHypergradient().on_fit_start(quiet_trainer(), Classifier())
 
 
 class OwnStrategy(DDPStrategy):
@@ -84,9 +110,9 @@ class OwnStrategy(DDPStrategy):
 def test_strategies_are_known_by_name():
     import pytorch_lightning
 
-    assert supports(OwnStrategy())
-    assert supports(pytorch_lightning.strategies.DDPStrategy())
-    assert not supports(type("DeepSpeedStrategy", (DDPStrategy,), {})())
+    assert is_replicated(OwnStrategy())
+    assert is_replicated(pytorch_lightning.strategies.DDPStrategy())
+    assert not is_replicated(type("DeepSpeedStrategy", (DDPStrategy,), {})())
 
 
 def two_processes(other):

@@ -3,13 +3,17 @@
 import itertools
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_ifthpo import BilevelLightningModule, ExactGeN, IFTHypergradient, SharpnessMonitor
@@ -21,7 +25,7 @@ from tests.trainers import OWN_METRICS, L, classification_data, quiet_trainer
 EVEN, UNEVEN = 4, 5
 
 
-class Net(BilevelLightningModule, L.LightningModule):
+class Base(BilevelLightningModule, L.LightningModule):
     """A network whose loss is a mean over examples, without anything random."""
 
     def __init__(self, lr):
@@ -29,9 +33,17 @@ class Net(BilevelLightningModule, L.LightningModule):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        self.lr = lr
+
+    def configure_hyper_optimizer(self):
+        return torch.optim.SGD(self.hyperparameters(), lr=0.1)
+
+
+class Net(Base):
+    def __init__(self, lr):
+        super().__init__(lr)
         self.register_hyperparameter("decay", WeightDecay(self.net, "tensor", initial=0.05))
         self.register_hyperparameter("unused_at_first", torch.zeros(2))
-        self.lr = lr
 
     def inner_loss(self, batch):
         x, y = batch
@@ -47,8 +59,29 @@ class Net(BilevelLightningModule, L.LightningModule):
     def configure_optimizers(self):
         return torch.optim.SGD(self.inner_parameters(), lr=self.lr, momentum=0.9)
 
-    def configure_hyper_optimizer(self):
-        return torch.optim.SGD(self.hyperparameters(), lr=0.1)
+
+class Sharded(Base):
+    """Weights are spread over processes, if there are several; what is tuned is a temperature."""
+
+    def __init__(self, lr):
+        super().__init__(lr)
+        self.register_hyperparameter("temperature", torch.tensor(0.3))
+
+    def configure_model(self):
+        if self.device_mesh is not None:
+            for module in (self.net[0], self.net[2], self.net):
+                fully_shard(module, mesh=self.device_mesh["data_parallel"])
+
+    def inner_loss(self, batch):
+        x, y = batch
+        return F.cross_entropy(self.mark_outputs(self.net(x)) * self.temperature.exp(), y)
+
+    def outer_loss(self, batch):
+        x, y = batch
+        return F.cross_entropy(self.net(x), y)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.inner_parameters(), lr=self.lr)
 
 
 def part(seed, first, rank):
@@ -61,26 +94,49 @@ def part(seed, first, rank):
     return [(x[chosen], y[chosen]) for x, y in batches]
 
 
-def fit(callback, first, lr, rank, spoil, folder):
-    module = Net(lr)
-    strategy = {} if rank is None else {"strategy": DDPStrategy(), "devices": 2}
-    logger = CSVLogger(folder)
+class Case(NamedTuple):
+    """A run.
+
+    Attributes:
+        make: Makes the callback.
+        first: How many of each batch of eight belong to the first rank.
+        lr: Learning rate.
+        spoil: What happens to the batches.
+        sharded: Whether weights are spread over the processes.
+    """
+
+    make: Callable[[int | None], L.Callback]
+    first: int = EVEN
+    lr: float = 0.1
+    spoil: Callable[..., Any] = lambda batches, rank: batches
+    sharded: bool = False
+
+
+def fit(case, rank, folder):
+    module = (Sharded if case.sharded else Net)(case.lr)
+    strategy = ModelParallelStrategy(2, 1) if case.sharded else DDPStrategy()
+    several = {} if rank is None else {"strategy": strategy, "devices": 2}
     trainer = quiet_trainer(
-        callbacks=[callback], use_distributed_sampler=False, limit_val_batches=0, logger=logger, **strategy
+        callbacks=[case.make(rank)],
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+        logger=CSVLogger(folder),
+        **several,
     )
-    data = DataLoader(spoil(part(1, first, rank), rank), batch_size=None)
+    data = DataLoader(case.spoil(part(1, case.first, rank), rank), batch_size=None)
     error = ""
     try:
         trainer.fit(module, data, data)
     except ValueError as raised:
         error = str(raised)
-    state = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    state = {name: whole(value).detach().clone() for name, value in module.state_dict().items()}
+    assert any(isinstance(weight, DTensor) for weight in module.parameters()) == (case.sharded and rank is not None)
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(OWN_METRICS)}
     return {"state": state, "metrics": metrics, "error": error}
 
 
-def whole(batches, rank):
-    return batches
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def with_nan_at_the_end(batches, rank):
@@ -117,75 +173,64 @@ class OwnClock(IFTHypergradient):
 
 CG = ConjugateGradient(20, damping=1.0)  # beyond the negative curvature of the first weights
 EXACT = {"rtol": 1e-6, "max_overhead": 1e6}
-# the callback, how many of each batch belong to the first rank, the learning rate, and what happens to the batches
 CASES = {
     # weights stay where they are: DDP's own gradients are not weighted per example
     **{
-        f"{curvature}, uneven": (
+        f"{curvature}, uneven": Case(
             lambda rank, curvature=curvature: hypergradient(UNEVEN, rank, curvature=curvature, solver=CG),
             UNEVEN,
-            0.0,
-            whole,
+            lr=0.0,
         )
         for curvature in ("hessian", "gauss_newton", "finite_difference")
     },
-    "amortized, training": (lambda rank: hypergradient(EVEN, rank), EVEN, 0.1, whole),
-    "shuffled outer data": (shuffled, EVEN, 0.1, whole),
-    "distributed outer data": (
-        lambda rank: IFTHypergradient(2, outer_dataloader=distributed(2, rank), on_failure="raise"),
-        EVEN,
-        0.1,
-        whole,
+    "amortized, training": Case(lambda rank: hypergradient(EVEN, rank)),
+    "shuffled outer data": Case(shuffled),
+    "distributed outer data": Case(
+        lambda rank: IFTHypergradient(2, outer_dataloader=distributed(2, rank), on_failure="raise")
     ),
-    "a budget of time": (
-        lambda rank: OwnClock(2, outer_dataloader=part(2, EVEN, rank), on_failure="raise", max_overhead=1e6),
-        EVEN,
-        0.1,
-        whole,
+    "a budget of time": Case(
+        lambda rank: OwnClock(2, outer_dataloader=part(2, EVEN, rank), on_failure="raise", max_overhead=1e6)
     ),
-    "nystrom, training": (lambda rank: hypergradient(EVEN, rank, solver=Nystrom(5, damping=0.1)), EVEN, 0.1, whole),
-    "NaN on one rank": (lambda rank: hypergradient(EVEN, rank), EVEN, 0.1, with_nan_at_the_end),
-    "sharpness, uneven": (lambda rank: SharpnessMonitor(2, trace=True, **EXACT), UNEVEN, 0.0, whole),
-    "sharpness on fixed examples": (
-        lambda rank: SharpnessMonitor(2, dataloader=part(3, EVEN, None), **EXACT),
-        EVEN,
-        0.1,
-        whole,
+    "nystrom, training": Case(lambda rank: hypergradient(EVEN, rank, solver=Nystrom(5, damping=0.1))),
+    "NaN on one rank": Case(lambda rank: hypergradient(EVEN, rank), spoil=with_nan_at_the_end),
+    "sharpness, uneven": Case(lambda rank: SharpnessMonitor(2, trace=True, **EXACT), UNEVEN, lr=0.0),
+    "sharpness on fixed examples": Case(lambda rank: SharpnessMonitor(2, dataloader=part(3, EVEN, None), **EXACT)),
+    "sharpness on one fixed batch": Case(lambda rank: SharpnessMonitor(2, dataloader=part(3, EVEN, None)[:1], **EXACT)),
+    "sharpness on distributed examples": Case(
+        lambda rank: SharpnessMonitor(2, dataloader=distributed(3, rank), **EXACT)
     ),
-    "sharpness on one fixed batch": (
-        lambda rank: SharpnessMonitor(2, dataloader=part(3, EVEN, None)[:1], **EXACT),
-        EVEN,
-        0.1,
-        whole,
-    ),
-    "sharpness on distributed examples": (
-        lambda rank: SharpnessMonitor(2, dataloader=distributed(3, rank), **EXACT),
-        EVEN,
-        0.1,
-        whole,
-    ),
-    "a density that nobody can show": (
-        lambda rank: SharpnessMonitor(2, spectral_density=True, **EXACT),
-        EVEN,
-        0.1,
-        whole,
-    ),
+    "a density that nobody can show": Case(lambda rank: SharpnessMonitor(2, spectral_density=True, **EXACT)),
     **{
-        f"gen, {curvature}": (lambda rank, curvature=curvature: ExactGeN(curvature=curvature), EVEN, 0.1, whole)
+        f"gen, {curvature}": Case(lambda rank, curvature=curvature: ExactGeN(curvature=curvature))
         for curvature in ("three_point", "gauss_newton", "finite_difference")
     },
+    **{
+        f"sharded, {curvature}": Case(
+            lambda rank, curvature=curvature: hypergradient(EVEN, rank, curvature=curvature, solver=CG), sharded=True
+        )
+        for curvature in ("hessian", "gauss_newton", "finite_difference")
+    },
+    "sharded, amortized": Case(lambda rank: hypergradient(EVEN, rank), sharded=True),
+    "sharded, sharpness": Case(lambda rank: SharpnessMonitor(2, **EXACT), sharded=True),
 }
 
 
+SHARDS_ON_CPU = torch.__version__ >= (2, 8)  # older ones look for streams there
+
+
 def run(name, folder, rank=None):
-    make, first, lr, spoil = CASES[name]
     torch.manual_seed(100 * (rank or 0))  # each process draws its own numbers
-    return fit(make(rank), first, lr, rank, spoil, folder)
+    return fit(CASES[name], rank, folder)
+
+
+def possible():
+    """The cases that this version of torch can run."""
+    return [name for name, case in CASES.items() if SHARDS_ON_CPU or not case.sharded]
 
 
 def main(folder):
     rank = int(os.environ["RANK"])
-    torch.save({name: run(name, folder, rank) for name in CASES}, Path(folder) / f"{rank}.pt")
+    torch.save({name: run(name, folder, rank) for name in possible()}, Path(folder) / f"{rank}.pt")
 
 
 if __name__ == "__main__":

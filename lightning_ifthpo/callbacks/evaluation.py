@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_ifthpo.autodiff import gradients_on
+from lightning_ifthpo.callbacks.sharding import unsharded
 from lightning_ifthpo.callbacks.snapshot import restored
 from lightning_ifthpo.module import training_loss
 from lightning_ifthpo.random_state import PROCESS_STRIDE, isolated
@@ -89,8 +90,12 @@ class Losses:
 def evaluating(
     trainer: L.Trainer, module: L.LightningModule, seed: int, curvature: str, precision: CurvaturePrecision = "32"
 ) -> Iterator[Losses]:
-    """Gives a module's losses, to be differentiated twice unless by differences; nothing they do is kept."""
+    """Gives a module's losses, to be differentiated twice unless by differences; nothing they do is kept.
+
+    Inside the block the module is whole: take its parameters there.
+    """
     with ExitStack() as stack:
+        stack.enter_context(unsharded(module))
         stack.enter_context(undisturbed(trainer, module, seed))
         stack.enter_context(gradients_on())
         if curvature not in BY_DIFFERENCES:

@@ -58,6 +58,7 @@ class HyperStepper:
         self.optimizer: torch.optim.Optimizer = module.configure_hyper_optimizer()
         self.steps = 0
         self._ranks = Ranks(trainer)
+        self._ranks.unify(self._hyperparameters)  # not every strategy does so
         # torch's seed is the user's where there is one, and asking for it draws nothing
         self._seed = self._ranks.agreed_number(torch.initial_seed() % 2**31)
         self._estimate: Tensor | None = None

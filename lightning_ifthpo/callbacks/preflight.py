@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lightning_ifthpo.callbacks.evaluation import BY_DIFFERENCES, data_module
-from lightning_ifthpo.callbacks.ranks import supports
+from lightning_ifthpo.callbacks.ranks import is_gathered, is_replicated
+from lightning_ifthpo.callbacks.sharding import is_sharded
 from lightning_ifthpo.hyperparameters import WeightDecay
 from lightning_ifthpo.module import BilevelLightningModule, has_inner_loss
 from lightning_ifthpo.random_state import isolated
@@ -37,10 +38,16 @@ def check_module(trainer: L.Trainer, module: Any, unfrozen: Iterable[str]) -> No
             f"IFTHypergradient needs a BilevelLightningModule, got {name}; add the mixin: "
             f"class {name}(BilevelLightningModule, LightningModule)"
         )
-    check_strategy(trainer, "IFTHypergradient")
+    check_strategy(trainer, "IFTHypergradient", gathers=True)
     if not any(True for _ in module.hyperparameters()):
         raise ValueError(
             f"{name} has no hyperparameters; call self.register_hyperparameter(name, tensor_or_module) in its __init__"
+        )
+    spread = [path for path, tensor in module.named_hyperparameters() if is_sharded(tensor)]
+    if spread:
+        raise ValueError(
+            f"hyperparameter {spread[0]!r} is spread over processes; apply fully_shard to the modules that hold "
+            "weights, not to the one that holds hyperparameters"
         )
     if type(module).outer_loss is BilevelLightningModule.outer_loss:
         raise ValueError(f"{name} has no outer_loss(batch): define what the hyperparameters minimize")
@@ -50,18 +57,26 @@ def check_module(trainer: L.Trainer, module: Any, unfrozen: Iterable[str]) -> No
     _check_optimizers(trainer, module, set(unfrozen))
 
 
-def check_strategy(trainer: L.Trainer, callback: str) -> None:
-    """Raises ValueError if the Trainer spreads the model itself over several devices."""
-    if trainer.world_size > 1 and not supports(trainer.strategy):
-        raise ValueError(
-            f"{callback} needs the whole model on each device, and {type(trainer.strategy).__name__} is not known to "
-            "keep it there; use strategy='ddp'"
-        )
+def check_strategy(trainer: L.Trainer, callback: str, *, gathers: bool = False) -> None:
+    """Raises ValueError if the Trainer spreads the model over devices in a way that a callback cannot follow.
+
+    Args:
+        trainer: The Trainer, with its strategy set up.
+        callback: Who asks.
+        gathers: Whether weights may be spread, to be put together.
+    """
+    if trainer.world_size == 1 or is_replicated(trainer.strategy) or (gathers and is_gathered(trainer.strategy)):
+        return
+    others = ", or ModelParallelStrategy(tensor_parallel_size=1) with fully_shard" if gathers else ""
+    raise ValueError(
+        f"{callback} needs the whole model on each device, and {type(trainer.strategy).__name__} is not known to keep "
+        f"it there; use strategy='ddp'{others}"
+    )
 
 
 def check_observed(trainer: L.Trainer, module: Any, top_k: int) -> None:
     """Raises ValueError unless so many eigenvalues of the module's loss can be measured in this Trainer."""
-    check_strategy(trainer, "SharpnessMonitor")
+    check_strategy(trainer, "SharpnessMonitor", gathers=True)
     name = type(module).__name__
     weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not weights:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning as L
@@ -52,6 +52,12 @@ class Ranks:
         """Returns the sum over the processes, detached."""
         return part.detach() if self.count == 1 else _all_reduce(part)
 
+    def unify(self, tensors: Iterable[Tensor]) -> None:
+        """Gives tensors the values that they have in the first process."""
+        if self.count > 1:
+            for tensor in tensors:
+                torch.distributed.broadcast(tensor.detach(), src=0)
+
     def share(self, loss: Callable[[], Tensor], batch: Any) -> Callable[[], Tensor]:
         """Returns what a mean over this process's part of a batch adds to the mean over all parts.
 
@@ -88,10 +94,19 @@ def batch_size(batch: Any) -> int | None:
         return None
 
 
-def supports(strategy: Any) -> bool:
+def is_replicated(strategy: Any) -> bool:
     """Returns whether each process is known to hold the whole model; of `lightning` or of `pytorch_lightning`."""
-    names = {kind.__name__ for kind in type(strategy).__mro__}
+    names = _names(strategy)
     return "DDPStrategy" in names and "DeepSpeedStrategy" not in names
+
+
+def is_gathered(strategy: Any) -> bool:
+    """Returns whether the model can be put together in each process: weights are spread, and layers are not."""
+    return "ModelParallelStrategy" in _names(strategy) and strategy.device_mesh["tensor_parallel"].size() == 1
+
+
+def _names(strategy: Any) -> set[str]:
+    return {kind.__name__ for kind in type(strategy).__mro__}
 
 
 def _all_reduce(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
 from torch.utils.data import DistributedSampler
 
 from lightning_ifthpo import spectrum
@@ -273,11 +274,11 @@ class SharpnessMonitor(PeriodicCallback):
         self, trainer: L.Trainer, module: L.LightningModule, batch: Any
     ) -> Iterator[tuple[CurvatureOperator, StabilityEdge | None]]:
         """Gives the operator to measure, and the edge of its λ_max if any; nothing that evaluations do is kept."""
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        edge = StabilityEdge.of(trainer.optimizers, parameters)
+        edge = StabilityEdge.of(trainer.optimizers, _trained(module))
         if edge is not None and edge.metric is not None and self.preconditioned is False:
             edge = None  # it is not the curvature itself that the edge bounds
         with evaluating(trainer, module, _SEED, self.curvature) as losses:
+            parameters = _trained(module)
             if self._examples:
                 operators = [
                     lambda examples=examples: curvature_operator(
@@ -305,6 +306,10 @@ class SharpnessMonitor(PeriodicCallback):
             f"the stability edge of {names} is not known: sharpness/lambda_max is that of the curvature itself, and "
             "sharpness/edge_ratio is not logged"
         )
+
+
+def _trained(module: L.LightningModule) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _finite(metrics: dict[str, float]) -> dict[str, float]:
