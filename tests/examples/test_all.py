@@ -20,7 +20,7 @@ def load(name):
     return module
 
 
-QUIET = [f"--trainer.{option}=false" for option in ("enable_progress_bar", "enable_model_summary", "logger")]
+QUIET = [f"--trainer.enable_{option}=false" for option in ("progress_bar", "model_summary", "checkpointing")]
 QUICK = {
     "clean_noisy_labels": ["--seeds", "0", "--learn-steps", "120", "--final-steps", "40", "--controls"],
     "tune_weight_decay": ["--seeds", "0", "--steps", "20"],
@@ -34,7 +34,7 @@ QUICK = {
     "overfit_validation": ["--models", "linear", "--steps", "60"],
     "stackelberg_gan": ["--seeds", "0", "--steps", "100"],
     "mixed_search": ["--seeds", "0", "--trials", "1", "--steps", "60"],
-    "cli": ["--config", str(EXAMPLES / "configs" / "tune.yaml"), "--trainer.max_epochs", "2", *QUIET],
+    "cli": ["--config", str(EXAMPLES / "configs" / "tune.yaml"), "--trainer.max_epochs", "2", "--trainer.logger=false", *QUIET],
     "compare_inversions": ["--models", "logistic regression", "--unroll", "20"],
     "compare_methods": ["--experiments", "40 % wrong labels", "--steps", "110"],
     "compare_estimators": ["--settings", "A", "--optimizers", "sgd", "--points", "1", "--unroll", "20"],

@@ -17,7 +17,7 @@ def _no_other_arguments(monkeypatch):
 
 
 CONFIGS = EXAMPLES / "configs"
-SHORT = ["--trainer.max_epochs", "1", "--trainer.enable_checkpointing=false", *QUIET]
+SHORT = ["--trainer.max_epochs", "1", "--trainer.logger=false", *QUIET]
 
 
 def configured(name, *arguments):
@@ -66,5 +66,5 @@ def test_a_wrong_name_is_told(capsys):
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
 def test_every_configuration_trains(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = load("cli").main(["--config", str(CONFIGS / f"{name}.yaml"), "--trainer.max_epochs", "10", *QUIET[:2]])
+    result = load("cli").main(["--config", str(CONFIGS / f"{name}.yaml"), "--trainer.max_epochs", "10", *QUIET])
     assert result["test accuracy"]["measured"] > 0.6
