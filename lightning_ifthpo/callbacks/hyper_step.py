@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from lightning_ifthpo.autodiff import differentiable
 from lightning_ifthpo.callbacks.evaluation import CurvaturePrecision, Losses, evaluating, prepared
+from lightning_ifthpo.callbacks.loss_scale import LARGEST, LossScale
 from lightning_ifthpo.callbacks.outer_data import OuterData
+from lightning_ifthpo.callbacks.preflight import passes_through_float16
 from lightning_ifthpo.callbacks.ranks import Ranks
 from lightning_ifthpo.curvature import Curvature
 from lightning_ifthpo.curvature.marking import recording_outputs
@@ -62,12 +64,14 @@ class HyperStepper:
         # torch's seed is the user's where there is one, and asking for it draws nothing
         self._seed = self._ranks.agreed_number(torch.initial_seed() % 2**31)
         self._estimate: Tensor | None = None
+        self._scale = LossScale(LARGEST if passes_through_float16(trainer, precision) else 1.0)
         consumed = 0
         if state:
             self.optimizer.load_state_dict(state["optimizer"])
             self.steps, self._seed, consumed = state["steps"], state["seed"], state["consumed"]
             estimate = state["estimate"]
             self._estimate = None if estimate is None else estimate.to(module.device)
+            self._scale = LossScale(state["loss_scale"])
         self._outer_data = OuterData(
             source,
             module.device,
@@ -92,7 +96,7 @@ class HyperStepper:
                 self._check_value("outer_loss", losses.outer(outer_batch)())
             if self._curvature == "auto":
                 self._curvature = "gauss_newton" if outputs else "hessian"
-            result = self._hypergradient(losses, batch, outer_batch, Identity(), diagnosed=False)
+            result = self._hypergradient(losses, batch, outer_batch, Identity(), self._scale, diagnosed=False)
         self._check_influence(set(result.unused))
 
     def compute(self, batch: Any, *, diagnosed: bool) -> Hypergradient:
@@ -104,7 +108,12 @@ class HyperStepper:
         rule = UpdateRule.of(self._trainer.optimizers, parameters)
         with self._evaluation() as losses:
             self.steps += 1  # counts also where memory does not suffice
-            result = self._hypergradient(losses, batch, outer_batch, self._solver.bound_to(rule), diagnosed=diagnosed)
+            solver = self._solver.bound_to(rule)
+            for scale in self._scale.smaller():
+                result = self._hypergradient(losses, batch, outer_batch, solver, scale, diagnosed=diagnosed)
+                if result.status is not Status.NONFINITE:
+                    self._scale = scale
+                    break
         if self._warm_start:
             self._remember(result.solution)
         return result
@@ -129,15 +138,16 @@ class HyperStepper:
             "seed": self._seed,
             "consumed": self._outer_data.consumed,
             "estimate": self._estimate,
+            "loss_scale": self._scale.factor,
         }
 
     def _hypergradient(
-        self, losses: Losses, batch: Any, outer_batch: Any, solver: Solver, *, diagnosed: bool
+        self, losses: Losses, batch: Any, outer_batch: Any, solver: Solver, scale: LossScale, *, diagnosed: bool
     ) -> Hypergradient:
         assert self._curvature != "auto", "rehearse() comes first"
         return implicit_hypergradient(
-            self._ranks.share(losses.inner(batch), batch),
-            self._ranks.share(losses.outer(outer_batch), outer_batch),
+            scale.scaled(self._ranks.share(losses.inner(batch), batch)),
+            scale.scaled(self._ranks.share(losses.outer(outer_batch), outer_batch)),
             self._parameters(),
             self._hyperparameters,
             curvature=self._curvature,
@@ -145,7 +155,7 @@ class HyperStepper:
             x0=self._estimate,
             allow_unused=True,
             diagnosed=diagnosed,
-            all_reduce=self._ranks.all_reduce,
+            all_reduce=scale.divided(self._ranks.all_reduce),
         )
 
     def _parameters(self) -> list[nn.Parameter]:

@@ -137,10 +137,21 @@ def is_half(trainer: L.Trainer) -> bool:
     return str(trainer.precision_plugin.precision) in ("16-true", "bf16-true")
 
 
+def passes_through_float16(trainer: L.Trainer, precision: str) -> bool:
+    """Returns whether gradients are computed in float16, where small ones are zero."""
+    kind = str(trainer.precision_plugin.precision)
+    return kind == "16-true" or (kind == "16-mixed" and precision == "inherit")
+
+
 def check_precision(trainer: L.Trainer, curvature: str, precision: str) -> None:
     """Raises ValueError where a difference would be nothing but rounding, or nothing can be computed at all."""
     kind = str(trainer.precision_plugin.precision)
     needy = (*BY_DIFFERENCES, "kfac")  # which decomposes matrices
+    if curvature == "gradient_outer_product" and passes_through_float16(trainer, precision):
+        raise ValueError(
+            f"curvature={curvature!r} is no mean over losses that could be scaled for float16; use precision='32' in "
+            "the callback, or another curvature"
+        )
     if curvature in needy and (is_half(trainer) or ("mixed" in kind and precision == "inherit")):
         raise ValueError(
             f"curvature={curvature!r} needs float32, and the Trainer's precision is {kind!r}: use precision='32' "
