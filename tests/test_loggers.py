@@ -1,8 +1,10 @@
 """What each logger has written is read back: the values that were measured, at their steps, and figures."""
 
+import contextlib
 import csv
 import io
 import json
+import time
 
 import pytest
 import torch
@@ -46,17 +48,28 @@ def read_mlflow(folder):
 
 def read_wandb(folder):
     """By hand, since the library writes such files and only its server reads them."""
-    from wandb.proto import wandb_internal_pb2
-
     (file,) = folder.rglob("run-*.wandb")
     scalars = {name: [] for name in WATCHED}
-    for data in wandb_records(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in finished_wandb_records(file):
         items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
         for name in scalars.keys() & items.keys():
             scalars[name].append((items["trainer/global_step"], items[name]))
     return scalars, [image.read_bytes() for image in sorted(folder.rglob("media/images/sharpness/*.png"))]
+
+
+def finished_wandb_records(file, patience=20.0):
+    """Waits for the process that writes the file, which goes on for a moment after the run has been finished."""
+    from google.protobuf.message import DecodeError
+    from wandb.proto import wandb_internal_pb2
+
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        with contextlib.suppress(DecodeError):  # of half a record
+            records = [wandb_internal_pb2.Record.FromString(data) for data in wandb_records(file.read_bytes())]
+            if any(record.HasField("exit") for record in records):
+                return records
+        time.sleep(0.05)
+    raise TimeoutError(f"{file} was not finished in {patience} seconds")
 
 
 def wandb_records(content):

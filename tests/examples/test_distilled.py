@@ -93,7 +93,7 @@ def test_hypergradient_of_the_images_is_exact_for_ridge_regression(bounds):
     [
         (lambda: DistilledData((2,), 0), "classes to be an integer >= 1, got 0"),
         (lambda: DistilledData((2,), 3, 0), "per_class to be an integer >= 1, got 0"),
-        (lambda: DistilledData((2, 0), 3), r"empty dimensions, got \(2, 0\)"),
+        (lambda: DistilledData((2, 0), 3), r"positive sizes, got \(2, 0\)"),
         (lambda: DistilledData((2,), 3, initial=-1.0), "initial >= 0"),
         (lambda: DistilledData((2,), 3, initial=math.nan), "initial >= 0"),
         (lambda: DistilledData((2,), 3, bounds=(1.0, 1.0)), "lowest < highest"),

@@ -82,7 +82,8 @@ def test_displacements_stay_within_their_bound(example):
 
 
 def test_the_learned_distribution_beats_its_start_and_all_labels(example, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(example, "HYPER_EVERY", 2)  # in so short a run
+    row = example.ROWS["distribution"]._replace(hyper_rate=0.1)  # in so short a run
+    monkeypatch.setitem(example.ROWS, "distribution", row)
     rows = ["none_700", "distribution_start", "distribution"]
     result = example.main(["--rows", *rows, "--steps", "200", "--output", str(tmp_path)])
     all_labels, start, learned = (result[name]["measured"] for name in rows)
@@ -101,7 +102,7 @@ def test_only_learned_augmentations_are_tuned_and_only_in_the_first_part(example
 
     monkeypatch.setattr(example.Classifier, "configure_hyper_optimizer", recording)
     monkeypatch.setattr(example, "WARM_UP", 10)
-    monkeypatch.setattr(example, "HYPER_EVERY", 5)
+    monkeypatch.setitem(example.ROWS, "distribution", example.ROWS["distribution"]._replace(hyper_every=5))
     monkeypatch.setattr(example, "TUNED", 0.6)
     rows = ["distribution_start", "distribution"]
     result = example.main(["--validation", "--rows", *rows, "--steps", "50", "--output", str(tmp_path)])
