@@ -23,6 +23,20 @@ from tests.trainers import Classifier, quiet_trainer
 from tests.two_ranks import CASES, possible, run
 
 
+def python(*arguments):
+    """Runs Python in a process of its own."""
+    job = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert job.returncode == 0, job.stderr[-5000:]
+
+
 def each_case(test):
     reason = f"fully_shard does not run on the CPU in torch {torch.__version__}"
     skipped = pytest.mark.skip(reason=reason)
@@ -34,17 +48,7 @@ def each_case(test):
 def ranks(tmp_path_factory):
     """What both ranks of all cases ended with."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    job = subprocess.run(
-        [*command, "-m", "tests.two_ranks", str(folder)],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert job.returncode == 0, job.stderr[-5000:]
+    python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tests.two_ranks", folder)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
@@ -75,6 +79,14 @@ def test_ranks_agree_to_the_last_bit(name, ranks):
     assert all(torch.equal(first["state"][key], value) for key, value in second["state"].items())
     assert first["metrics"] == second["metrics"]
     assert first["error"] == second["error"]
+
+
+def test_processes_that_the_trainer_starts(ranks, tmp_path):
+    """Under ddp_spawn the main process has no rank, and gets back weights and metrics."""
+    python("-m", "tests.spawned", tmp_path / "spawned.pt")
+    spawned, together = torch.load(tmp_path / "spawned.pt"), ranks[0]["amortized, training"]
+    assert all(torch.equal(spawned["state"][key], value) for key, value in together["state"].items())
+    assert spawned["metrics"] == pytest.approx(together["metrics"], rel=1e-6)
 
 
 @pytest.mark.parametrize("callback", [IFTHypergradient, SharpnessMonitor, ExactGeN])
