@@ -67,6 +67,11 @@ class Report:
         )
 
 
+def two_ranks(report: Report, *, sharded: bool) -> list[str]:
+    """Returns the cases in which two ranks were seen to equal one."""
+    return [n for n in report.passed("test_data_parallel", "test_two_ranks_equal_one") if ("[sharded" in n) == sharded]
+
+
 ROWS: dict[str, Callable[[Report], object]] = {
     **{
         package: lambda report, package=package: report.versions[package]
@@ -85,9 +90,11 @@ ROWS: dict[str, Callable[[Report], object]] = {
         "test_faults", "kills while a checkpoint was being written"
     ),
     "bad inputs that ended in an answer or an error in words": lambda report: report.total("test_properties", "inputs"),
-    "runs on two ranks that equal one": lambda report: len(
-        report.passed("test_data_parallel", "test_two_ranks_equal_one")
+    "strategy ddp: runs on two ranks that equal one": lambda report: len(two_ranks(report, sharded=False)),
+    "strategy ddp_spawn": lambda report: len(
+        report.passed("test_data_parallel", "test_processes_that_the_trainer_starts")
     ),
+    "ModelParallelStrategy, weights spread by fully_shard": lambda report: len(two_ranks(report, sharded=True)),
     "loggers read back": lambda report: len(report.passed("test_loggers")),
     **{
         f"{column}: precisions": lambda report, column=column: (
