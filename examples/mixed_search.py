@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import logging
 import math
 import time
 import warnings
@@ -39,6 +38,7 @@ import lightning as L
 import optuna
 import torch
 import torch.nn.functional as F
+from distill_dataset import silence_lightning
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -297,9 +297,8 @@ def report(searches: dict[Method, list[Search]]) -> dict[str, dict[str, float]]:
 def silence() -> None:
     """Hides the log of each trial, hardware lines, tips, and warnings about trials that diverge."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for advice in ("does not have many workers", "no `val_dataloader`", "treespec, LeafSpec", "hyper step"):
-        warnings.filterwarnings("ignore", f".*{advice}")
+    silence_lightning()
+    warnings.filterwarnings("ignore", ".*hyper step")
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:

@@ -30,10 +30,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 import time
-import warnings
 from pathlib import Path
 from statistics import mean, median, pstdev
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -41,6 +39,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import lightning as L
 import torch
 import torch.nn.functional as F
+from distill_dataset import silence_lightning
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -258,13 +257,6 @@ def report(runs: dict[tuple[Pace, Method], list[Run]]) -> dict[str, dict[str, fl
         for name, value, wanted in zip(("modes", "quality"), (mean(modes), mean(qualities)), expected, strict=True):
             result[f"{pace}, {method}, {name}"] = {"measured": round(value, 3), "expected": wanted}
     return result
-
-
-def silence_lightning() -> None:
-    """Hides hardware lines, tips and advice that does not apply here."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for advice in ("does not have many workers", "no `val_dataloader`", "treespec, LeafSpec"):
-        warnings.filterwarnings("ignore", f".*{advice}")
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:

@@ -14,21 +14,10 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_ifthpo import ExactGeN, IFTHypergradient, SharpnessMonitor
-from tests.trainers import Classifier, L, ResumableLoader, classification_data, quiet_trainer
+from tests.trainers import Deterministic, L, quiet_trainer
 
 EPOCHS, BATCHES = 3, 4
 Phase: TypeAlias = Literal["training", "saving"]
-
-
-class Deterministic(Classifier):
-    """Without dropout, whose random state Lightning does not restore."""
-
-    def __init__(self) -> None:
-        super().__init__(optimizer="AdamW", lr=0.02)
-        self.net[3].p = 0.0
-
-    def train_dataloader(self) -> Any:
-        return ResumableLoader(classification_data(32), batch_size=8)
 
 
 class Checkpoints(ModelCheckpoint):

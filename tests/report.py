@@ -36,9 +36,8 @@ class Report:
         self.versions = {p.get("name"): p.get("value") for p in suite.findall("./properties/property")}
         self.cases: Cases = {f"{c.get('classname')}::{c.get('name')}": c for c in suite.iter("testcase")}
 
-    def passed(self, module: str, test: str = "") -> list[str]:
-        """Returns the names of tests that passed."""
-        start = f"tests.{module}::{test}"
+    def passed(self, start: str = "") -> list[str]:
+        """Returns the names of tests that passed, of those that start so."""
         return [
             name
             for name, case in self.cases.items()
@@ -49,7 +48,7 @@ class Report:
         """Returns the sum of what the tests of a module have recorded under a name."""
         return sum(
             int(p.get("value", 0))
-            for case in self.passed(module)
+            for case in self.passed(f"tests.{module}::")
             for p in self.cases[case].iter("property")
             if p.get("name") == name
         )
@@ -63,13 +62,15 @@ class Report:
         """Returns beside how many features a callback was seen to work, or to be refused with the reason."""
         return len(
             {f"test_feature[{name}-{column}]" for name in names}
-            & {c.split("::")[1] for c in self.passed("test_trainer_features")}
+            & {c.split("::")[1] for c in self.passed("tests.test_trainer_features::")}
         )
 
 
 def two_ranks(report: Report, *, sharded: bool) -> list[str]:
     """Returns the cases in which two ranks were seen to equal one."""
-    return [n for n in report.passed("test_data_parallel", "test_two_ranks_equal_one") if ("[sharded" in n) == sharded]
+    return [
+        n for n in report.passed("tests.test_data_parallel::test_two_ranks_equal_one") if ("[sharded" in n) == sharded
+    ]
 
 
 ROWS: dict[str, Callable[[Report], object]] = {
@@ -77,13 +78,7 @@ ROWS: dict[str, Callable[[Report], object]] = {
         package: lambda report, package=package: report.versions[package]
         for package in ("Python", "torch", "lightning", "torchmetrics")
     },
-    "tests passed": lambda report: (
-        len(report.cases)
-        - sum(
-            len(case.findall("failure") + case.findall("error") + case.findall("skipped"))
-            for case in report.cases.values()
-        )
-    ),
+    "tests passed": lambda report: len(report.passed()),
     "tests skipped": Report.skipped,
     "killed by SIGKILL, resumed, and ended as if uninterrupted": lambda report: report.total("test_faults", "kills"),
     "... while a checkpoint was being written": lambda report: report.total(
@@ -92,10 +87,10 @@ ROWS: dict[str, Callable[[Report], object]] = {
     "bad inputs that ended in an answer or an error in words": lambda report: report.total("test_properties", "inputs"),
     "strategy ddp: runs on two ranks that equal one": lambda report: len(two_ranks(report, sharded=False)),
     "strategy ddp_spawn": lambda report: len(
-        report.passed("test_data_parallel", "test_processes_that_the_trainer_starts")
+        report.passed("tests.test_data_parallel::test_processes_that_the_trainer_starts")
     ),
     "ModelParallelStrategy, weights spread by fully_shard": lambda report: len(two_ranks(report, sharded=True)),
-    "loggers read back": lambda report: len(report.passed("test_loggers")),
+    "loggers read back": lambda report: len(report.passed("tests.test_loggers::")),
     **{
         f"{column}: precisions": lambda report, column=column: (
             f"{report.features(column, list(PRECISIONS))} of {len(PRECISIONS)}"

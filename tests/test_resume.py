@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_ifthpo import IFTHypergradient
 from lightning_ifthpo.solvers import Identity
-from tests.trainers import Classifier, ResumableLoader, classification_data, quiet_trainer
+from tests.trainers import Deterministic, quiet_trainer
 
 BATCHES = 12  # three epochs of four
 
@@ -22,17 +22,6 @@ class Kill(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == self.after:
             raise KilledError
-
-
-class Deterministic(Classifier):
-    """Without dropout, whose random state Lightning does not restore."""
-
-    def __init__(self):
-        super().__init__(optimizer="AdamW", lr=0.02)
-        self.net[3].p = 0.0
-
-    def train_dataloader(self):
-        return ResumableLoader(classification_data(32), batch_size=8)
 
 
 def run(folder, callback, *, kill_after=None, resume=None):

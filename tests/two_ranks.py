@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_ifthpo import BilevelLightningModule, ExactGeN, IFTHypergradient, SharpnessMonitor
 from lightning_ifthpo.hyperparameters import WeightDecay
 from lightning_ifthpo.solvers import ConjugateGradient, Nystrom
+from lightning_ifthpo.space import whole
 from tests.trainers import OWN_METRICS, L, classification_data, quiet_trainer
 
 # how many of each batch of eight belong to the first rank
@@ -133,10 +134,6 @@ def fit(case, rank, folder):
     assert any(isinstance(weight, DTensor) for weight in module.parameters()) == (case.sharded and rank is not None)
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(OWN_METRICS)}
     return {"state": state, "metrics": metrics, "error": error}
-
-
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def with_nan_at_the_end(batches, rank):

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from lightning_ifthpo.autodiff import differentiable
 from lightning_ifthpo.callbacks.evaluation import CurvaturePrecision, Losses, evaluating, prepared
-from lightning_ifthpo.callbacks.loss_scale import LARGEST, LossScale
+from lightning_ifthpo.callbacks.loss_scale import LARGEST, LossScale, passes_through_float16
 from lightning_ifthpo.callbacks.outer_data import OuterData
-from lightning_ifthpo.callbacks.preflight import passes_through_float16
 from lightning_ifthpo.callbacks.ranks import Ranks
 from lightning_ifthpo.curvature import Curvature
 from lightning_ifthpo.curvature.marking import recording_outputs
@@ -59,10 +58,10 @@ class HyperStepper:
         self._hyperparameters = list(module.hyperparameters())
         self.optimizer: torch.optim.Optimizer = module.configure_hyper_optimizer()
         self.steps = 0
-        self._ranks = Ranks(trainer)
-        self._ranks.unify(self._hyperparameters)  # not every strategy does so
+        self.ranks = Ranks(trainer)
+        self.ranks.unify(self._hyperparameters)  # not every strategy does so
         # torch's seed is the user's where there is one, and asking for it draws nothing
-        self._seed = self._ranks.agreed_number(torch.initial_seed() % 2**31)
+        self._seed = self.ranks.agreed_number(torch.initial_seed() % 2**31)
         self._estimate: Tensor | None = None
         self._scale = LossScale(LARGEST if passes_through_float16(trainer, precision) else 1.0)
         consumed = 0
@@ -77,8 +76,8 @@ class HyperStepper:
             module.device,
             seed=self._seed,
             consumed=consumed,
-            rank=self._ranks.rank,
-            world_size=self._ranks.count,
+            rank=self.ranks.rank,
+            world_size=self.ranks.count,
         )
 
     def rehearse(self, batch: Any) -> None:
@@ -146,8 +145,8 @@ class HyperStepper:
     ) -> Hypergradient:
         assert self._curvature != "auto", "rehearse() comes first"
         return implicit_hypergradient(
-            scale.scaled(self._ranks.share(losses.inner(batch), batch)),
-            scale.scaled(self._ranks.share(losses.outer(outer_batch), outer_batch)),
+            scale.scaled(self.ranks.share(losses.inner(batch), batch)),
+            scale.scaled(self.ranks.share(losses.outer(outer_batch), outer_batch)),
             self._parameters(),
             self._hyperparameters,
             curvature=self._curvature,
@@ -155,7 +154,7 @@ class HyperStepper:
             x0=self._estimate,
             allow_unused=True,
             diagnosed=diagnosed,
-            all_reduce=scale.divided(self._ranks.all_reduce),
+            all_reduce=scale.divided(self.ranks.all_reduce),
         )
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -192,6 +191,6 @@ class HyperStepper:
     def _check_value(self, name: str, value: Any) -> None:
         """Raises unless a loss can be differentiated and is finite, in all processes alike."""
         check_loss(value, name)
-        total = self._ranks.total(value)
+        total = self.ranks.total(value)
         if not bool(torch.isfinite(total)):
             raise ValueError(f"{name} is {float(total)} on the first batch; look at the data and the initial weights")

@@ -16,7 +16,6 @@ from lightning_ifthpo.callbacks.evaluation import CurvaturePrecision
 from lightning_ifthpo.callbacks.hyper_step import HyperStepper
 from lightning_ifthpo.callbacks.periodic import PeriodicCallback
 from lightning_ifthpo.callbacks.preflight import check_module, check_precision, find_outer_data
-from lightning_ifthpo.callbacks.ranks import Ranks
 from lightning_ifthpo.checks import require_choice, require_flag
 from lightning_ifthpo.curvature import Curvature
 from lightning_ifthpo.curvature.kinds import OPERATORS
@@ -159,7 +158,7 @@ class IFTHypergradient(PeriodicCallback):
         if restored:
             self.skipped = restored["skipped"]
             self._cadence.load_state_dict(restored["cadence"])
-        self._cadence.begin(Ranks(trainer).agreed)
+        self._cadence.begin(self._stepper.ranks.agreed)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import lightning as L
 from torch import Tensor
 
 from lightning_ifthpo.curvature import AllReduce
 
 LARGEST = 2.0**16
 """Where GradScaler begins, too."""
+
+
+def passes_through_float16(trainer: L.Trainer, precision: str) -> bool:
+    """Returns whether gradients are computed in float16, where small ones are zero."""
+    kind = str(trainer.precision_plugin.precision)
+    return kind == "16-true" or (kind == "16-mixed" and precision == "inherit")
 
 
 class LossScale:

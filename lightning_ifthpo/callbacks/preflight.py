@@ -8,10 +8,11 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_ifthpo.callbacks.evaluation import BY_DIFFERENCES, data_module
+from lightning_ifthpo.callbacks.loss_scale import passes_through_float16
 from lightning_ifthpo.callbacks.ranks import is_gathered, is_replicated
 from lightning_ifthpo.callbacks.sharding import is_sharded
 from lightning_ifthpo.hyperparameters import WeightDecay
@@ -78,7 +79,7 @@ def check_observed(trainer: L.Trainer, module: Any, top_k: int) -> None:
     """Raises ValueError unless so many eigenvalues of the module's loss can be measured in this Trainer."""
     check_strategy(trainer, "SharpnessMonitor", gathers=True)
     name = type(module).__name__
-    weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    weights = trainable(module)
     if not weights:
         raise ValueError(f"{name} has no trainable parameters, and so no curvature to measure")
     size = math.inf if any(map(is_lazy, weights)) else sum(weight.numel() for weight in weights)
@@ -86,6 +87,11 @@ def check_observed(trainer: L.Trainer, module: Any, top_k: int) -> None:
         raise ValueError(f"top_k={top_k} eigenvalues are asked for, and {name} has {size} trainable weights")
     check_real_weights(module, weights)
     check_repeatable(module)
+
+
+def trainable(module: Any) -> list[nn.Parameter]:
+    """Returns the parameters of a module that require a gradient."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def check_real_weights(module: Any, weights: Iterable[Tensor]) -> None:
@@ -135,12 +141,6 @@ def find_outer_data(trainer: L.Trainer, module: Any, given: Iterable[Any] | None
 def is_half(trainer: L.Trainer) -> bool:
     """Returns whether weights are in half precision."""
     return str(trainer.precision_plugin.precision) in ("16-true", "bf16-true")
-
-
-def passes_through_float16(trainer: L.Trainer, precision: str) -> bool:
-    """Returns whether gradients are computed in float16, where small ones are zero."""
-    kind = str(trainer.precision_plugin.precision)
-    return kind == "16-true" or (kind == "16-mixed" and precision == "inherit")
 
 
 def check_precision(trainer: L.Trainer, curvature: str, precision: str) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from lightning_ifthpo.space import whole
+
 
 @contextmanager
 def unsharded(module: nn.Module) -> Iterator[None]:
@@ -19,16 +21,16 @@ def unsharded(module: nn.Module) -> Iterator[None]:
 
     Cost: one collective for each sharded parameter, and the memory of all of them.
     """
-    whole: dict[int, nn.Parameter] = {}  # a parameter may be shared
+    gathered: dict[int, nn.Parameter] = {}  # a parameter may be shared
     with ExitStack() as stack:
         for submodule in module.modules():
             for name, parameter in list(submodule._parameters.items()):
                 if isinstance(parameter, DTensor):
-                    if id(parameter) not in whole:
-                        whole[id(parameter)] = _gathered(parameter)
+                    if id(parameter) not in gathered:
+                        gathered[id(parameter)] = nn.Parameter(whole(parameter).detach(), parameter.requires_grad)
                     stack.callback(submodule._parameters.__setitem__, name, parameter)
-                    submodule._parameters[name] = whole[id(parameter)]
-        for submodule in module.modules() if whole else ():
+                    submodule._parameters[name] = gathered[id(parameter)]
+        for submodule in module.modules() if gathered else ():
             for hooks in (submodule._forward_pre_hooks, submodule._forward_hooks):
                 stack.enter_context(_without_sharding(hooks))
         yield
@@ -37,10 +39,6 @@ def unsharded(module: nn.Module) -> Iterator[None]:
 def is_sharded(tensor: Any) -> bool:
     """Returns whether each process holds a part of a tensor only."""
     return isinstance(tensor, DTensor)
-
-
-def _gathered(parameter: DTensor) -> nn.Parameter:
-    return nn.Parameter(parameter.full_tensor().detach(), requires_grad=parameter.requires_grad)
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from typing import Any, get_args
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
 from torch.utils.data import DistributedSampler
 
 from lightning_ifthpo import spectrum
@@ -20,7 +19,7 @@ from lightning_ifthpo.callbacks.evaluation import evaluating, prepared
 from lightning_ifthpo.callbacks.logging import log_figure, takes_figures
 from lightning_ifthpo.callbacks.outer_data import check_batches
 from lightning_ifthpo.callbacks.periodic import PeriodicCallback
-from lightning_ifthpo.callbacks.preflight import check_observed, check_precision
+from lightning_ifthpo.callbacks.preflight import check_observed, check_precision, trainable
 from lightning_ifthpo.callbacks.ranks import Ranks, batch_size
 from lightning_ifthpo.checks import require_choice, require_flag
 from lightning_ifthpo.curvature import AverageOperator, CurvatureOperator, LossCurvature, curvature_operator
@@ -274,11 +273,11 @@ class SharpnessMonitor(PeriodicCallback):
         self, trainer: L.Trainer, module: L.LightningModule, batch: Any
     ) -> Iterator[tuple[CurvatureOperator, StabilityEdge | None]]:
         """Gives the operator to measure, and the edge of its λ_max if any; nothing that evaluations do is kept."""
-        edge = StabilityEdge.of(trainer.optimizers, _trained(module))
+        edge = StabilityEdge.of(trainer.optimizers, trainable(module))
         if edge is not None and edge.metric is not None and self.preconditioned is False:
             edge = None  # it is not the curvature itself that the edge bounds
         with evaluating(trainer, module, _SEED, self.curvature) as losses:
-            parameters = _trained(module)
+            parameters = trainable(module)
             if self._examples:
                 operators = [
                     lambda examples=examples: curvature_operator(
@@ -306,10 +305,6 @@ class SharpnessMonitor(PeriodicCallback):
             f"the stability edge of {names} is not known: sharpness/lambda_max is that of the curvature itself, and "
             "sharpness/edge_ratio is not logged"
         )
-
-
-def _trained(module: L.LightningModule) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _finite(metrics: dict[str, float]) -> dict[str, float]:

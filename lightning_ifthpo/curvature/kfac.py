@@ -27,8 +27,8 @@ class KFACOperator(InvertibleOperator):
     nothing of how layers act on each other, nor of penalties on weights. Needs `pip install lightning_ifthpo[kfac]`,
     which brings curvlinops. Use it with `Direct(damping=...)`.
 
-    Cost: two forward passes, one differentiable gradient and C backward passes for C outputs of an example when made; a
-    product costs O(d_in² d_out + d_in d_out²) for each layer, and an inverse O(d_in³ + d_out³) beside.
+    Cost: two forward passes, one differentiable gradient and C + 1 backward passes for C outputs of an example when
+    made; a product costs O(d_in² d_out + d_in d_out²) for each layer, and an inverse O(d_in³ + d_out³) beside.
 
     Args:
         loss: Callable without arguments that returns (loss, outputs) with outputs one tensor or several of shape
@@ -204,14 +204,14 @@ def _width(output: Tensor) -> int:
 
 
 @contextmanager
-def _recording_layers() -> Iterator[list[tuple[nn.Module, Tensor]]]:
-    """Collects the linear and convolutional layers that are called inside the block, with their inputs."""
-    calls: list[tuple[nn.Module, Tensor]] = []
+def _recording_layers() -> Iterator[list[tuple[nn.Module, torch.Size]]]:
+    """Collects the linear and convolutional layers that are called inside the block, with the shape of their inputs."""
+    calls: list[tuple[nn.Module, torch.Size]] = []
 
     def record(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         # not subclasses with a forward pass of their own
         if type(module).forward in (nn.Linear.forward, nn.Conv2d.forward) and inputs:
-            calls.append((module, inputs[0].detach()))
+            calls.append((module, inputs[0].shape))
 
     handle = register_module_forward_pre_hook(record)
     try:
@@ -220,9 +220,9 @@ def _recording_layers() -> Iterator[list[tuple[nn.Module, Tensor]]]:
         handle.remove()
 
 
-def _checked_layers(calls: Sequence[tuple[nn.Module, Tensor]], parameters: Sequence[Tensor]) -> int:
+def _checked_layers(calls: Sequence[tuple[nn.Module, torch.Size]], parameters: Sequence[Tensor]) -> int:
     """Returns the number of examples that the layers of the parameters see."""
-    uses: dict[int, list[tuple[nn.Module, Tensor]]] = {}
+    uses: dict[int, list[tuple[nn.Module, torch.Size]]] = {}
     for call in calls:
         for weight in call[0].parameters(recurse=False):
             uses.setdefault(id(weight), []).append(call)
@@ -237,19 +237,19 @@ def _checked_layers(calls: Sequence[tuple[nn.Module, Tensor]], parameters: Seque
                 f"{name} belongs to no Linear or Conv2d layer that the loss calls with a tensor, and KFAC knows no "
                 "other; freeze it, or use curvature='gauss_newton'"
             )
-        ((layer, images),) = owners
-        _check_layer(layer, images)
-        examples.add(len(images))
+        ((layer, shape),) = owners
+        _check_layer(layer, shape)
+        examples.add(shape[0])
     if len(examples) > 1:
         raise ValueError(f"KFAC needs layers that see the same number of examples, got {sorted(examples)}")
     return examples.pop()
 
 
-def _check_layer(layer: nn.Module, inputs: Tensor) -> None:
+def _check_layer(layer: nn.Module, shape: torch.Size) -> None:
     """Raises ValueError for what curvlinops would take for something else."""
     if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
         raise ValueError(f"KFAC knows padding with zeros only, and a Conv2d has padding_mode={layer.padding_mode!r}")
     if isinstance(layer, nn.Conv2d) and layer.groups != 1:
         raise ValueError(f"KFAC knows no groups, and a Conv2d has groups={layer.groups}")
-    if inputs.ndim < (4 if isinstance(layer, nn.Conv2d) else 2):
-        raise ValueError(f"KFAC needs batches, and a {type(layer).__name__} is called with shape {tuple(inputs.shape)}")
+    if len(shape) < (4 if isinstance(layer, nn.Conv2d) else 2):
+        raise ValueError(f"KFAC needs batches, and a {type(layer).__name__} is called with shape {tuple(shape)}")
