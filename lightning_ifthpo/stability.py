@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RMSprop
 
 from lightning_ifthpo.space import ParameterSpace
-from lightning_ifthpo.update_rule import held_by, is_decoupled, is_known, learning_rate, preconditioner
+from lightning_ifthpo.update_rule import held_by, is_decoupled, is_known, joined, learning_rate, preconditioner
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class StabilityEdge:
             parameters: The tensors w, together [n]; those that no optimizer holds do not move, and have p = 0.
         """
         rates: dict[int, float] = {}
-        metrics: dict[int, Tensor] = {}
+        metrics: dict[int, float | Tensor] = {}
         decays: dict[int, float] = {}
         parameters = list(parameters)
         optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
@@ -71,18 +71,19 @@ class StabilityEdge:
             return None
         for optimizer, group, state, parameter in held_by(optimizers):
             rates[id(parameter)] = _alternating_rate(optimizer, group, state)
-            metrics[id(parameter)] = preconditioner(optimizer, group, state, parameter)
+            metrics[id(parameter)] = preconditioner(optimizer, group, state)
             decays[id(parameter)] = 0.0 if is_decoupled(optimizer, group) else float(group["weight_decay"])
         highest = max((rates.get(id(p), 0.0) for p in parameters), default=0.0)
         if highest == 0.0:  # in the metric of the preconditioner alone, nothing is unstable
             rates = dict.fromkeys(rates, 1.0)
         space = ParameterSpace(parameters)
-        metric = space.flatten(
-            [metrics[id(p)] * (rates[id(p)] / (highest or 1.0)) if id(p) in rates else None for p in parameters]
+        metric = joined(
+            space, [metrics.get(id(p), 0.0) * (rates.get(id(p), 0.0) / (highest or 1.0)) for p in parameters]
         )
-        decay = space.flatten([torch.full_like(p, decays.get(id(p), 0.0)) for p in parameters])
-        plain = bool((metric == 1.0).all())
-        return cls(2.0 / highest if highest else math.inf, None if plain else metric, metric * decay)
+        decay = joined(space, [decays.get(id(p), 0.0) for p in parameters])
+        plain = not isinstance(metric, Tensor) and metric == 1.0
+        vector = torch.as_tensor(metric, dtype=space.dtype, device=space.device).expand(space.size)
+        return cls(2.0 / highest if highest else math.inf, None if plain else vector, metric * decay)
 
 
 def has_edge(optimizer: Optimizer) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,10 +39,10 @@ class UpdateRule:
         After T steps a direction of curvature h has gone a fraction 1 − (1 − sh)ᵀ of its way to the minimum, which
         h / (h + 1/(sT)) follows closely. A weight that no optimizer moves is damped like the slowest one that moves.
         """
-        step = self.step
-        if isinstance(step, Tensor):
-            step = step.clamp_min(step[step > 0].min() if bool((step > 0).any()) else 1.0)
-        return 1.0 / (horizon * step)
+        if not isinstance(self.step, Tensor):
+            return 1.0 / (horizon * (self.step or 1.0))
+        slowest = torch.where(self.step > 0.0, self.step, math.inf).amin().nan_to_num(posinf=1.0)
+        return 1.0 / (horizon * torch.maximum(self.step, slowest))
 
     @classmethod
     def of(cls, optimizers: Iterable[Optimizer], parameters: Sequence[Tensor]) -> UpdateRule:
@@ -54,14 +55,23 @@ class UpdateRule:
             optimizers: Those that train the parameters.
             parameters: The tensors w, together [n]; those that no optimizer holds do not move.
         """
-        space = ParameterSpace(parameters)
-        steps: dict[int, Tensor] = {}
-        decays: dict[int, Tensor] = {}
+        steps: dict[int, float | Tensor] = {}
+        decays: dict[int, float | Tensor] = {}
         for optimizer, group, state, parameter in held_by(optimizers):
-            step = _lasting_rate(optimizer, group, state) * preconditioner(optimizer, group, state, parameter)
+            step = _lasting_rate(optimizer, group, state) * preconditioner(optimizer, group, state)
             steps[id(parameter)] = step
             decays[id(parameter)] = _decay(optimizer, group, step)
-        return cls(*(space.flatten([found.get(id(p)) for p in parameters]) for found in (steps, decays)))
+        space = ParameterSpace(parameters)
+        return cls(*(joined(space, [found.get(id(p), 0.0) for p in parameters]) for found in (steps, decays)))
+
+
+def joined(space: ParameterSpace, values: Sequence[float | Tensor]) -> float | Tensor:
+    """Returns what is given for each tensor of a space as one number where it is the same for all, else as [n]."""
+    first = values[0]
+    if not isinstance(first, Tensor) and all(not isinstance(value, Tensor) and value == first for value in values):
+        return first
+    pairs = zip(values, space.tensors, strict=True)
+    return space.flatten([value if isinstance(value, Tensor) else torch.full_like(p, value) for value, p in pairs])
 
 
 def held_by(
@@ -92,12 +102,10 @@ def learning_rate(optimizer: Optimizer, group: Mapping[str, Any], state: Mapping
     return rate
 
 
-def preconditioner(
-    optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any], parameter: Tensor
-) -> Tensor:
-    """Returns the factor between velocity and update, shaped like the parameter."""
+def preconditioner(optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any]) -> float | Tensor:
+    """Returns the factor between velocity and update, shaped like the parameter; 1 where there is none."""
     if not state or isinstance(optimizer, SGD) or not is_known(optimizer):
-        return torch.ones_like(parameter)
+        return 1.0
     second: Tensor
     if isinstance(optimizer, RMSprop):
         mean = state.get("grad_avg")
@@ -118,9 +126,9 @@ def _lasting_rate(optimizer: Optimizer, group: Mapping[str, Any], state: Mapping
     return rate
 
 
-def _decay(optimizer: Optimizer, group: Mapping[str, Any], step: Tensor) -> Tensor:
+def _decay(optimizer: Optimizer, group: Mapping[str, Any], step: float | Tensor) -> float | Tensor:
     """Returns d: of a decoupled decay w ← w(1 − lr·d₀), what would act as much through the step."""
     decay = float(group.get("weight_decay", 0.0)) if is_known(optimizer) else 0.0
-    if is_decoupled(optimizer, group):
-        return float(group["lr"]) * decay / step.clamp_min(1e-30)
-    return torch.full_like(step, decay)
+    if decay == 0.0 or not is_decoupled(optimizer, group):
+        return decay
+    return float(group["lr"]) * decay / (step.clamp_min(1e-30) if isinstance(step, Tensor) else max(step, 1e-30))

@@ -79,8 +79,8 @@ def test_adaptive_steps_are_those_at_the_present_preconditioner(optimizer_type, 
 @pytest.mark.parametrize(
     ("optimizer_type", "wanted"),
     [
-        (torch.optim.SGD, lambda lr, step: torch.full_like(step, 0.3)),
-        (torch.optim.Adam, lambda lr, step: torch.full_like(step, 0.3)),
+        (torch.optim.SGD, lambda lr, step: torch.tensor(0.3, dtype=torch.float64)),
+        (torch.optim.Adam, lambda lr, step: torch.tensor(0.3, dtype=torch.float64)),
         (torch.optim.AdamW, lambda lr, step: lr * 0.3 / step),
     ],
     ids=["coupled", "coupled and preconditioned", "decoupled"],
@@ -89,7 +89,7 @@ def test_weight_decay_of_the_optimizer_is_curvature(optimizer_type, wanted):
     weights, optimizer = trained(optimizer_type, weight_decay=0.3)
     rule = UpdateRule.of([optimizer], weights)
     lr = torch.tensor([0.02] * 6 + [0.005] * 4, dtype=torch.float64)
-    assert relative_error(rule.decay, wanted(lr, rule.step)) < 1e-12
+    assert relative_error(torch.as_tensor(rule.decay, dtype=torch.float64), wanted(lr, rule.step)) < 1e-12
 
 
 def test_each_group_has_its_own_momentum():
@@ -98,17 +98,30 @@ def test_each_group_has_its_own_momentum():
     assert UpdateRule.of(optimizers, [first, second]).step.tolist() == pytest.approx([1.0, 1.0, 0.1])
 
 
+def test_what_is_the_same_for_all_weights_is_a_number():
+    """So that nothing of the size of the model is stored or multiplied for it."""
+    first, second = torch.ones(2, requires_grad=True), torch.ones(1, requires_grad=True)
+    rule = UpdateRule.of([torch.optim.SGD([first, second], lr=0.5, weight_decay=0.1)], [first, second])
+    assert (rule.step, rule.decay) == (0.5, 0.1)
+    assert rule.damping(10) == pytest.approx(0.2)
+
+
 def test_weights_without_an_optimizer_do_not_move():
     held, free = torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)
     rule = UpdateRule.of([torch.optim.SGD([held], lr=0.5)], [held, free])
     assert rule.step.tolist() == [0.5, 0.5, 0.0, 0.0, 0.0]
-    assert bool(torch.isfinite(rule.damping(10)).all())
+    assert torch.equal(rule.damping(10), torch.full((5,), 0.2))
+
+
+@pytest.mark.parametrize("step", [0.0, torch.zeros(2)], ids=["number", "vector"])
+def test_a_damping_exists_where_nothing_moves(step):
+    assert torch.equal(torch.as_tensor(UpdateRule(step).damping(10)).expand(2), torch.full((2,), 0.1))
 
 
 def test_an_unknown_optimizer_counts_as_gradient_descent():
     weight = torch.ones(2, requires_grad=True)
     optimizer = torch.optim.Rprop([weight], lr=0.25)
-    assert UpdateRule.of([optimizer], [weight]).step.tolist() == [0.25, 0.25]
+    assert UpdateRule.of([optimizer], [weight]).step == 0.25
 
 
 def test_damping_by_horizon():
@@ -124,4 +137,4 @@ def test_what_is_not_known_is_not_guessed(optimizer_type):
     weight.grad = torch.ones(2, 2)
     optimizer.step()
     assert not is_known(optimizer)
-    assert UpdateRule.of([optimizer], [weight]).step.tolist() == [0.25] * 4
+    assert UpdateRule.of([optimizer], [weight]).step == 0.25

@@ -108,13 +108,14 @@ class DampedOperator(CurvatureOperator):
         if isinstance(delta, Tensor) and delta.ndim > 0 and delta.shape != (operator.size,):
             raise ValueError(f"expected damping of shape ({operator.size},), got {tuple(delta.shape)}")
         self.operator = operator
-        self.delta = delta
+        self.delta = delta.to(operator.device, operator.dtype) if isinstance(delta, Tensor) else delta
         self.size = operator.size
         self.dtype = operator.dtype
         self.device = operator.device
 
     def _product(self, v: Tensor) -> Tensor:
-        return self.operator.matvec(v) + self.delta * v
+        image = self.operator.matvec(v)
+        return image.addcmul(self.delta, v) if isinstance(self.delta, Tensor) else image.add(v, alpha=self.delta)
 
 
 class PreconditionedOperator(CurvatureOperator):

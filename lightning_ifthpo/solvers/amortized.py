@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -69,44 +70,38 @@ class Amortized(Solver):
 
     def _solve(self, operator: CurvatureOperator, b: Tensor, x0: Tensor | None) -> SolveResult:
         assert self.rule is not None
-        metric = _Metric(torch.as_tensor(self.rule.step, dtype=b.dtype, device=b.device))
+        step = torch.as_tensor(self.rule.step, dtype=b.dtype, device=b.device)
         left = self.products
         x, residual = torch.zeros_like(b), b
-        stiffest = softest = torch.zeros((), dtype=b.dtype, device=b.device)
+        stiffest = softest = 0.0
         if x0 is not None and bool(x0.any()):
             image = operator.matvec(x0)
             x, residual, left = x0, b - image, left - 1
-            stiffest = softest = metric.curvature(x0, image)
+            stiffest = softest = _ratio(x0 @ image, _squared_length(x0, step))
         while left:
-            move = metric.step * residual
+            move = step * residual
             image = operator.matvec(move)
-            curvature = metric.curvature(move, image)
-            stiffest, softest = torch.maximum(stiffest, curvature), torch.minimum(softest, curvature)
-            pace = 1.0 / stiffest.clamp_min(1.0)
-            x, residual, left = x + pace * move, residual - pace * image, left - 1
+            curvature = _ratio(move @ image, move @ residual)  # S⁻¹ · move is the residual
+            stiffest, softest = max(stiffest, curvature), min(softest, curvature)
+            pace = 1.0 / max(1.0, stiffest)
+            x, residual, left = x.add(move, alpha=pace), residual.sub(image, alpha=pace), left - 1
         error = float(torch.linalg.vector_norm(residual))
-        x = x + metric.step * residual / stiffest.clamp_min(1.0)
-        length = metric.norm(x)
-        x = x * torch.where(length > 0.0, self.horizon * metric.dual_norm(b) / length, 1.0).clamp_max(1.0)
-        status = Status.NEGATIVE_CURVATURE if bool(softest < 0.0) else Status.COMPLETE
+        x = x.add(step * residual, alpha=1.0 / max(1.0, stiffest))
+        length, longest = float(_squared_length(x, step)), self.horizon**2 * float((step * b) @ b)
+        if length > longest:
+            x = x * math.sqrt(longest / length)
+        status = Status.NEGATIVE_CURVATURE if softest < 0.0 else Status.COMPLETE
         return SolveResult(x, error, self.products, status)
 
 
-@dataclass(frozen=True)
-class _Metric:
-    """Lengths in units of S⁻¹, the distance that one lasting step covers."""
+def _squared_length(x: Tensor, step: Tensor) -> Tensor:
+    """Returns x·S⁻¹x: lengths in units of the distance that one lasting step covers.
 
-    step: Tensor
+    Where S is zero x cannot move, and does not count.
+    """
+    return (torch.where(step > 0.0, 1.0 / step, 0.0) * x) @ x
 
-    def curvature(self, x: Tensor, image: Tensor) -> Tensor:
-        """Returns x·Ax / x·S⁻¹x, zero for x = 0; dimensionless: a plain iteration is stable below 2."""
-        squared = self.norm(x).square()
-        return torch.where(squared > 0.0, x @ image / squared, 0.0)
 
-    def norm(self, x: Tensor) -> Tensor:
-        """Returns √(x·S⁻¹x); where S is zero x cannot move, and does not count."""
-        return torch.where(self.step > 0.0, x.square() / self.step, 0.0).sum().sqrt()
-
-    def dual_norm(self, b: Tensor) -> Tensor:
-        """Returns √(b·Sb)."""
-        return (self.step * b.square()).sum().sqrt()
+def _ratio(curvature: Tensor, squared_length: Tensor) -> float:
+    """Returns x·Ax / x·S⁻¹x, zero for x = 0; dimensionless: a plain iteration is stable below 2."""
+    return float(curvature / squared_length) if squared_length > 0.0 else 0.0

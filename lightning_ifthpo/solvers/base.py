@@ -106,17 +106,18 @@ class Solver(ABC):
             if vector is not None and vector.shape != (operator.size,):
                 raise ValueError(f"expected {name} of shape ({operator.size},), got {tuple(vector.shape)}")
         # Norms of very small or large vectors under- or overflow when squared: solve for b of length one.
-        largest = float(b.abs().amax())
+        largest = float(torch.linalg.vector_norm(b, math.inf))
         if not math.isfinite(largest):
             return SolveResult(torch.zeros_like(b), math.nan, 0, Status.NONFINITE)
         if largest == 0.0:
             return SolveResult(torch.zeros_like(b), 0.0, 0, Status.CONVERGED)
         norm = largest * torch.linalg.vector_norm(b / largest)
         x0 = None if x0 is None else x0 / norm
-        if x0 is not None and not bool(x0.abs().amax() < torch.finfo(b.dtype).max ** (1 / 3)):
+        if x0 is not None and not bool(torch.linalg.vector_norm(x0, math.inf) < torch.finfo(b.dtype).max ** (1 / 3)):
             x0 = None  # its square would overflow; b is nothing beside it
         result = self._solve(self.damped(operator), b / norm, x0)
-        if math.isnan(result.relative_residual) or not bool(torch.isfinite(result.x).all()):
+        extent = float(torch.linalg.vector_norm(result.x, math.inf))
+        if math.isnan(result.relative_residual) or not math.isfinite(extent):
             return replace(result, x=torch.zeros_like(b), relative_residual=math.nan, status=Status.NONFINITE)
         return replace(result, x=result.x * norm)
 
