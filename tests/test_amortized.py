@@ -103,3 +103,18 @@ def test_a_zero_operator_gives_the_horizon_times_the_step():
         Amortized(horizon=50).bound_to(UpdateRule(step=0.1)), torch.zeros(SIZE, SIZE, dtype=torch.float64), b, 400
     )
     assert relative_error(result.x, 50 * 0.1 * b) < 1e-3
+
+
+def test_lengths_that_overflow_are_told():
+    """Curvature along the estimate is infinity over infinity: whether a step is stable is not known."""
+    b = torch.full((1000,), 1000**-0.5)
+    operator = MatrixOperator(1e10 * torch.eye(1000))
+    solver = Amortized(damping=0.0).bound_to(UpdateRule(1e-9))
+    result = solver.solve(operator, b, torch.full((1000,), 5e12))
+    assert result.status is Status.NONFINITE
+    assert not bool(result.x.any())
+
+
+def test_a_damping_beyond_all_numbers_is_told():
+    operator = MatrixOperator(torch.eye(2))
+    assert Amortized().bound_to(UpdateRule(1e-42)).solve(operator, torch.ones(2)).status is Status.NONFINITE

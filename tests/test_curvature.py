@@ -121,6 +121,41 @@ def test_gauss_newton_with_several_outputs():
     assert relative_error(GaussNewtonOperator(loss, list(net.parameters())).to_dense(), hessian) < 1e-12
 
 
+@pytest.mark.parametrize(
+    "combine",
+    [
+        lambda first, second: first + second,
+        lambda first, second: first - second,
+        lambda first, second: first * second.detach() + 0.0 * second,
+        lambda first, second: first - 3.0 * second,
+    ],
+    ids=["sum", "difference", "product", "one from the other"],
+)
+def test_gauss_newton_with_outputs_whose_slopes_hang_together(combine):
+    weights = [torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([3.0, 1.0], requires_grad=True)]
+
+    def loss():
+        first, second = mark_outputs(2.0 * weights[0]), mark_outputs(3.0 * weights[1])
+        return combine(first, second).square().sum()
+
+    hessian = HessianOperator(loss, weights)
+    operator = GaussNewtonOperator(loss, weights)
+    assert torch.equal(operator.to_dense(), hessian.to_dense())  # the model is linear
+    assert torch.equal(operator.gradient, hessian.gradient)
+
+
+def test_gauss_newton_with_an_output_of_hyperparameters_alone():
+    weight, target = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor(3.0, requires_grad=True)
+
+    def loss():
+        return (mark_outputs(2.0 * weight) - mark_outputs(2.0 * target)).square().sum()
+
+    operator = GaussNewtonOperator(loss, [weight])
+    assert torch.equal(operator.to_dense(), torch.diag(torch.tensor([8.0, 8.0])))
+    (mixed,) = operator.mixed_product(torch.ones(2), [target])
+    assert float(mixed) == -16.0
+
+
 def test_gauss_newton_is_positive_semidefinite_where_the_hessian_is_not():
     x, y = batch()
     net = Net(dropout=0.0)

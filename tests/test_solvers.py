@@ -331,6 +331,13 @@ def test_a_preconditioner_pays_where_few_eigenvalues_stand_out(damping):
     assert relative_error(conditioned.x, plain.x) < 1e-4
 
 
+def test_a_learning_rate_of_zero_moves_no_series():
+    solver = Neumann(terms=2, step_size="optimizer").bound_to(UpdateRule(0.0))
+    result = solver.solve(MatrixOperator(torch.eye(2)), torch.ones(2))
+    assert result.status is Status.COMPLETE
+    assert not bool(result.x.any())
+
+
 def test_the_series_of_an_adaptive_optimizer_is_preconditioned():
     matrix, b, terms = spd_matrix(6, 10.0), right_hand_side(6), 9
     step = torch.linspace(0.01, 0.1, 6, dtype=torch.float64)

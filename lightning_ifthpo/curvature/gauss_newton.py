@@ -72,7 +72,10 @@ class GaussNewtonOperator(LossOperator):
 
     def _product(self, v: Tensor) -> Tensor:
         outputs, parameters, vs = self._outputs, self._space.tensors, self._space.split(v)
-        jv = vjp(self._transposed_product, self._u, vs)
+        jv = [
+            torch.zeros_like(u) if product is None else product  # of an output that depends on no parameter
+            for product, u in zip(vjp(self._transposed_product, self._u, vs), self._u, strict=True)
+        ]
         with cut_at(outputs):
             curved = vjp([*self._output_gradient, *self._penalty_gradient], [*outputs, *parameters], [*jv, *vs])
         through, beside = curved[: len(outputs)], curved[len(outputs) :]
@@ -112,9 +115,12 @@ def forward_slope_and_curvature(
 
 
 def _variable(slope: Tensor | None, output: Tensor) -> Tensor:
-    """Returns ∂L/∂z as something to differentiate by, also where it is zero by structure or constant."""
+    """Returns ∂L/∂z as a tensor of its own to differentiate by.
+
+    Without the view it could be the slope of another output too (of z₁ + z₂), or what that is computed from (z₁ − z₂).
+    """
     slope = torch.zeros_like(output) if slope is None else slope
-    return slope if slope.requires_grad else slope.detach().requires_grad_()
+    return slope.view_as(slope) if slope.requires_grad else slope.detach().requires_grad_()
 
 
 def _backward(

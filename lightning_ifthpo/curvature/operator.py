@@ -114,8 +114,7 @@ class DampedOperator(CurvatureOperator):
         self.device = operator.device
 
     def _product(self, v: Tensor) -> Tensor:
-        image = self.operator.matvec(v)
-        return image.addcmul(self.delta, v) if isinstance(self.delta, Tensor) else image.add(v, alpha=self.delta)
+        return (self.delta * v).add_(self.operator.matvec(v))
 
 
 class PreconditionedOperator(CurvatureOperator):

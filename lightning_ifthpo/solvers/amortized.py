@@ -73,24 +73,23 @@ class Amortized(Solver):
         step = torch.as_tensor(self.rule.step, dtype=b.dtype, device=b.device)
         left = self.products
         x, residual = torch.zeros_like(b), b
-        stiffest = softest = 0.0
+        curvatures = [0.0]
         if x0 is not None and bool(x0.any()):
             image = operator.matvec(x0)
             x, residual, left = x0, b - image, left - 1
-            stiffest = softest = _ratio(x0 @ image, _squared_length(x0, step))
+            curvatures.append(_ratio(x0 @ image, _squared_length(x0, step)))
         while left:
             move = step * residual
             image = operator.matvec(move)
-            curvature = _ratio(move @ image, move @ residual)  # S⁻¹ · move is the residual
-            stiffest, softest = max(stiffest, curvature), min(softest, curvature)
-            pace = 1.0 / max(1.0, stiffest)
+            curvatures.append(_ratio(move @ image, move @ residual))  # S⁻¹ · move is the residual
+            pace = 1.0 / max(1.0, *curvatures)
             x, residual, left = x.add(move, alpha=pace), residual.sub(image, alpha=pace), left - 1
-        error = float(torch.linalg.vector_norm(residual))
-        x = x.add(step * residual, alpha=1.0 / max(1.0, stiffest))
+        error = float(torch.linalg.vector_norm(residual)) if math.isfinite(sum(curvatures)) else math.nan
+        x = x.add(step * residual, alpha=1.0 / max(1.0, *curvatures))
         length, longest = float(_squared_length(x, step)), self.horizon**2 * float((step * b) @ b)
         if length > longest:
             x = x * math.sqrt(longest / length)
-        status = Status.NEGATIVE_CURVATURE if softest < 0.0 else Status.COMPLETE
+        status = Status.NEGATIVE_CURVATURE if min(curvatures) < 0.0 else Status.COMPLETE
         return SolveResult(x, error, self.products, status)
 
 

@@ -44,6 +44,13 @@ def test_strengths_start_where_they_should(example):
     assert torch.allclose(strengths, torch.tensor(example.START))
 
 
+def test_the_overall_strength_moves_all_of_them(example):
+    augment = example.RandomDistortion(example.START)
+    augment.overall.fill_(0.4)
+    start, moved = (torch.logit(s / augment.bounds) for s in (torch.tensor(example.START), augment.strengths()))
+    assert torch.allclose(moved - start, torch.full((6,), 0.4 * example.SHARED), atol=1e-4)
+
+
 def test_without_strength_images_stay_as_they_are(example, images):
     distorted = example.RandomDistortion([0.0] * 6)(images)
     # a strength of zero is 1e-4 of its bound, which moves nothing by more than a hundredth of a pixel
@@ -107,8 +114,8 @@ def test_only_learned_augmentations_are_tuned_and_only_in_the_first_part(example
     rows = ["distribution_start", "distribution"]
     result = example.main(["--validation", "--rows", *rows, "--steps", "50", "--output", str(tmp_path)])
     assert steps == [15, 20, 25, 30]
-    hits = [300 * result[name]["measured"] for name in rows]
-    assert hits == pytest.approx([round(hit) for hit in hits], abs=0.02)  # of 300 validation images
+    hits = [example.VALIDATION * result[name]["measured"] for name in rows]
+    assert hits == pytest.approx([round(hit) for hit in hits], abs=0.02)  # parts of 3,300 test images would not be
 
 
 def test_what_uses_a_learned_augmentation_comes_after_it(example, capsys):
