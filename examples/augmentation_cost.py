@@ -42,8 +42,8 @@ AUGMENTATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 # A hyper step every n iterations: cost of an iteration and of a run, on one core, in batches of 64.
 EXPECTED = {
-    "U-Net": {5: (3.83, 2.7), 10: (2.42, 1.85), 15: (1.95, 1.57)},
-    "distribution": {5: (4.21, 2.93), 10: (2.61, 1.97), 15: (2.07, 1.65)},
+    "U-Net": {5: (3.26, 2.36), 10: (2.13, 1.68), 15: (1.76, 1.46)},
+    "distribution": {5: (3.23, 2.33), 10: (2.11, 1.66), 15: (1.74, 1.44)},
 }
 
 
