@@ -93,9 +93,11 @@ class Neumann(Solver):
     def bound_to(self, rule: UpdateRule) -> Self:
         """Returns this solver with what depends on the inner optimizer filled in; see `Solver.bound_to`."""
         bound = super().bound_to(rule)
-        # a tensor, which may be zero: the learning rate of a warm-up
-        step = torch.as_tensor(rule.step, dtype=None if isinstance(rule.step, Tensor) else torch.float64)
-        return replace(bound, step_size=step) if self.step_size == "optimizer" else bound
+        if self.step_size != "optimizer":
+            return bound
+        # a tensor may be zero, as a learning rate is at the beginning of a warm-up
+        step = rule.step if isinstance(rule.step, Tensor) else torch.tensor(rule.step, dtype=torch.float64)
+        return replace(bound, step_size=step)
 
     def _solve(self, operator: CurvatureOperator, b: Tensor, x0: Tensor | None) -> SolveResult:
         step_size, negative, checks = self.step_size, False, 0
