@@ -35,8 +35,8 @@ from torch.nn import functional as F
 
 from lightning_ifthpo import implicit_hypergradient
 from lightning_ifthpo.curvature import Curvature
+from lightning_ifthpo.optimizers.update_rule import UpdateRule
 from lightning_ifthpo.solvers import Amortized, ConjugateGradient, Identity, Neumann, Solver
-from lightning_ifthpo.update_rule import UpdateRule
 
 TRAINING, OUTER, BATCH_SIZE = 1000, 300, 128  # examples
 EVERY_N_BATCHES = 5

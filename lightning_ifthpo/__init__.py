@@ -1,15 +1,15 @@
 """Hyperparameters by implicit differentiation, inside one Lightning training run."""
 
-from lightning_ifthpo.best_response import LinearBestResponse
 from lightning_ifthpo.callbacks import ExactGeN, IFTHypergradient, SharpnessMonitor
-from lightning_ifthpo.hypergradient import (
+from lightning_ifthpo.hypergradients import (
     Hypergradient,
     HypergradientMismatchError,
+    LinearBestResponse,
     check_hypergradient,
     implicit_hypergradient,
+    unrolled_hypergradient,
 )
 from lightning_ifthpo.module import BilevelLightningModule
-from lightning_ifthpo.unrolling import unrolled_hypergradient
 
 __all__ = [
     "BilevelLightningModule",

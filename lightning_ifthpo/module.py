@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_ifthpo.core.space import check_real
 from lightning_ifthpo.curvature import mark_outputs
-from lightning_ifthpo.space import check_real
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 

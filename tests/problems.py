@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from lightning_ifthpo.core.space import ParameterSpace
 from lightning_ifthpo.curvature import mark_outputs
-from lightning_ifthpo.space import ParameterSpace
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:

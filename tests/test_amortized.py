@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lightning_ifthpo.curvature import MatrixOperator
+from lightning_ifthpo.optimizers.update_rule import UpdateRule
 from lightning_ifthpo.solvers import Amortized, Status
-from lightning_ifthpo.update_rule import UpdateRule
 from tests.problems import relative_error, spd_matrix
 
 SIZE = 12

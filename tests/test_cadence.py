@@ -1,6 +1,6 @@
 import pytest
 
-from lightning_ifthpo.callbacks.cadence import Cadence
+from lightning_ifthpo.runtime.cadence import Cadence
 
 
 def fired(cadence, batches, *, step_every=1, **options):

@@ -20,7 +20,7 @@ from lightning_ifthpo.curvature import (
     curvature_operator,
     mark_outputs,
 )
-from lightning_ifthpo.hypergradient import implicit_hypergradient
+from lightning_ifthpo.hypergradients.implicit import implicit_hypergradient
 from lightning_ifthpo.solvers import Direct
 from tests.problems import Net, relative_error, spd_matrix
 

@@ -11,13 +11,13 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from lightning_ifthpo import ExactGeN, IFTHypergradient, SharpnessMonitor
-from lightning_ifthpo.callbacks import preflight
-from lightning_ifthpo.callbacks.cadence import Cadence
-from lightning_ifthpo.callbacks.evaluation import undisturbed
-from lightning_ifthpo.callbacks.preflight import check_strategy
-from lightning_ifthpo.callbacks.ranks import Ranks, is_replicated
+from lightning_ifthpo.runtime import requirements
 from lightning_ifthpo.curvature import curvature_operator
-from lightning_ifthpo.hypergradient import implicit_hypergradient
+from lightning_ifthpo.hypergradients.implicit import implicit_hypergradient
+from lightning_ifthpo.runtime.cadence import Cadence
+from lightning_ifthpo.runtime.distributed import Ranks, is_replicated
+from lightning_ifthpo.runtime.isolation import undisturbed
+from lightning_ifthpo.runtime.requirements import check_strategy
 from lightning_ifthpo.solvers import Direct
 from tests.trainers import Classifier, quiet_trainer
 from tests.two_ranks import CASES, possible, run
@@ -110,7 +110,7 @@ def test_weights_that_are_spread_over_devices_are_put_together_or_refused(monkey
 
 
 def test_a_hyperparameter_that_is_spread_over_devices_is_refused(monkeypatch):
-    monkeypatch.setattr(preflight, "is_sharded", lambda tensor: True)
+    monkeypatch.setattr(requirements, "is_sharded", lambda tensor: True)
     with pytest.raises(ValueError, match=r"'decay.log_decay.0' is spread over processes; apply fully_shard to"):
         IFTHypergradient().on_fit_start(quiet_trainer(), Classifier())
 

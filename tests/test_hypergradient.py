@@ -15,6 +15,7 @@ from lightning_ifthpo import (
     unrolled_hypergradient,
 )
 from lightning_ifthpo.curvature import HessianOperator
+from lightning_ifthpo.optimizers.update_rule import UpdateRule
 from lightning_ifthpo.solvers import (
     ConjugateGradient,
     Direct,
@@ -23,7 +24,6 @@ from lightning_ifthpo.solvers import (
     Neumann,
     Status,
 )
-from lightning_ifthpo.update_rule import UpdateRule
 from tests.problems import Net, relative_error, spd_matrix
 
 
@@ -307,8 +307,8 @@ def test_check_by_finite_differences_is_independent_of_the_hessian(digits):
     def inner():
         return F.binary_cross_entropy_with_logits(x @ w, y) + log_decay.exp() * w.square().sum() / 2
 
-    from lightning_ifthpo.hypergradient import _minimize
-    from lightning_ifthpo.space import ParameterSpace
+    from lightning_ifthpo.core.space import ParameterSpace
+    from lightning_ifthpo.hypergradients.check import _minimize
 
     _minimize(inner, ParameterSpace([w]))
     assert check_hypergradient(inner, lambda: (x @ w).square().mean(), [w], [log_decay], reference="finite_difference")

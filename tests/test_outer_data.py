@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
 
-from lightning_ifthpo.callbacks.outer_data import EndlessBatchSampler, OuterData
+from lightning_ifthpo.runtime.outer_data import EndlessBatchSampler, OuterData
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import lightning_ifthpo
 from lightning_ifthpo import ExactGeN, IFTHypergradient, SharpnessMonitor, hyperparameters, solvers, spectrum, step_size
-from lightning_ifthpo.hypergradient import implicit_hypergradient
+from lightning_ifthpo.hypergradients.implicit import implicit_hypergradient
 from tests.features import Simple
 from tests.trainers import Callback, DataLoader, quiet_trainer, same
 

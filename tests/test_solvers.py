@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_ifthpo.curvature import MatrixOperator
+from lightning_ifthpo.optimizers.update_rule import UpdateRule
 from lightning_ifthpo.solvers import (
     Amortized,
     ConjugateGradient,
@@ -17,7 +18,6 @@ from lightning_ifthpo.solvers import (
     Status,
 )
 from lightning_ifthpo.solvers.diagnosis import diagnose
-from lightning_ifthpo.update_rule import UpdateRule
 from tests.problems import relative_error, spd_matrix
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_ifthpo.space import ParameterSpace
+from lightning_ifthpo.core.space import ParameterSpace
 
 
 def test_flatten_and_split_are_inverse_for_any_memory_layout():

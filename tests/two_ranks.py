@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_ifthpo import BilevelLightningModule, ExactGeN, IFTHypergradient, SharpnessMonitor
+from lightning_ifthpo.core.space import whole
 from lightning_ifthpo.hyperparameters import WeightDecay
 from lightning_ifthpo.solvers import ConjugateGradient, Nystrom
-from lightning_ifthpo.space import whole
 from tests.trainers import OWN_METRICS, L, classification_data, quiet_trainer
 
 # how many of each batch of eight belong to the first rank

@@ -13,11 +13,12 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 
-from lightning_ifthpo.callbacks.evaluation import Losses, copied, evaluating
-from lightning_ifthpo.callbacks.logging import log_metrics
-from lightning_ifthpo.callbacks.preflight import check_precision, check_real_weights, check_strategy, is_half
-from lightning_ifthpo.callbacks.ranks import Ranks
-from lightning_ifthpo.checks import require_choice
+from lightning_ifthpo.core.validation import require_choice
+from lightning_ifthpo.runtime.batches import copied
+from lightning_ifthpo.runtime.distributed import Ranks
+from lightning_ifthpo.runtime.loggers import log_metrics
+from lightning_ifthpo.runtime.losses import Losses, evaluating
+from lightning_ifthpo.runtime.requirements import check_precision, check_real_weights, check_strategy, is_half
 from lightning_ifthpo.step_size import ExactGeNLR
 from lightning_ifthpo.step_size.scheduler import DIRECTIONAL_CURVATURES, DirectionalCurvature, check_options
 

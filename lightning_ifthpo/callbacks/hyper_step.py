@@ -10,17 +10,18 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_ifthpo.autodiff import differentiable
-from lightning_ifthpo.callbacks.evaluation import CurvaturePrecision, Losses, evaluating, prepared
-from lightning_ifthpo.callbacks.loss_scale import LARGEST, LossScale, passes_through_float16
-from lightning_ifthpo.callbacks.outer_data import OuterData
-from lightning_ifthpo.callbacks.ranks import Ranks
+from lightning_ifthpo.core.autodiff import differentiable
+from lightning_ifthpo.core.loss import check_loss
 from lightning_ifthpo.curvature import Curvature
-from lightning_ifthpo.curvature.marking import recording_outputs
-from lightning_ifthpo.hypergradient import Hypergradient, implicit_hypergradient
-from lightning_ifthpo.loss_graph import check_loss
+from lightning_ifthpo.curvature.outputs import recording_outputs
+from lightning_ifthpo.hypergradients import Hypergradient, implicit_hypergradient
+from lightning_ifthpo.optimizers.update_rule import UpdateRule
+from lightning_ifthpo.runtime.batches import prepared
+from lightning_ifthpo.runtime.distributed import Ranks
+from lightning_ifthpo.runtime.losses import CurvaturePrecision, Losses, evaluating
+from lightning_ifthpo.runtime.outer_data import OuterData
+from lightning_ifthpo.runtime.precision import LARGEST, LossScale, passes_through_float16
 from lightning_ifthpo.solvers import Identity, Solver, SolveResult, Status
-from lightning_ifthpo.update_rule import UpdateRule
 
 
 class HyperStepper:

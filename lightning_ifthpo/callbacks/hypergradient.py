@@ -11,16 +11,16 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 from torch import Tensor
 
-from lightning_ifthpo.callbacks.cadence import Cadence
-from lightning_ifthpo.callbacks.evaluation import CurvaturePrecision
 from lightning_ifthpo.callbacks.hyper_step import HyperStepper
 from lightning_ifthpo.callbacks.periodic import PeriodicCallback
-from lightning_ifthpo.callbacks.preflight import check_module, check_precision, find_outer_data
-from lightning_ifthpo.checks import require_choice, require_flag
+from lightning_ifthpo.core.validation import require_choice, require_flag
 from lightning_ifthpo.curvature import Curvature
 from lightning_ifthpo.curvature.kinds import OPERATORS
-from lightning_ifthpo.hypergradient import Hypergradient
+from lightning_ifthpo.hypergradients import Hypergradient
 from lightning_ifthpo.module import BilevelLightningModule
+from lightning_ifthpo.runtime.cadence import Cadence
+from lightning_ifthpo.runtime.losses import CurvaturePrecision
+from lightning_ifthpo.runtime.requirements import check_module, check_precision, find_outer_data
 from lightning_ifthpo.solvers import Amortized, Solver, Status
 
 _CURVATURES = ("auto", *OPERATORS)

@@ -8,9 +8,9 @@ from typing import Any
 import lightning as L
 import torch
 
-from lightning_ifthpo.callbacks.cadence import Cadence, synchronization
-from lightning_ifthpo.callbacks.evaluation import copied
-from lightning_ifthpo.callbacks.logging import log_metrics
+from lightning_ifthpo.runtime.batches import copied
+from lightning_ifthpo.runtime.cadence import Cadence, synchronization
+from lightning_ifthpo.runtime.loggers import log_metrics
 
 
 class PeriodicCallback(L.Callback):

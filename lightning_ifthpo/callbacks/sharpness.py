@@ -14,19 +14,20 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DistributedSampler
 
 from lightning_ifthpo import spectrum
-from lightning_ifthpo.callbacks.cadence import Cadence
-from lightning_ifthpo.callbacks.evaluation import evaluating, prepared
-from lightning_ifthpo.callbacks.logging import log_figure, takes_figures
-from lightning_ifthpo.callbacks.outer_data import check_batches
 from lightning_ifthpo.callbacks.periodic import PeriodicCallback
-from lightning_ifthpo.callbacks.preflight import check_observed, check_precision, trainable
-from lightning_ifthpo.callbacks.ranks import Ranks, batch_size
-from lightning_ifthpo.checks import require_choice, require_flag
+from lightning_ifthpo.core.random_state import isolated
+from lightning_ifthpo.core.validation import require_choice, require_flag
 from lightning_ifthpo.curvature import AverageOperator, CurvatureOperator, LossCurvature, curvature_operator
-from lightning_ifthpo.random_state import isolated
+from lightning_ifthpo.optimizers.stability import StabilityEdge, has_edge
+from lightning_ifthpo.runtime.batches import prepared
+from lightning_ifthpo.runtime.cadence import Cadence
+from lightning_ifthpo.runtime.distributed import Ranks, batch_size
+from lightning_ifthpo.runtime.loggers import log_figure, takes_figures
+from lightning_ifthpo.runtime.losses import evaluating
+from lightning_ifthpo.runtime.outer_data import check_batches
+from lightning_ifthpo.runtime.requirements import check_observed, check_precision, trainable
 from lightning_ifthpo.spectrum import SpectrumTracker
 from lightning_ifthpo.spectrum.tracking import Method
-from lightning_ifthpo.stability import StabilityEdge, has_edge
 
 # One seed for all measurements: dropout masks are the same in each, so that its values can be compared.
 _SEED = 0

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from lightning_ifthpo.curvature.operator import CurvatureOperator
-from lightning_ifthpo.random_state import RandomState
+from lightning_ifthpo.core.random_state import RandomState
+from lightning_ifthpo.curvature.base import CurvatureOperator
 
 
 class AverageOperator(CurvatureOperator):

@@ -8,11 +8,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.autodiff import vjp
-from lightning_ifthpo.curvature.operator import LossOperator
-from lightning_ifthpo.loss_graph import LossValue, check_loss, loss_and_outputs
-from lightning_ifthpo.random_state import RandomState
-from lightning_ifthpo.space import ParameterSpace
+from lightning_ifthpo.core.autodiff import vjp
+from lightning_ifthpo.core.loss import LossValue, check_loss, loss_and_outputs
+from lightning_ifthpo.core.random_state import RandomState
+from lightning_ifthpo.core.space import ParameterSpace
+from lightning_ifthpo.curvature.base import LossOperator
 
 
 class FiniteDifferenceOperator(LossOperator):

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.autodiff import add, tangent, tangents, vjp
-from lightning_ifthpo.curvature.marking import cut_at, known_outputs, recording_outputs
-from lightning_ifthpo.curvature.operator import LossOperator
-from lightning_ifthpo.loss_graph import LossValue, check_loss, loss_and_outputs
-from lightning_ifthpo.space import ParameterSpace
+from lightning_ifthpo.core.autodiff import add, tangent, tangents, vjp
+from lightning_ifthpo.core.loss import LossValue, check_loss, loss_and_outputs
+from lightning_ifthpo.core.space import ParameterSpace
+from lightning_ifthpo.curvature.base import LossOperator
+from lightning_ifthpo.curvature.outputs import cut_at, known_outputs, recording_outputs
 
 
 class GaussNewtonOperator(LossOperator):

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from lightning_ifthpo.curvature.operator import LossOperator
-from lightning_ifthpo.loss_graph import LossGraph, LossValue, loss_and_outputs
+from lightning_ifthpo.core.loss import LossGraph, LossValue, loss_and_outputs
+from lightning_ifthpo.curvature.base import LossOperator
 
 
 class HessianOperator(LossOperator):

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from lightning_ifthpo.autodiff import vjp
-from lightning_ifthpo.curvature.marking import known_outputs, recording_outputs
-from lightning_ifthpo.curvature.operator import InvertibleOperator
-from lightning_ifthpo.loss_graph import LossGraph, LossValue, loss_and_outputs
-from lightning_ifthpo.random_state import RandomState
+from lightning_ifthpo.core.autodiff import vjp
+from lightning_ifthpo.core.loss import LossGraph, LossValue, loss_and_outputs
+from lightning_ifthpo.core.random_state import RandomState
+from lightning_ifthpo.curvature.base import InvertibleOperator
+from lightning_ifthpo.curvature.outputs import known_outputs, recording_outputs
 
 
 class KFACOperator(InvertibleOperator):

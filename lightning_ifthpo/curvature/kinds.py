@@ -7,14 +7,14 @@ from typing import Literal, TypeAlias, get_args
 
 from torch import Tensor
 
+from lightning_ifthpo.core.loss import LossValue
+from lightning_ifthpo.curvature.base import LossOperator
+from lightning_ifthpo.curvature.distributed import AllReduce, SummedOperator
 from lightning_ifthpo.curvature.finite_difference import FiniteDifferenceOperator
 from lightning_ifthpo.curvature.gauss_newton import GaussNewtonOperator
 from lightning_ifthpo.curvature.hessian import HessianOperator
 from lightning_ifthpo.curvature.kfac import KFACOperator
-from lightning_ifthpo.curvature.operator import LossOperator
 from lightning_ifthpo.curvature.outer_product import GradientOuterProductOperator
-from lightning_ifthpo.curvature.summed import AllReduce, SummedOperator
-from lightning_ifthpo.loss_graph import LossValue
 
 LossCurvature: TypeAlias = Literal["hessian", "gauss_newton", "finite_difference"]
 """That of the loss itself, worth measuring; the others only stand for it where it is to be inverted."""

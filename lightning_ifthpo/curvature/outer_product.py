@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.curvature.operator import InvertibleOperator
-from lightning_ifthpo.loss_graph import LossGraph, LossValue, loss_and_outputs
+from lightning_ifthpo.core.loss import LossGraph, LossValue, loss_and_outputs
+from lightning_ifthpo.curvature.base import InvertibleOperator
 
 
 class GradientOuterProductOperator(InvertibleOperator):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_ifthpo.checks import ascending, require_at_least, require_shape
+from lightning_ifthpo.core.validation import ascending, require_at_least, require_shape
 
 
 class InputNoise(nn.Module):

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_ifthpo.checks import ascending, require_choice
+from lightning_ifthpo.core.validation import ascending, require_choice
 
 _GRANULARITIES = ("global", "tensor", "weight")
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_ifthpo.checks import ascending, is_number, require_at_least, require_shape
+from lightning_ifthpo.core.validation import ascending, is_number, require_at_least, require_shape
 
 # Of the range between two bounds: nearer to one a sigmoid has next to no slope, and a pixel would never leave it.
 _MARGIN = 0.01

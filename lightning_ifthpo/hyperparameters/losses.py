@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_ifthpo.checks import ascending, require_at_least, require_flag
+from lightning_ifthpo.core.validation import ascending, require_at_least, require_flag
 
 
 class LossWeights(nn.Module):

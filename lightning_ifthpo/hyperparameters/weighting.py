@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_ifthpo.checks import require_at_least
+from lightning_ifthpo.core.validation import require_at_least
 
 
 class SampleWeights(nn.Module):

@@ -2,9 +2,9 @@
 
 from lightning_ifthpo.solvers.amortized import Amortized
 from lightning_ifthpo.solvers.base import Solver, SolveResult, Status
-from lightning_ifthpo.solvers.dense import Direct
+from lightning_ifthpo.solvers.direct import Direct
 from lightning_ifthpo.solvers.krylov import ConjugateGradient, MinimumResidual
-from lightning_ifthpo.solvers.low_rank import Nystrom
+from lightning_ifthpo.solvers.nystrom import Nystrom
 from lightning_ifthpo.solvers.series import Identity, Neumann
 
 __all__ = [

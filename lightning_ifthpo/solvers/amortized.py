@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_ifthpo.checks import require_at_least
-from lightning_ifthpo.curvature.operator import CurvatureOperator
+from lightning_ifthpo.core.validation import require_at_least
+from lightning_ifthpo.curvature.base import CurvatureOperator
+from lightning_ifthpo.optimizers.update_rule import UpdateRule
 from lightning_ifthpo.solvers.base import Damping, Solver, SolveResult, Status
 from lightning_ifthpo.solvers.series import measured_step_size
-from lightning_ifthpo.update_rule import UpdateRule
 
 
 @dataclass(frozen=True)

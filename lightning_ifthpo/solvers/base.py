@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_ifthpo.checks import is_number, require_at_least
-from lightning_ifthpo.curvature.operator import CurvatureOperator
-from lightning_ifthpo.update_rule import UpdateRule
+from lightning_ifthpo.core.validation import is_number, require_at_least
+from lightning_ifthpo.curvature.base import CurvatureOperator
+from lightning_ifthpo.optimizers.update_rule import UpdateRule
 
 Damping: TypeAlias = float | Tensor | Literal["horizon"]
 

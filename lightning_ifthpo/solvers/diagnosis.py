@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_ifthpo.curvature.operator import CurvatureOperator
+from lightning_ifthpo.curvature.base import CurvatureOperator
 from lightning_ifthpo.solvers.base import SolveResult, Status
 from lightning_ifthpo.spectrum import lanczos
 

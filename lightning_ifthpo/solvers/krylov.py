@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.checks import require_at_least, require_fraction
-from lightning_ifthpo.curvature.operator import CurvatureOperator
+from lightning_ifthpo.core.validation import require_at_least, require_fraction
+from lightning_ifthpo.curvature.base import CurvatureOperator
 from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, measured_residual
-from lightning_ifthpo.solvers.low_rank import Nystrom
+from lightning_ifthpo.solvers.nystrom import Nystrom
 
 
 @dataclass(frozen=True)

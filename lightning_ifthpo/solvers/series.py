@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_ifthpo.checks import ascending, require_at_least, require_flag
-from lightning_ifthpo.curvature.operator import CurvatureOperator
+from lightning_ifthpo.core.validation import ascending, require_at_least, require_flag
+from lightning_ifthpo.curvature.base import CurvatureOperator
+from lightning_ifthpo.optimizers.update_rule import UpdateRule
 from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, measured_residual
 from lightning_ifthpo.spectrum import lanczos
-from lightning_ifthpo.update_rule import UpdateRule
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.curvature.operator import CurvatureOperator
-from lightning_ifthpo.spectrum.krylov import KrylovBasis, random_vector, seeded
+from lightning_ifthpo.curvature.base import CurvatureOperator
+from lightning_ifthpo.spectrum.basis import KrylovBasis, random_vector, seeded
 
 
 @dataclass(frozen=True)

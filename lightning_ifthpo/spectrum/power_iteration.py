@@ -9,8 +9,8 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.curvature.operator import CurvatureOperator
-from lightning_ifthpo.spectrum.krylov import length_of, random_vector, seeded
+from lightning_ifthpo.curvature.base import CurvatureOperator
+from lightning_ifthpo.spectrum.basis import length_of, random_vector, seeded
 
 Which: TypeAlias = Literal["magnitude", "largest", "smallest"]
 

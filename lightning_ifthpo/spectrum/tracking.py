@@ -8,9 +8,9 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.checks import ascending, require_at_least, require_choice
-from lightning_ifthpo.curvature.operator import CurvatureOperator
-from lightning_ifthpo.spectrum.krylov import length_of, random_vector
+from lightning_ifthpo.core.validation import ascending, require_at_least, require_choice
+from lightning_ifthpo.curvature.base import CurvatureOperator
+from lightning_ifthpo.spectrum.basis import length_of, random_vector
 from lightning_ifthpo.spectrum.lanczos import ExtremeEigenvalues, lanczos
 from lightning_ifthpo.spectrum.power_iteration import power_iteration
 

@@ -1,7 +1,7 @@
 """Learning rates from slope and curvature along the update: the generalized Newton's method (GeN)."""
 
 from lightning_ifthpo.step_size.linearity import check_linear_in_lr
-from lightning_ifthpo.step_size.model import (
+from lightning_ifthpo.step_size.parabola import (
     DirectionalModel,
     directional_model,
     fitted_model,

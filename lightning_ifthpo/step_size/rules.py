@@ -7,7 +7,7 @@ from collections import deque
 from statistics import fmean, stdev
 from typing import Any
 
-from lightning_ifthpo.step_size.model import DirectionalModel
+from lightning_ifthpo.step_size.parabola import DirectionalModel
 
 _START = 0.003  # of the smallest optimal step seen: from ten times as much, some networks lose units for good
 _FIRST = 3  # probes that decide on the start; a single one is off by a factor of five now and then

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_ifthpo.checks import ascending, is_number, require_at_least, require_choice, require_flag
+from lightning_ifthpo.core.loss import LossValue
+from lightning_ifthpo.core.validation import ascending, is_number, require_at_least, require_choice, require_flag
 from lightning_ifthpo.curvature import AllReduce, LossCurvature
-from lightning_ifthpo.loss_graph import LossValue
 from lightning_ifthpo.step_size.linearity import check_linear_in_lr
-from lightning_ifthpo.step_size.model import DirectionalModel, directional_model, three_point_model
+from lightning_ifthpo.step_size.parabola import DirectionalModel, directional_model, three_point_model
 from lightning_ifthpo.step_size.rules import AveragedRule, PublishedRule
 
 DirectionalCurvature: TypeAlias = Literal["three_point"] | LossCurvature

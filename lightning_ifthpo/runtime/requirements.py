@@ -11,14 +11,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_ifthpo.callbacks.evaluation import BY_DIFFERENCES, data_module
-from lightning_ifthpo.callbacks.loss_scale import passes_through_float16
-from lightning_ifthpo.callbacks.ranks import is_gathered, is_replicated
-from lightning_ifthpo.callbacks.sharding import is_sharded
+from lightning_ifthpo.core.random_state import isolated
 from lightning_ifthpo.hyperparameters import WeightDecay
 from lightning_ifthpo.module import BilevelLightningModule, has_inner_loss
-from lightning_ifthpo.random_state import isolated
-from lightning_ifthpo.update_rule import is_known
+from lightning_ifthpo.optimizers.update_rule import is_known
+from lightning_ifthpo.runtime.batches import data_module
+from lightning_ifthpo.runtime.distributed import is_gathered, is_replicated
+from lightning_ifthpo.runtime.losses import BY_DIFFERENCES
+from lightning_ifthpo.runtime.precision import passes_through_float16
+from lightning_ifthpo.runtime.sharding import is_sharded
 
 
 def check_module(trainer: L.Trainer, module: Any, unfrozen: Iterable[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lightning_ifthpo.space import whole
+from lightning_ifthpo.core.space import whole
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.curvature.operator import CurvatureOperator
+from lightning_ifthpo.curvature.base import CurvatureOperator
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 
-from lightning_ifthpo.space import ParameterSpace
+from lightning_ifthpo.core.space import ParameterSpace
 
 _KNOWN = (SGD, Adam, AdamW, NAdam, RMSprop, Adagrad)
 

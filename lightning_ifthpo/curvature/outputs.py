@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.autodiff import vjp
+from lightning_ifthpo.core.autodiff import vjp
 
 _recorder: ContextVar[list[Tensor] | None] = ContextVar("_recorder", default=None)
 

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.curvature.operator import CurvatureOperator, LossOperator
+from lightning_ifthpo.curvature.base import CurvatureOperator, LossOperator
 
 AllReduce: TypeAlias = Callable[[Tensor], Tensor]
 """Returns the sum of a tensor over all processes, the same to the last bit in each of them."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.checks import require_at_least
-from lightning_ifthpo.curvature.operator import CurvatureOperator, undamped
+from lightning_ifthpo.core.validation import require_at_least
+from lightning_ifthpo.curvature.base import CurvatureOperator, undamped
 from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, measured_residual, status_without_tolerance
 
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.autodiff import differentiable, vjp
-from lightning_ifthpo.hypergradient import Hypergradient, OuterGradient, assembled, check_used
-from lightning_ifthpo.loss_graph import LossValue, check_loss, loss_and_outputs
-from lightning_ifthpo.random_state import RandomState
+from lightning_ifthpo.core.autodiff import differentiable, vjp
+from lightning_ifthpo.core.loss import LossValue, check_loss, loss_and_outputs
+from lightning_ifthpo.core.random_state import RandomState
+from lightning_ifthpo.core.space import ParameterSpace
+from lightning_ifthpo.hypergradients.result import Hypergradient, OuterGradient, assembled, check_used
 from lightning_ifthpo.solvers import SolveResult, Status
-from lightning_ifthpo.space import ParameterSpace
 
 
 class LinearBestResponse:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from lightning_ifthpo.autodiff import add, differentiable, gradients_on, vjp
-from lightning_ifthpo.checks import require_at_least
-from lightning_ifthpo.hypergradient import Hypergradient, OuterGradient, assembled, check_used
-from lightning_ifthpo.loss_graph import LossGraph, LossValue, loss_and_outputs
-from lightning_ifthpo.random_state import RandomState
+from lightning_ifthpo.core.autodiff import add, differentiable, gradients_on, vjp
+from lightning_ifthpo.core.loss import LossGraph, LossValue, loss_and_outputs
+from lightning_ifthpo.core.random_state import RandomState
+from lightning_ifthpo.core.space import ParameterSpace
+from lightning_ifthpo.core.validation import require_at_least
+from lightning_ifthpo.hypergradients.result import Hypergradient, OuterGradient, assembled, check_used
 from lightning_ifthpo.solvers import SolveResult, Status
-from lightning_ifthpo.space import ParameterSpace
 
 
 def unrolled_hypergradient(

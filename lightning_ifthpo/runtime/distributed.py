@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 
 from lightning_ifthpo.curvature import AllReduce, CurvatureOperator
-from lightning_ifthpo.curvature.summed import SummedProducts
+from lightning_ifthpo.curvature.distributed import SummedProducts
 
 
 class Ranks:

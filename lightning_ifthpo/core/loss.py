@@ -8,8 +8,8 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from lightning_ifthpo.autodiff import vjp
-from lightning_ifthpo.space import ParameterSpace
+from lightning_ifthpo.core.autodiff import vjp
+from lightning_ifthpo.core.space import ParameterSpace
 
 LossValue: TypeAlias = Tensor | tuple[Tensor, Tensor | Sequence[Tensor]]
 """What a loss function returns: the loss, or (loss, outputs of the model)."""

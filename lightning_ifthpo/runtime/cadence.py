@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from lightning_ifthpo.checks import is_number, require_at_least
+from lightning_ifthpo.core.validation import is_number, require_at_least
 
 
 class Cadence:

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, Sampler, SequentialSampler
 
-from lightning_ifthpo.random_state import PROCESS_STRIDE, isolated
+from lightning_ifthpo.core.random_state import PROCESS_STRIDE, isolated
 
 
 class EndlessBatchSampler(Sampler[list[int]]):

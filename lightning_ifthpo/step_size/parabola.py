@@ -11,11 +11,11 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from lightning_ifthpo.core.loss import LossValue, check_loss, loss_and_outputs
+from lightning_ifthpo.core.random_state import RandomState
+from lightning_ifthpo.core.space import ParameterSpace
 from lightning_ifthpo.curvature import AllReduce, FiniteDifferenceOperator, LossCurvature, curvature_operator
 from lightning_ifthpo.curvature.gauss_newton import forward_slope_and_curvature
-from lightning_ifthpo.loss_graph import LossValue, check_loss, loss_and_outputs
-from lightning_ifthpo.random_state import RandomState
-from lightning_ifthpo.space import ParameterSpace
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What everything else stands on: losses, flat vectors, derivatives, random numbers, checks of arguments."""

@@ -1,0 +1,16 @@
+"""Gradients of an outer loss with respect to hyperparameters, by several methods."""
+
+from lightning_ifthpo.hypergradients.best_response import LinearBestResponse
+from lightning_ifthpo.hypergradients.check import HypergradientMismatchError, check_hypergradient
+from lightning_ifthpo.hypergradients.implicit import implicit_hypergradient
+from lightning_ifthpo.hypergradients.result import Hypergradient
+from lightning_ifthpo.hypergradients.unrolled import unrolled_hypergradient
+
+__all__ = [
+    "Hypergradient",
+    "HypergradientMismatchError",
+    "LinearBestResponse",
+    "check_hypergradient",
+    "implicit_hypergradient",
+    "unrolled_hypergradient",
+]

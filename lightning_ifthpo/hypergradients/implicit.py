@@ -1,0 +1,83 @@
+"""Gradients of an outer loss at the optimum of an inner one, with respect to hyperparameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from lightning_ifthpo.core.autodiff import differentiable
+from lightning_ifthpo.core.space import ParameterSpace, check_real
+from lightning_ifthpo.curvature import AllReduce, Curvature, curvature_operator
+from lightning_ifthpo.hypergradients.result import Hypergradient, Loss, OuterGradient, assembled, check_used
+from lightning_ifthpo.solvers import ConjugateGradient, Solver
+from lightning_ifthpo.solvers.diagnosis import diagnose
+
+
+def implicit_hypergradient(
+    inner_loss: Loss,
+    outer_loss: Loss,
+    parameters: Sequence[Tensor],
+    hyperparameters: Sequence[Tensor],
+    *,
+    curvature: Curvature = "hessian",
+    solver: Solver = ConjugateGradient(max_iterations=100, rtol=1e-6),  # noqa: B008 - frozen
+    x0: Tensor | None = None,
+    allow_unused: bool = False,
+    diagnosed: bool = True,
+    all_reduce: AllReduce | None = None,
+) -> Hypergradient:
+    """Returns dL_V/dλ = ∂L_V/∂λ − (∂²L_T/∂w∂λᵀ)ᵀ H⁻¹ ∂L_V/∂w at the present weights and hyperparameters.
+
+    The implicit function theorem (Lorraine, Vicol, Duvenaud 2019, with losses that are minimized) holds where ∂L_T/∂w =
+    0 and H = ∂²L_T/∂w∂wᵀ is positive definite. Elsewhere the result estimates what further training would do; its
+    status and residual say how well the linear system was solved, not how far the weights are from a minimum.
+
+    Parameters that are frozen or unused have zero blocks. Neither weights nor hyperparameters nor `.grad` are changed.
+
+    Args:
+        inner_loss: L_T, a callable without arguments that returns a scalar tensor, or (loss, outputs).
+        outer_loss: L_V, likewise.
+        parameters: w, together [n].
+        hyperparameters: λ, real leaf tensors of any shape, with or without `requires_grad`.
+        curvature: What stands for H: "hessian"; "gauss_newton", which needs the model's outputs (`mark_outputs`);
+            "gradient_outer_product"; "kfac", which needs them too; "finite_difference", for losses without a second
+            derivative, which also replaces the mixed derivative.
+        solver: How the linear system is solved.
+        x0: Where the solve starts from, [n]: usually the `solution.x` of a similar problem.
+        allow_unused: Return zeros for hyperparameters that enter neither loss, instead of raising.
+        diagnosed: Measure why a failed solve failed, by at most 60 products.
+        all_reduce: Where examples are spread over processes: sums a tensor over them. Each process then gives its share
+            of both losses, which together make the whole (a mean over its own examples times their part of all), and
+            all of them get the same result. One collective for each product, and three more.
+
+    Raises:
+        ValueError: If a loss is not scalar or is detached, or a hyperparameter enters neither loss.
+        TypeError: If a hyperparameter is not a real floating-point tensor.
+
+    Cost: one gradient of each loss, one differentiable gradient, the solver's products, and one mixed product.
+
+    >>> import torch
+    >>> w, log_decay = torch.tensor([1.0], requires_grad=True), torch.tensor(0.0)
+    >>> inner = lambda: ((w - 2) ** 2 / 2 + log_decay.exp() * w**2 / 2).sum()  # w*(λ) = 2 / (1 + exp λ)
+    >>> outer = lambda: (w**2 / 2).sum()
+    >>> implicit_hypergradient(inner, outer, [w], [log_decay]).gradients  # w · dw/dλ = 1 · (−2 · 1/4)
+    [tensor(-0.5000)]
+    """
+    space = ParameterSpace(parameters)
+    for index, tensor in enumerate(hyperparameters):
+        check_real(tensor, f"hyperparameter {index}")
+    with differentiable(hyperparameters):
+        outer = OuterGradient.of(outer_loss, space, hyperparameters)
+        if all_reduce is not None:
+            outer = outer.summed(hyperparameters, all_reduce)
+        operator = curvature_operator(curvature, inner_loss, parameters, all_reduce)
+        solution = solver.solve(operator, outer.v, x0)
+        mixed = operator.mixed_product(solution.x, hyperparameters)
+        result = assembled(outer, hyperparameters, mixed, [operator.loss], solution)
+        check_used(result, hyperparameters, allow_unused)
+        if diagnosed and not result.status.trustworthy:
+            damped = operator if isinstance(solver.damping, str) else solver.damped(operator)
+            result = replace(result, diagnosis=diagnose(damped, result.solution))
+    return result

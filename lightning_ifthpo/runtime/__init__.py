@@ -1,0 +1,1 @@
+"""What the callbacks need of a running Trainer; nothing here knows of hypergradients."""
