@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from lightning_ifthpo import ExactGeN, IFTHypergradient, SharpnessMonitor
-from lightning_ifthpo.runtime import requirements
 from lightning_ifthpo.curvature import curvature_operator
 from lightning_ifthpo.hypergradients.implicit import implicit_hypergradient
+from lightning_ifthpo.runtime import requirements
 from lightning_ifthpo.runtime.cadence import Cadence
 from lightning_ifthpo.runtime.distributed import Ranks, is_replicated
 from lightning_ifthpo.runtime.isolation import undisturbed
