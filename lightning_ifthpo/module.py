@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_ifthpo.core.marking import mark_outputs
 from lightning_ifthpo.core.space import check_real
-from lightning_ifthpo.curvature import mark_outputs
-
-_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+from lightning_ifthpo.training_loss import derived, has_training_step, is_stub, loss_of_training_step
 
 
 class BilevelLightningModule:
@@ -21,11 +19,11 @@ class BilevelLightningModule:
     Hyperparameters are frozen parameters of the module: they move with it and live in its checkpoints, while an
     optimizer built from `self.parameters()` neither trains nor decays them. `IFTHypergradient` updates them.
 
-    Define `outer_loss(batch)`, and either `inner_loss(batch)` or `training_step`; what is not defined follows from the
-    other: `training_step` logs and returns `inner_loss`, `validation_step` logs `outer_loss`. The losses must return a
-    scalar tensor and may use dropout, BatchNorm, metrics and `self.log`: while the callback evaluates them, nothing of
-    that leaves a trace, nor does what they do to attributes of the module: rebinding them, changing tensors in place,
-    appending to a list. Effects elsewhere (a file, a list in a list, a hook's own memory) cannot be undone.
+    Define `outer_loss(batch)`, and either `inner_loss(batch)` or `training_step`. What is not defined is derived from
+    the others: `training_step` logs and returns `inner_loss`, `validation_step` logs `outer_loss`. The losses must
+    return a scalar tensor, and may use dropout, BatchNorm, metrics and `self.log`. When the callback evaluates them, all
+    side effects on the module are undone: rebound attributes, tensors changed in place, appended lists. Effects
+    elsewhere (a file, a list in a list, a hook's own memory) cannot be undone.
 
     >>> import lightning as L
     >>> class Ridge(BilevelLightningModule, L.LightningModule):
@@ -50,7 +48,7 @@ class BilevelLightningModule:
         """Gives the class a training and a validation step where no base class has one."""
         super().__init_subclass__(**options)
         for name, default in (("training_step", _training_step), ("validation_step", _validation_step)):
-            if _is_stub(getattr(cls, name, None)):
+            if is_stub(getattr(cls, name, None)):
                 setattr(cls, name, default)
 
     def register_hyperparameter(self, name: str, value: Tensor | nn.Module) -> None:
@@ -114,14 +112,15 @@ class BilevelLightningModule:
         """Returns the output unchanged, and tells Gauss–Newton curvature that the model ends here."""
         return mark_outputs(output)
 
+    @derived
     def inner_loss(self, batch: Any) -> Tensor:
         """Returns L_T(λ, w) on a training batch, a scalar: what the weights minimize.
 
         The default is the loss of `training_step`.
         """
-        if not self.trains_by_itself:
+        if not has_training_step(self):
             raise NotImplementedError(f"{type(self).__name__} needs inner_loss(batch), or training_step")
-        return _loss_of_step(_module(self), batch)
+        return loss_of_training_step(self, batch)
 
     def outer_loss(self, batch: Any) -> Tensor:
         """Returns L_V(λ, w) on an outer batch, a scalar: what the hyperparameters minimize; evaluated in eval mode."""
@@ -135,43 +134,13 @@ class BilevelLightningModule:
         """Returns the optimizer of the hyperparameters; by default Adam with learning rate 1e-2."""
         return torch.optim.Adam(self.hyperparameters(), lr=1e-2)
 
-    @property
-    def trains_by_itself(self) -> bool:
-        """Whether there is a training step that is not made of `inner_loss`."""
-        return _module(type(self)).training_step is not _training_step
-
-    @property
-    def defines_inner_loss(self) -> bool:
-        """Whether there is an `inner_loss` that is not made of `training_step`."""
-        return has_inner_loss(self)
-
-
-def training_loss(module: Any, batch: Any) -> Tensor:
-    """Returns what the weights of any LightningModule minimize on a batch, a scalar.
-
-    That is its `inner_loss`, with the mixin or without, or else the loss of its `training_step`.
-    """
-    loss: Tensor = module.inner_loss(batch) if has_inner_loss(module) else _loss_of_step(module, batch)
-    return loss
-
-
-def has_inner_loss(module: Any) -> bool:
-    """Returns whether a module says what its weights minimize, beside its training step."""
-    function = getattr(module, "inner_loss", None)
-    inherited = getattr(function, "__func__", None) is BilevelLightningModule.inner_loss
-    return callable(function) and not inherited and not isinstance(function, nn.Module)
-
 
 def _module(mixin: object) -> Any:
     """The mixin seen as the LightningModule that it is part of."""
     return mixin
 
 
-def _is_stub(step: Any) -> bool:
-    """Whether a step is missing, or Lightning's own, which does nothing."""
-    return step is None or step.__module__.split(".")[0] in ("lightning", "pytorch_lightning")
-
-
+@derived
 def _training_step(self: Any, batch: Any, batch_idx: int) -> Tensor:
     """Returns and logs `inner_loss`."""
     loss: Tensor = self.inner_loss(batch)
@@ -179,24 +148,9 @@ def _training_step(self: Any, batch: Any, batch_idx: int) -> Tensor:
     return loss
 
 
+@derived
 def _validation_step(self: Any, batch: Any, batch_idx: int) -> Tensor:
     """Logs `outer_loss`."""
     loss: Tensor = self.outer_loss(batch)
     self.log("outer_loss", loss, prog_bar=True)
-    return loss
-
-
-def _loss_of_step(module: Any, batch: Any) -> Tensor:
-    """Calls the training step as the Trainer does, with the arguments that it takes."""
-    step = module.training_step
-    parameters = inspect.signature(step).parameters
-    kinds = [parameter.kind for parameter in parameters.values()]
-    several = inspect.Parameter.VAR_POSITIONAL in kinds or sum(kind in _POSITIONAL for kind in kinds) > 1
-    value = step(batch, max(module.trainer.fit_loop.batch_idx, 0)) if several else step(batch)
-    loss = value.get("loss") if isinstance(value, Mapping) else value
-    if not isinstance(loss, Tensor):
-        raise TypeError(
-            f"expected training_step to return a loss, or a dict with the key 'loss', got {type(value).__name__}; "
-            "define inner_loss(batch) to say what the weights minimize"
-        )
     return loss

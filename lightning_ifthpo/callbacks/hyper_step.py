@@ -1,26 +1,31 @@
-"""One hyper step after another: what `IFTHypergradient` does when it fires, and what it must remember."""
+"""The hyper steps of one fit: hypergradients of its module, the hyper-optimizer, and what resuming needs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_ifthpo.core.autodiff import differentiable
-from lightning_ifthpo.core.loss import check_loss
-from lightning_ifthpo.curvature import Curvature
-from lightning_ifthpo.curvature.outputs import recording_outputs
+from lightning_ifthpo.core.loss import Loss
+from lightning_ifthpo.curvature.kinds import Curvature
 from lightning_ifthpo.hypergradients import Hypergradient, implicit_hypergradient
-from lightning_ifthpo.optimizers.update_rule import UpdateRule
+from lightning_ifthpo.optimizers import UpdateRule
 from lightning_ifthpo.runtime.batches import prepared
 from lightning_ifthpo.runtime.distributed import Ranks
-from lightning_ifthpo.runtime.losses import CurvaturePrecision, Losses, evaluating
+from lightning_ifthpo.runtime.losses import ModuleLosses, trainable
 from lightning_ifthpo.runtime.outer_data import OuterData
-from lightning_ifthpo.runtime.precision import LARGEST, LossScale, passes_through_float16
+from lightning_ifthpo.runtime.precision import (
+    FIRST_LOSS_SCALE,
+    CurvaturePrecision,
+    loss_scales,
+    passes_through_float16,
+)
 from lightning_ifthpo.solvers import Identity, Solver, SolveResult, Status
 
 
@@ -55,23 +60,23 @@ class HyperStepper:
         self._curvature = curvature
         self._solver = solver
         self._warm_start = warm_start
-        self._precision = precision
         self._hyperparameters = list(module.hyperparameters())
         self.optimizer: torch.optim.Optimizer = module.configure_hyper_optimizer()
         self.steps = 0
         self.ranks = Ranks(trainer)
-        self.ranks.unify(self._hyperparameters)  # not every strategy does so
-        # torch's seed is the user's where there is one, and asking for it draws nothing
-        self._seed = self.ranks.agreed_number(torch.initial_seed() % 2**31)
+        self.ranks.broadcast(self._hyperparameters)  # not every strategy does so
+        self._losses = ModuleLosses(trainer, module, self.ranks, precision)
+        # torch's initial seed is the user's, if the user set one, and reading it draws no random number
+        self._seed = self.ranks.broadcast_int(torch.initial_seed() % 2**31)
         self._estimate: Tensor | None = None
-        self._scale = LossScale(LARGEST if passes_through_float16(trainer, precision) else 1.0)
+        self._loss_scale = FIRST_LOSS_SCALE if passes_through_float16(trainer, precision) else 1.0
         consumed = 0
         if state:
             self.optimizer.load_state_dict(state["optimizer"])
             self.steps, self._seed, consumed = state["steps"], state["seed"], state["consumed"]
             estimate = state["estimate"]
             self._estimate = None if estimate is None else estimate.to(module.device)
-            self._scale = LossScale(state["loss_scale"])
+            self._loss_scale = state["loss_scale"]
         self._outer_data = OuterData(
             source,
             module.device,
@@ -81,38 +86,36 @@ class HyperStepper:
             world_size=self.ranks.count,
         )
 
-    def rehearse(self, batch: Any) -> None:
-        """Evaluates everything once, to find out whether it works and which curvature "auto" stands for.
+    def dry_run(self, batch: Any) -> None:
+        """Evaluates everything once, to find faults before training, and which curvature "auto" stands for.
 
         Raises:
             ValueError: If a loss is not finite, or a hyperparameter has no influence.
             Exception: Whatever the user's losses raise.
         """
         outer_batch = self._prepared(self._outer_data.peek())
-        with self._evaluation() as losses:
+        with self._session():
             with differentiable(self._hyperparameters):
-                with recording_outputs() as outputs:
-                    self._check_value("inner_loss", losses.inner(batch)())
-                self._check_value("outer_loss", losses.outer(outer_batch)())
+                marks_outputs = _check_finite(self._losses.inner(batch))
+                _check_finite(self._losses.outer(outer_batch))
             if self._curvature == "auto":
-                self._curvature = "gauss_newton" if outputs else "hessian"
-            result = self._hypergradient(losses, batch, outer_batch, Identity(), self._scale, diagnosed=False)
+                self._curvature = "gauss_newton" if marks_outputs else "hessian"
+            result = self._hypergradient(batch, outer_batch, Identity(), self._loss_scale, diagnosed=False)
         self._check_influence(set(result.unused))
 
     def compute(self, batch: Any, *, diagnosed: bool) -> Hypergradient:
         """Returns the hypergradient for a training batch and the next outer batch."""
         outer_batch = self._prepared(self._outer_data.next())
-        parameters = self._parameters()
-        if self._estimate is not None and self._estimate.numel() != sum(p.numel() for p in parameters):
+        weights = trainable(self._module)
+        if self._estimate is not None and self._estimate.numel() != sum(weight.numel() for weight in weights):
             self._estimate = None  # weights were frozen or unfrozen
-        rule = UpdateRule.of(self._trainer.optimizers, parameters)
-        with self._evaluation() as losses:
-            self.steps += 1  # counts also where memory does not suffice
-            solver = self._solver.bound_to(rule)
-            for scale in self._scale.smaller():
-                result = self._hypergradient(losses, batch, outer_batch, solver, scale, diagnosed=diagnosed)
+        solver = self._solver.with_optimizer(UpdateRule.of(self._trainer.optimizers, weights))
+        with self._session():
+            self.steps += 1  # counts also if memory runs out
+            for scale in loss_scales(self._loss_scale):
+                result = self._hypergradient(batch, outer_batch, solver, scale, diagnosed=diagnosed)
                 if result.status is not Status.NONFINITE:
-                    self._scale = scale
+                    self._loss_scale = scale
                     break
         if self._warm_start:
             self._remember(result.solution)
@@ -131,47 +134,41 @@ class HyperStepper:
         self._outer_data.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns all that resuming needs, as tensors and plain numbers."""
+        """Returns everything that resuming needs, as tensors and plain numbers."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "steps": self.steps,
             "seed": self._seed,
             "consumed": self._outer_data.consumed,
             "estimate": self._estimate,
-            "loss_scale": self._scale.factor,
+            "loss_scale": self._loss_scale,
         }
 
     def _hypergradient(
-        self, losses: Losses, batch: Any, outer_batch: Any, solver: Solver, scale: LossScale, *, diagnosed: bool
+        self, batch: Any, outer_batch: Any, solver: Solver, scale: float, *, diagnosed: bool
     ) -> Hypergradient:
-        assert self._curvature != "auto", "rehearse() comes first"
+        assert self._curvature != "auto", "dry_run() comes first"
         return implicit_hypergradient(
-            scale.scaled(self.ranks.share(losses.inner(batch), batch)),
-            scale.scaled(self.ranks.share(losses.outer(outer_batch), outer_batch)),
-            self._parameters(),
+            self._losses.inner(batch, scale=scale),
+            self._losses.outer(outer_batch, scale=scale),
+            trainable(self._module),
             self._hyperparameters,
             curvature=self._curvature,
             solver=solver,
             x0=self._estimate,
             allow_unused=True,
             diagnosed=diagnosed,
-            all_reduce=scale.divided(self.ranks.all_reduce),
         )
-
-    def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self._module.inner_parameters() if parameter.requires_grad]
 
     def _remember(self, solution: SolveResult) -> None:
-        """Keeps what the next solve starts from."""
+        """Keeps the solution as the first iterate of the next solve."""
         if solution.status in (Status.NEGATIVE_CURVATURE, Status.DIVERGED):
-            self._estimate = None  # it grew where it should not have
-        elif solution.status is not Status.NONFINITE and (solution.products or solution.checks):
+            self._estimate = None  # it has grown for a wrong reason
+        elif solution.status is not Status.NONFINITE and (solution.products or solution.extra_products):
             self._estimate = solution.x  # a bad batch, or a flat outer loss, says nothing about the estimate
 
-    def _evaluation(self) -> AbstractContextManager[Losses]:
-        return evaluating(
-            self._trainer, self._module, self._seed + self.steps, self._curvature, precision=self._precision
-        )
+    def _session(self) -> AbstractContextManager[None]:
+        return self._losses.session(self._seed + self.steps, self._curvature)
 
     def _prepared(self, batch: Any) -> Any:
         return prepared(self._trainer, self._module, batch, self._seed + self.steps)
@@ -189,9 +186,11 @@ class HyperStepper:
                     "ExactGeN or a sweep is the tool"
                 )
 
-    def _check_value(self, name: str, value: Any) -> None:
-        """Raises unless a loss can be differentiated and is finite, in all processes alike."""
-        check_loss(value, name)
-        total = self.ranks.total(value)
-        if not bool(torch.isfinite(total)):
-            raise ValueError(f"{name} is {float(total)} on the first batch; look at the data and the initial weights")
+
+def _check_finite(loss: Loss) -> bool:
+    """Raises unless a loss is finite, in all processes alike; returns whether it marks outputs."""
+    own, outputs = loss.evaluate()
+    value = float(loss.combine(own))
+    if not math.isfinite(value):
+        raise ValueError(f"{loss.name} is {value} on the first batch; look at the data and the initial weights")
+    return bool(outputs)

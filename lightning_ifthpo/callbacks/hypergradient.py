@@ -7,19 +7,17 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 from torch import Tensor
 
 from lightning_ifthpo.callbacks.hyper_step import HyperStepper
 from lightning_ifthpo.callbacks.periodic import PeriodicCallback
 from lightning_ifthpo.core.validation import require_choice, require_flag
-from lightning_ifthpo.curvature import Curvature
-from lightning_ifthpo.curvature.kinds import OPERATORS
+from lightning_ifthpo.curvature.kinds import OPERATORS, Curvature
 from lightning_ifthpo.hypergradients import Hypergradient
 from lightning_ifthpo.module import BilevelLightningModule
-from lightning_ifthpo.runtime.cadence import Cadence
-from lightning_ifthpo.runtime.losses import CurvaturePrecision
+from lightning_ifthpo.runtime.precision import CurvaturePrecision
 from lightning_ifthpo.runtime.requirements import check_module, check_precision, find_outer_data
 from lightning_ifthpo.solvers import Amortized, Solver, Status
 
@@ -39,15 +37,15 @@ class IFTHypergradient(PeriodicCallback):
             "gradient_outer_product", both with `Direct(damping=...)`; "finite_difference", for models without a second
             derivative; "auto" takes Gauss–Newton if outputs are marked, else the Hessian.
         solver: How the linear system is solved; None takes `Amortized(products=2, horizon=100)`.
-        warm_start: Start each solve from the last solution.
+        warm_start: Start each solve from the last solution; `Amortized` always does.
         start_after_batches: Training batches before the first of every_n_batches is counted.
         outer_dataloader: Loader of outer batches. None asks the module's `outer_dataloader()`, then the data module's,
             then takes the validation data and warns.
-        on_failure: What becomes of a solve that neither converged nor completed: "skip" it, "use" it if it is finite,
-            or "raise" an error. A hyper step that runs out of memory is skipped unless it is to raise, or other
-            processes take part.
-        max_overhead: Fraction of the training time that hyper steps may cost; they become as rare as needed. Such a run
-            depends on the clock. None for no limit.
+        on_failure: What to do with a solve that neither converged nor completed: "skip" it, "use" it if it is finite,
+            or "raise" an error. A hyper step that runs out of memory is skipped, except with "raise" or several
+            processes.
+        max_overhead: Fraction of the training time that hyper steps may cost; they become as rare as needed, and the
+            run then depends on the clock. None for no limit.
         precision: "32" evaluates the losses without autocast in mixed precision, "inherit" as training does.
 
     Logs once per hyper step `hypergrad/norm`, `direct_norm`, `indirect_norm`, `outer_loss`, `residual`, `products`,
@@ -77,42 +75,40 @@ class IFTHypergradient(PeriodicCallback):
         max_overhead: float | None = None,
         precision: CurvaturePrecision = "32",
     ) -> None:
-        super().__init__()
+        super().__init__(every_n_batches, start_after_batches=start_after_batches, max_overhead=max_overhead)
         if not isinstance(solver, Solver | None):
             raise TypeError(f"expected solver to be an instance such as ConjugateGradient(), or None, got {solver!r}")
         require_choice("curvature", curvature, _CURVATURES)
         require_flag("warm_start", warm_start)
         require_choice("on_failure", on_failure, ("skip", "use", "raise"))
         require_choice("precision", precision, ("32", "inherit"))
-        self.every_n_batches = every_n_batches
         self.curvature = curvature
         self.solver = Amortized(products=2, horizon=100) if solver is None else solver
+        if isinstance(self.solver, Amortized) and not warm_start:
+            raise ValueError("Amortized moves one estimate from solve to solve, and warm_start=False would discard it")
         self.warm_start = warm_start
-        self.start_after_batches = start_after_batches
         self.outer_dataloader = outer_dataloader
         self.on_failure = on_failure
-        self.max_overhead = max_overhead
         self.precision = precision
         self._restored: dict[str, Any] = {}
         self._restart()
 
     def _restart(self) -> None:
-        self._begin(Cadence(self.every_n_batches, self.start_after_batches, self.max_overhead))
+        super()._restart()
         self.skipped = 0
         self._stepper: HyperStepper | None = None
         self._unfrozen: list[str] = []
-        self._rehearsed = False
-        self._warned = False
+        self._is_tested = False
 
     @property
     def state_key(self) -> str:
-        """Tells differently configured instances apart in a checkpoint."""
+        """Distinguishes differently configured instances in a checkpoint."""
         return self._generate_state_key(
             every_n_batches=self.every_n_batches, curvature=self.curvature, solver=repr(self.solver)
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns all that resuming needs, as tensors and plain numbers."""
+        """Returns everything that resuming needs, as tensors and plain numbers."""
         if self._stepper is None:
             return self._restored
         return {
@@ -126,7 +122,7 @@ class IFTHypergradient(PeriodicCallback):
         self._restored = state_dict
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Freezes the hyperparameters before a strategy wraps the module, and begins anew."""
+        """Freezes the hyperparameters before a strategy wraps the module, and resets the callback."""
         if stage != "fit":
             return
         self._restart()
@@ -158,15 +154,15 @@ class IFTHypergradient(PeriodicCallback):
         if restored:
             self.skipped = restored["skipped"]
             self._cadence.load_state_dict(restored["cadence"])
-        self._cadence.begin(self._stepper.ranks.agreed)
+        self._cadence.begin(self._stepper.ranks.broadcast_bool)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Tries everything on the first batch, before anything is trained on it."""
-        if not self._rehearsed:
-            self._active_stepper.rehearse(batch)
-            self._rehearsed = True
+        """Makes a dry run on the first batch, before training uses it."""
+        if not self._is_tested:
+            self._active_stepper.dry_run(batch)
+            self._is_tested = True
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def _fire(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
@@ -197,33 +193,31 @@ class IFTHypergradient(PeriodicCallback):
         return self._stepper
 
     def _computed(self, trainer: L.Trainer, batch: Any) -> Hypergradient | None:
-        """Returns a hypergradient; None where memory does not suffice, which is told."""
+        """Returns a hypergradient; None, with a warning, if memory runs out."""
         stepper = self._active_stepper
         try:
-            # A diagnosis costs products, so only the failure that is told about gets one.
-            return stepper.compute(batch, diagnosed=not self._warned or self.on_failure == "raise")
+            # A diagnosis costs products, so that only a failure that is reported gets one.
+            return stepper.compute(batch, diagnosed=not self._has_warned or self.on_failure == "raise")
         except RuntimeError as error:
-            # one of several processes must not leave the others waiting
+            # a process that skips alone would leave the others waiting
             if self.on_failure == "raise" or trainer.world_size > 1 or not is_oom_error(error):
                 raise
             reason = f"hyper step {stepper.steps} ran out of memory ({str(error).splitlines()[0]})"
-        garbage_collection_cuda()  # what the error held is free by now
+        garbage_collection_cuda()  # the error no longer holds its tensors
         self._skip(f"{reason}; a smaller outer batch or curvature='finite_difference' takes less")
         return None
 
     def _skip(self, reason: str) -> None:
-        """Counts a hyper step that is not made, and tells of the first."""
+        """Counts a hyper step that is not made, and reports the first."""
         self.skipped += 1
-        self._tell(f"{reason}. It is skipped")
+        self._report(f"{reason}. It is skipped")
 
-    def _tell(self, what: str) -> None:
-        if not self._warned:
-            self._warned = True
-            rank_zero_warn(f"{what}; further ones are not reported, but counted in hypergrad/skipped")
+    def _report(self, what: str) -> None:
+        self._warn_once(f"{what}; further ones are not reported, but counted in hypergrad/skipped")
 
     def _accepts(self, result: Hypergradient) -> bool:
-        """Returns whether to use a result, counting and reporting one that cannot be trusted."""
-        if result.status.trustworthy:
+        """Returns whether to use a result; one whose solve failed is counted and reported."""
+        if result.status.succeeded:
             return True
         reason = (
             f"hyper step {self._active_stepper.steps} ended with status {result.status.value!r}: {result.diagnosis}"
@@ -231,7 +225,7 @@ class IFTHypergradient(PeriodicCallback):
         if self.on_failure == "raise":
             raise RuntimeError(reason)
         if self.on_failure == "use" and result.status is not Status.NONFINITE:
-            self._tell(f"{reason}. It is used all the same")
+            self._report(f"{reason}. It is used nevertheless")
             return True
         self._skip(reason)
         return False
@@ -244,7 +238,7 @@ def _metrics(result: Hypergradient) -> dict[str, float]:
         "hypergrad/indirect_norm": _norm(result.indirect),
         "hypergrad/outer_loss": float(result.outer_loss),
         "hypergrad/residual": result.relative_residual,
-        "hypergrad/products": float(result.products + result.solution.checks),
+        "hypergrad/products": float(result.products + result.solution.extra_products),
     }
 
 

@@ -1,4 +1,4 @@
-"""What callbacks share that do something after every n-th training batch."""
+"""What callbacks share that act after every n-th training batch: cadence, kept batch, metrics, one warning."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_ifthpo.runtime.batches import copied
 from lightning_ifthpo.runtime.cadence import Cadence, synchronization
@@ -14,31 +15,48 @@ from lightning_ifthpo.runtime.loggers import log_metrics
 
 
 class PeriodicCallback(L.Callback):
-    """Fires when its cadence says so, on a copy of the training batch as it was before training used it."""
+    """Fires when its cadence says so, on a copy of the training batch as it was before training used it.
+
+    A subclass calls `_restart` at the end of its constructor.
+
+    Args:
+        every_n_batches: As in `Cadence`.
+        start_after_batches: As in `Cadence`.
+        max_overhead: As in `Cadence`.
+    """
+
+    def __init__(
+        self, every_n_batches: int, *, start_after_batches: int = 0, max_overhead: float | None = None
+    ) -> None:
+        super().__init__()
+        self.every_n_batches = every_n_batches
+        self.start_after_batches = start_after_batches
+        self.max_overhead = max_overhead
 
     @property
     @abstractmethod
     def headline(self) -> str:
         """The metric for the progress bar."""
 
-    def _begin(self, cadence: Cadence) -> None:
-        """Starts anew."""
-        self._cadence = cadence
-        self._batch: Any = None
-        self._fired = False
-
     @abstractmethod
     def _fire(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
-        """Does what is to be done and returns metrics to log."""
+        """Does the work of this callback and returns metrics to log."""
 
     def _illustrate(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
-        """Does what was asked for beside that, whatever it costs."""
+        """Does further work whose cost does not count against the budget."""
+
+    def _restart(self) -> None:
+        """Goes back to the state before training."""
+        self._cadence = Cadence(self.every_n_batches, self.start_after_batches, self.max_overhead)
+        self._batch: Any = None
+        self._has_fired = False
+        self._has_warned = False
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Keeps the batch where it may be needed, before the training step changes it or takes it apart."""
-        self._batch = copied(batch) if self._cadence.may_fire(hurry=self._hurries(trainer)) else None
+        """Keeps a copy of the batch if it may be needed, because the training step may change the batch."""
+        self._batch = copied(batch) if self._cadence.may_fire(last_chance=self._is_last_chance(trainer)) else None
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
@@ -49,19 +67,25 @@ class PeriodicCallback(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Fires when it is time to."""
+        """Fires if the cadence says so."""
         if not pl_module.automatic_optimization:
             self._cadence.optimizer_stepped()  # the hook is called for Lightning's own optimizers only
         kept, self._batch = self._batch, None
-        if not self._cadence.is_due(hurry=self._hurries(trainer)) or kept is None:
+        if not self._cadence.is_due(last_chance=self._is_last_chance(trainer)) or kept is None:
             return
-        self._fired = True
+        self._has_fired = True
         synchronize = synchronization(pl_module.device)
         with self._cadence.firing(synchronize):
             log_metrics(trainer, pl_module, self._fire(trainer, pl_module, kept), headline=self.headline)
-        with self._cadence.uncounted(synchronize):
+        with self._cadence.off_budget(synchronize):
             self._illustrate(trainer, pl_module, kept)
 
-    def _hurries(self, trainer: L.Trainer) -> bool:
-        """Whether there may be no second chance."""
-        return bool(getattr(trainer, "fast_dev_run", False)) and not self._fired
+    def _is_last_chance(self, trainer: L.Trainer) -> bool:
+        """Returns whether this is the last batch on which the callback can fire (fast_dev_run)."""
+        return bool(getattr(trainer, "fast_dev_run", False)) and not self._has_fired
+
+    def _warn_once(self, message: str) -> None:
+        """Warns the first time in a fit."""
+        if not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(message)

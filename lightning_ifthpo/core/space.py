@@ -67,11 +67,11 @@ class ParameterSpace:
                 tensor.copy_(value)
 
     @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Puts the tensors back to the values they have now after the block, bit for bit."""
+    def restored(self) -> Iterator[list[Tensor]]:
+        """Gives copies of the tensors, and writes them back after the block, bit for bit."""
         originals = [tensor.detach().clone() for tensor in self.tensors]
         try:
-            yield
+            yield originals
         finally:
             with torch.no_grad():
                 for tensor, original in zip(self.tensors, originals, strict=True):

@@ -11,17 +11,17 @@ from lightning_ifthpo.curvature.base import CurvatureOperator
 
 
 class AverageOperator(CurvatureOperator):
-    """Σ wᵢAᵢ / Σ wᵢ. With wᵢ the size of batch i it is the curvature of the mean loss over all examples.
+    """Σ wᵢAᵢ / Σ wᵢ. With wᵢ the size of batch i this is the curvature of the mean loss over all examples.
 
-    Each operator is made anew for each product and then given up, so that the memory is that of one; always under the
-    random state of the beginning, so that dropout draws the same masks. A single operator is made once.
+    Each operator is made again for each product and then discarded, so that the memory is that of one. The random state
+    is that of the construction every time, so that dropout draws the same masks. A single operator is made once.
 
     Args:
         operators: Functions without arguments that make the operators, all on vectors [n].
-        weights: Of the operators, positive.
+        weights: wᵢ, positive.
 
     Raises:
-        ValueError: If there is no operator, or not one weight for each, or one is not positive.
+        ValueError: If there is no operator, a weight is missing, or one is not positive.
 
     >>> import torch
     >>> from lightning_ifthpo.curvature import MatrixOperator

@@ -1,16 +1,20 @@
-"""The interface that solvers and spectrum code see: a fixed symmetric linear map, known by its products."""
+"""The interface that solvers and spectrum code see: a fixed symmetric linear map, given by its products."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from lightning_ifthpo.core.graph import LossGraph
+from lightning_ifthpo.core.loss import Loss
+
 
 class CurvatureOperator(ABC):
-    """A symmetric linear map A on vectors [n]: the same map at every product, until it is discarded."""
+    """A symmetric linear map A on vectors [n]. It is the same map at every product."""
 
     size: int
     dtype: torch.dtype
@@ -49,26 +53,84 @@ class CurvatureOperator(ABC):
 
 
 class LossOperator(CurvatureOperator):
-    """The curvature of an inner loss L(λ, w) in w, which also knows how w and λ interact."""
+    """The curvature of an inner loss L(λ, w) in w, with the mixed derivatives of w and λ.
 
-    loss: Tensor
+    Where several processes have a share of the loss each, all of them must ask for the same products in the same order.
+    Each computes the product of its share, and `Loss.combine` sums them: one collective for each product.
 
-    @property
-    @abstractmethod
+    Args:
+        loss: L with its parameters w, together [n].
+    """
+
+    def __init__(self, loss: Loss) -> None:
+        self._loss = loss
+        self.size, self.dtype, self.device = loss.space.size, loss.space.dtype, loss.space.device
+
+    @cached_property
+    def loss(self) -> Tensor:
+        """L, a scalar, detached."""
+        return self._loss.combine(self._own_loss())
+
+    @cached_property
     def gradient(self) -> Tensor:
         """∂L/∂w, [n], detached."""
+        return self._loss.combine(self._own_gradient())
+
+    def mixed_product(self, v: Tensor, hyperparameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """Returns (∂²L/∂w∂λᵀ)ᵀ v for v: [n], shaped like the hyperparameters, `None` where it is zero by structure.
+
+        It is exact for every curvature except finite differences. Cost: one to two gradients.
+        """
+        return self._loss.combine_list(self._own_mixed_product(v, hyperparameters), hyperparameters)
+
+    def _product(self, v: Tensor) -> Tensor:
+        return self._loss.combine(self._own_product(v))
 
     @abstractmethod
-    def mixed_product(self, v: Tensor, hyperparameters: Sequence[Tensor]) -> list[Tensor | None]:
-        """Returns (∂²L/∂w∂λᵀ)ᵀ v for v: [n], shaped like the hyperparameters, `None` where it is zero by structure."""
+    def _own_loss(self) -> Tensor:
+        """Returns this process's scaled share of L."""
+
+    @abstractmethod
+    def _own_gradient(self) -> Tensor:
+        """Returns this process's scaled share of ∂L/∂w, [n]."""
+
+    @abstractmethod
+    def _own_product(self, v: Tensor) -> Tensor:
+        """Returns this process's scaled share of A v, [n]."""
+
+    @abstractmethod
+    def _own_mixed_product(self, v: Tensor, hyperparameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """Returns this process's scaled share of (∂²L/∂w∂λᵀ)ᵀ v."""
 
 
-class InvertibleOperator(LossOperator):
+class GraphOperator(LossOperator):
+    """A curvature whose loss is evaluated once, and whose graph is kept.
+
+    Args:
+        loss: L with its parameters w, together [n].
+        graph: That of its evaluation, where it is known already.
+    """
+
+    def __init__(self, loss: Loss, graph: LossGraph | None = None) -> None:
+        super().__init__(loss)
+        self._graph = loss.graph() if graph is None else graph
+
+    def _own_loss(self) -> Tensor:
+        return self._graph.value
+
+    def _own_gradient(self) -> Tensor:
+        return self._graph.gradient
+
+    def _own_mixed_product(self, v: Tensor, hyperparameters: Sequence[Tensor]) -> list[Tensor | None]:
+        return self._graph.mixed_product(v, hyperparameters)
+
+
+class InvertibleOperator(CurvatureOperator):
     """A curvature whose damped inverse is known in closed form."""
 
     @abstractmethod
     def solve(self, b: Tensor, delta: float | Tensor) -> Tensor:
-        """Returns (A + δI)⁻¹ b, or (A + diag(δ))⁻¹ b for δ: [n], for b: [n]; an approximation where it says so."""
+        """Returns (A + δI)⁻¹ b, or (A + diag(δ))⁻¹ b for δ: [n], for b: [n]; a subclass says where it approximates."""
 
 
 class MatrixOperator(CurvatureOperator):
@@ -118,7 +180,7 @@ class DampedOperator(CurvatureOperator):
 
 
 class PreconditionedOperator(CurvatureOperator):
-    """P^½ A P^½ with a diagonal P: symmetric, and similar to PA, by which a preconditioned gradient step contracts.
+    """P^½ A P^½ with a diagonal P. It is symmetric and similar to PA, the matrix of a preconditioned gradient step.
 
     Raises:
         ValueError: If P does not have shape [n].
@@ -136,8 +198,3 @@ class PreconditionedOperator(CurvatureOperator):
 
     def _product(self, v: Tensor) -> Tensor:
         return self._root * self.operator.matvec(self._root * v)
-
-
-def undamped(operator: CurvatureOperator) -> tuple[CurvatureOperator, float | Tensor]:
-    """Returns A and δ of A + δI or A + diag(δ); δ is zero for an operator that is not damped."""
-    return (operator.operator, operator.delta) if isinstance(operator, DampedOperator) else (operator, 0.0)

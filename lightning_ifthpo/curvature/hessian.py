@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from lightning_ifthpo.core.loss import LossGraph, LossValue, loss_and_outputs
-from lightning_ifthpo.curvature.base import LossOperator
+from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
+from lightning_ifthpo.curvature.base import GraphOperator
 
 
-class HessianOperator(LossOperator):
+class HessianOperator(GraphOperator):
     """H = ∂²L/∂w∂wᵀ of a loss that is evaluated once.
 
-    Cost: one forward pass and one differentiable gradient when made (memory of two graphs), then about two gradients
-    a product. H is indefinite away from a minimum: the normal case in training.
+    H is indefinite away from a minimum, which is the normal case in training.
+
+    Cost: one forward pass, and one differentiable gradient at the first product (memory of two graphs); then about two
+    gradients a product.
 
     Args:
-        loss: Callable without arguments that returns the scalar loss, or (loss, outputs).
+        loss: Callable without arguments that returns the scalar loss, or (loss, outputs); or a `Loss`.
         parameters: The tensors w, together [n].
 
     Raises:
@@ -30,20 +32,8 @@ class HessianOperator(LossOperator):
             [8., 2.]])
     """
 
-    def __init__(self, loss: Callable[[], LossValue], parameters: Sequence[Tensor]) -> None:
-        total, _ = loss_and_outputs(loss())
-        self._graph = LossGraph(total, parameters)
-        self.loss = self._graph.loss.detach()
-        self.size, self.dtype, self.device = self._graph.space.size, self._graph.space.dtype, self._graph.space.device
+    def __init__(self, loss: LossFunction | Loss, parameters: Sequence[Tensor]) -> None:
+        super().__init__(as_loss(loss, parameters))
 
-    @property
-    def gradient(self) -> Tensor:
-        """∂L/∂w, [n], detached."""
-        return self._graph.gradient
-
-    def _product(self, v: Tensor) -> Tensor:
+    def _own_product(self, v: Tensor) -> Tensor:
         return self._graph.hessian_product(v)
-
-    def mixed_product(self, v: Tensor, hyperparameters: Sequence[Tensor]) -> list[Tensor | None]:
-        """Returns (∂²L/∂w∂λᵀ)ᵀ v, exactly; about one gradient."""
-        return self._graph.mixed_product(v, hyperparameters)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,36 +12,36 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lightning_ifthpo.core.autodiff import vjp
-from lightning_ifthpo.core.loss import LossGraph, LossValue, loss_and_outputs
-from lightning_ifthpo.core.random_state import RandomState
-from lightning_ifthpo.curvature.base import InvertibleOperator
-from lightning_ifthpo.curvature.outputs import known_outputs, recording_outputs
+from lightning_ifthpo.core.graph import LossGraph
+from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
+from lightning_ifthpo.curvature.base import GraphOperator, InvertibleOperator
+from lightning_ifthpo.curvature.outputs import checked_outputs
 
 
-class KFACOperator(InvertibleOperator):
-    """A block for each linear or convolutional layer, the Kronecker product of two covariances (Martens, Grosse 2015).
+class KFACOperator(GraphOperator, InvertibleOperator):
+    """One block for each linear or convolutional layer, the Kronecker product of two covariances (Martens, Grosse 2015).
 
-    One is that of the layer's inputs, the other that of gradients at its outputs, with the exact Hessian of the loss in
-    the model's outputs, or its positive part. It is exact for a single linear layer with squared error, if all rows
-    weigh alike and none share the layer along a dimension that is pooled. It approximates Gauss–Newton, and knows
-    nothing of how layers act on each other, nor of penalties on weights. Needs `pip install lightning_ifthpo[kfac]`,
-    which brings curvlinops. Use it with `Direct(damping=...)`.
+    The first is the covariance of the layer's inputs, the second that of gradients at its outputs, computed with the
+    exact Hessian of the loss in the model's outputs, or its positive part. KFAC is exact for a single linear layer with
+    squared error, if all rows have the same weight and no dimension is pooled. Elsewhere it approximates Gauss–Newton
+    and ignores how layers interact, and penalties on weights. It needs curvlinops: `pip install lightning_ifthpo[kfac]`.
+    Use it with `Direct(damping=...)`.
 
     Cost: two forward passes, one differentiable gradient and C + 1 backward passes for C outputs of an example when
-    made; a product costs O(d_in² d_out + d_in d_out²) for each layer, and an inverse O(d_in³ + d_out³) beside.
+    made; a product costs O(d_in² d_out + d_in d_out²) for each layer, and an inverse O(d_in³ + d_out³) more.
 
     Args:
         loss: Callable without arguments that returns (loss, outputs) with outputs one tensor or several of shape
-            [B, ..., C], or the loss alone if it calls `mark_outputs`. A sum or a mean over B.
+            [B, ..., C], or the loss alone if it calls `mark_outputs`; or a `Loss`. A sum or a mean over B.
         parameters: The tensors w, together [n]: weights and biases of Linear and Conv2d layers that the loss calls.
-            Frozen ones, and those that no output depends on, have blocks of zeros.
+            Parameters that are frozen, or on which no output depends, have blocks of zeros.
 
     Raises:
         ImportError: If curvlinops is not installed.
-        TypeError, ValueError: If the loss is not a scalar tensor with a graph, no outputs are known, or the loss is no
-            sum over their rows.
-        ValueError: If a parameter belongs to no layer that KFAC knows, or to a layer that is called several times. A
-            weight that is also used outside of its layer is not noticed.
+        TypeError, ValueError: If the loss is not a scalar tensor with a graph, no outputs are known, or the loss is not
+            a sum over their rows.
+        ValueError: If a parameter belongs to no layer that KFAC knows or to a layer that is called several times, or if
+            the examples are spread over processes. A weight that is also used outside of its layer is not noticed.
 
     >>> layer = nn.Linear(2, 1, bias=False)
     >>> def loss():
@@ -52,29 +52,27 @@ class KFACOperator(InvertibleOperator):
             [0., 1.]])
     """
 
-    def __init__(self, loss: Callable[[], LossValue], parameters: Sequence[Tensor]) -> None:
+    def __init__(self, loss: LossFunction | Loss, parameters: Sequence[Tensor]) -> None:
         try:
             self._library: Any = importlib.import_module("curvlinops")
         except ImportError as error:
             raise ImportError("KFAC needs curvlinops: pip install 'lightning_ifthpo[kfac]'") from error
-        state = RandomState(parameters[0].device)
-        with recording_outputs() as marked, _recording_layers() as calls:
-            total, outputs = loss_and_outputs(loss())
-        self._graph = LossGraph(total, parameters)
-        self.loss = total.detach()
-        self.size, self.dtype, self.device = self._graph.space.size, self._graph.space.dtype, self._graph.space.device
-        outputs = known_outputs(outputs or marked)
+        loss = as_loss(loss, parameters)
+        if loss.all_reduce is not None or loss.scale != 1.0:
+            raise ValueError("curvature='kfac' needs all examples in one process; with several use 'gauss_newton'")
+        with _recording_layers() as calls:
+            total, outputs = loss.evaluate()
+        super().__init__(loss, LossGraph(total, loss.space))
+        outputs = checked_outputs(outputs)
         slopes = vjp(outputs, parameters, [torch.zeros_like(output) for output in outputs])
-        # frozen or unused ones have no slope, not even zero
-        reached = [parameter for parameter, slope in zip(parameters, slopes, strict=True) if slope is not None]
+        pairs = list(zip(parameters, slopes, strict=True))
+        # vjp returns None for frozen or unused parameters
+        reached = [parameter for parameter, slope in pairs if slope is not None]
         if not reached:
             raise ValueError("no marked output depends on any of the parameters")
         examples = _checked_layers(calls, reached)
         self._reached = torch.cat(
-            [
-                torch.full_like(w, slope is not None, dtype=torch.bool).reshape(-1)
-                for w, slope in zip(parameters, slopes, strict=True)
-            ]
+            [torch.full_like(w, slope is not None, dtype=torch.bool).reshape(-1) for w, slope in pairs]
         )
         model = _SquaredError(loss, [layer for layer, _ in calls], _roots(total, outputs))
         self._kfac = self._library.KFACLinearOperator(
@@ -87,15 +85,9 @@ class KFACOperator(InvertibleOperator):
             num_per_example_loss_terms=1,
             separate_weight_and_bias=False,
         )
-        with state.replayed():  # the same dropout masks as in the gradient
-            self._product(torch.zeros_like(self.gradient))  # computes the factors, now
+        self._own_product(torch.zeros_like(self.gradient))  # computes the factors now, while the weights are these
 
-    @property
-    def gradient(self) -> Tensor:
-        """∂L/∂w, [n], detached."""
-        return self._graph.gradient
-
-    def _product(self, v: Tensor) -> Tensor:
+    def _own_product(self, v: Tensor) -> Tensor:
         product = torch.zeros_like(v)
         product[self._reached] = self._kfac @ v[self._reached]
         return product
@@ -103,8 +95,8 @@ class KFACOperator(InvertibleOperator):
     def solve(self, b: Tensor, delta: float | Tensor) -> Tensor:
         """Returns (A + δI)⁻¹ b, exactly, by eigendecompositions of the factors.
 
-        Kronecker products know damping by one number only: of δ: [n] it takes the geometric mean, and the residual that
-        `Direct` reports tells what that is worth.
+        Kronecker products can be damped by one number only: of δ: [n] it takes the geometric mean, and the residual that
+        `Direct` reports shows the error.
 
         Args:
             b: Right side, [n], or several of them, [n, k].
@@ -122,23 +114,19 @@ class KFACOperator(InvertibleOperator):
         solution[self._reached] = inverse @ b[self._reached]
         return solution
 
-    def mixed_product(self, v: Tensor, hyperparameters: Sequence[Tensor]) -> list[Tensor | None]:
-        """Returns (∂²L/∂w∂λᵀ)ᵀ v, exactly; about two gradients."""
-        return self._graph.mixed_product(v, hyperparameters)
-
 
 class _SquaredError(nn.Module):
-    """The model behind a loss, with outputs turned so that the loss has the curvature of their squared sum.
+    """The model behind a loss, with outputs transformed so that the loss has the curvature of their squared sum.
 
-    So that curvlinops, which knows three losses, serves any.
+    curvlinops supports three losses; with this model its squared error stands for any loss.
 
     Args:
         loss: As for `KFACOperator`.
-        layers: Those that it calls.
+        layers: The layers that the loss calls.
         roots: S with 2 S Sᵀ = ∂²L/∂z∂zᵀ for each row z of the outputs, [R, C, C].
     """
 
-    def __init__(self, loss: Callable[[], LossValue], layers: Sequence[nn.Module], roots: Tensor) -> None:
+    def __init__(self, loss: Loss, layers: Sequence[nn.Module], roots: Tensor) -> None:
         super().__init__()
         self._loss = loss
         self.layers = nn.ModuleList(layers)
@@ -147,19 +135,18 @@ class _SquaredError(nn.Module):
         self._users = [set(hooks) for hooks in self._hooks]
 
     def forward(self, _: Tensor) -> Tensor:
-        """Returns Sᵀz for each row, [R, C]; whatever it is called with, it is the loss that knows the batch.
+        """Returns Sᵀz for each row, [R, C]. The argument is ignored, because the loss holds its own batch.
 
-        The hooks that curvlinops has put on the layers end with the forward pass: activation checkpointing would call
-        them again, and an error would leave them there.
+        The hooks that curvlinops has put on the layers are removed after the forward pass: activation checkpointing
+        would call them again, and an error would leave them behind.
         """
         try:
-            with recording_outputs() as marked:
-                _, outputs = loss_and_outputs(self._loss())
+            _, outputs = self._loss.evaluate()
         finally:
             for hooks, users in zip(self._hooks, self._users, strict=True):
                 for added in hooks.keys() - users:
                     del hooks[added]
-        return torch.einsum("rij,ri->rj", self.roots, _rows(outputs or marked))
+        return torch.einsum("rij,ri->rj", self.roots, _rows(outputs))
 
 
 def _roots(loss: Tensor, outputs: Sequence[Tensor]) -> Tensor:
@@ -177,7 +164,7 @@ def _roots(loss: Tensor, outputs: Sequence[Tensor]) -> Tensor:
     like = _rows(outputs).detach()
     units = torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
     blocks = torch.stack([times(unit.expand_as(like)) for unit in units], dim=2)
-    # signs without a pattern, which no coupling of rows survives
+    # A pseudo-random probe: if the loss couples rows, the block-diagonal product differs from the exact one.
     probe = torch.arange(like.numel(), dtype=like.dtype, device=like.device).square().sin().reshape(like.shape)
     expected = torch.einsum("rij,rj->ri", blocks, probe)
     tolerance = torch.finfo(like.dtype).eps ** 0.5  # the same numbers summed in another order

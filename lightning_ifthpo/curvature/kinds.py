@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from lightning_ifthpo.core.loss import LossValue
+from lightning_ifthpo.core.loss import Loss, LossFunction
 from lightning_ifthpo.curvature.base import LossOperator
-from lightning_ifthpo.curvature.distributed import AllReduce, SummedOperator
 from lightning_ifthpo.curvature.finite_difference import FiniteDifferenceOperator
 from lightning_ifthpo.curvature.gauss_newton import GaussNewtonOperator
 from lightning_ifthpo.curvature.hessian import HessianOperator
@@ -17,11 +16,11 @@ from lightning_ifthpo.curvature.kfac import KFACOperator
 from lightning_ifthpo.curvature.outer_product import GradientOuterProductOperator
 
 LossCurvature: TypeAlias = Literal["hessian", "gauss_newton", "finite_difference"]
-"""That of the loss itself, worth measuring; the others only stand for it where it is to be inverted."""
+"""Curvatures of the loss itself. The other kinds are approximations, meant only for linear solves."""
 
 Curvature: TypeAlias = LossCurvature | Literal["gradient_outer_product", "kfac"]
 
-OPERATORS: dict[str, Callable[[Callable[[], LossValue], Sequence[Tensor]], LossOperator]] = {
+OPERATORS: dict[str, Callable[[LossFunction | Loss, Sequence[Tensor]], LossOperator]] = {
     "hessian": HessianOperator,
     "gauss_newton": GaussNewtonOperator,
     "gradient_outer_product": GradientOuterProductOperator,
@@ -30,29 +29,17 @@ OPERATORS: dict[str, Callable[[Callable[[], LossValue], Sequence[Tensor]], LossO
 }
 
 
-def curvature_operator(
-    curvature: Curvature,
-    loss: Callable[[], LossValue],
-    parameters: Sequence[Tensor],
-    all_reduce: AllReduce | None = None,
-) -> LossOperator:
+def curvature_operator(curvature: Curvature, loss: LossFunction | Loss, parameters: Sequence[Tensor]) -> LossOperator:
     """Returns the curvature of a loss under its name.
 
     Args:
         curvature: "hessian", "gauss_newton", "gradient_outer_product", "kfac" or "finite_difference".
-        loss: Callable without arguments that returns the scalar loss, or (loss, outputs).
+        loss: Callable without arguments that returns the scalar loss, or (loss, outputs); or a `Loss`.
         parameters: The tensors w, together [n].
-        all_reduce: Sums over the processes that have a share of the loss each; None where there is one process.
 
     Raises:
-        ValueError: If the name is unknown, or the curvature of a sum is not the sum of curvatures.
+        ValueError: If the name is unknown; and see the operators.
     """
     if curvature not in OPERATORS:
         raise ValueError(f"expected curvature to be one of {sorted(OPERATORS)}, got {curvature!r}")
-    if all_reduce is None:
-        return OPERATORS[curvature](loss, parameters)
-    if curvature not in get_args(LossCurvature):
-        raise ValueError(
-            f"curvature={curvature!r} needs all examples in one process; with several devices use 'gauss_newton'"
-        )
-    return SummedOperator(OPERATORS[curvature](loss, parameters), all_reduce)
+    return OPERATORS[curvature](loss, parameters)

@@ -1,26 +1,26 @@
-"""The outer product of the gradient with itself: curvature for the price of one gradient."""
+"""The outer product of the gradient with itself: curvature at the cost of one gradient."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.core.loss import LossGraph, LossValue, loss_and_outputs
-from lightning_ifthpo.curvature.base import InvertibleOperator
+from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
+from lightning_ifthpo.curvature.base import GraphOperator, InvertibleOperator
 
 
-class GradientOuterProductOperator(InvertibleOperator):
-    """A = g gᵀ with g = ∂L/∂w, what Lorraine, Vicol and Duvenaud (2019) call Gauss–Newton.
+class GradientOuterProductOperator(GraphOperator, InvertibleOperator):
+    """A = g gᵀ with g = ∂L/∂w, which Lorraine, Vicol and Duvenaud (2019) call Gauss–Newton.
 
-    Of rank one, and zero at a minimum of the loss, so that it needs damping; there the damping alone is inverted. Its
-    products and its inverse are exact and free, which is all that speaks for it.
+    A has rank one and vanishes at a minimum of the loss, so that it needs damping; there only the damping is inverted.
+    Its products and its inverse are exact and free, which is its only advantage.
 
-    Cost: one forward pass and one differentiable gradient when made, nothing a product.
+    Cost: one forward pass and one differentiable gradient; nothing more for a product.
 
     Args:
-        loss: Callable without arguments that returns the scalar loss, or (loss, outputs).
+        loss: Callable without arguments that returns the scalar loss, or (loss, outputs); or a `Loss`.
         parameters: The tensors w, together [n].
 
     Raises:
@@ -35,19 +35,11 @@ class GradientOuterProductOperator(InvertibleOperator):
     tensor([0.1000, 0.2000])
     """
 
-    def __init__(self, loss: Callable[[], LossValue], parameters: Sequence[Tensor]) -> None:
-        total, _ = loss_and_outputs(loss())
-        self._graph = LossGraph(total, parameters)
-        self.loss = total.detach()
-        self.size, self.dtype, self.device = self._graph.space.size, self._graph.space.dtype, self._graph.space.device
+    def __init__(self, loss: LossFunction | Loss, parameters: Sequence[Tensor]) -> None:
+        super().__init__(as_loss(loss, parameters))
 
-    @property
-    def gradient(self) -> Tensor:
-        """∂L/∂w, [n], detached."""
-        return self._graph.gradient
-
-    def _product(self, v: Tensor) -> Tensor:
-        return self.gradient * (self.gradient @ v)
+    def _own_product(self, v: Tensor) -> Tensor:
+        return self._own_gradient() * (self.gradient @ v)
 
     def solve(self, b: Tensor, delta: float | Tensor) -> Tensor:
         """Returns (g gᵀ + diag(δ))⁻¹ b by Sherman and Morrison; for δ = 0 the shortest least-squares solution."""
@@ -56,7 +48,3 @@ class GradientOuterProductOperator(InvertibleOperator):
             squared = g @ g
             return g * torch.where(squared > 0.0, (g @ b) / squared.square(), 0.0)
         return b / delta - (g / delta) * ((g @ (b / delta)) / (1.0 + g @ (g / delta)))
-
-    def mixed_product(self, v: Tensor, hyperparameters: Sequence[Tensor]) -> list[Tensor | None]:
-        """Returns (∂²L/∂w∂λᵀ)ᵀ v, exactly; about two gradients."""
-        return self._graph.mixed_product(v, hyperparameters)

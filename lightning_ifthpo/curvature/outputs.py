@@ -1,10 +1,9 @@
-"""Marking the outputs of a model inside a loss, which is what Gauss–Newton needs to know."""
+"""The outputs of a model as the place where curvature of the loss and of the model are taken apart."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from typing import cast
 
 import torch
@@ -12,40 +11,12 @@ from torch import Tensor
 
 from lightning_ifthpo.core.autodiff import vjp
 
-_recorder: ContextVar[list[Tensor] | None] = ContextVar("_recorder", default=None)
 
-
-def mark_outputs(output: Tensor) -> Tensor:
-    """Returns the output unchanged, and tells a Gauss–Newton operator that is looking that the model ends here.
-
-    Outside of curvature computations it does nothing. Call it on every tensor through which the data term of the loss
-    depends on the parameters, usually the logits, and go on with those very tensors.
-
-    Args:
-        output: Floating-point tensor of any shape.
-    """
-    recorder = _recorder.get()
-    if recorder is not None:
-        recorder.append(output)
-    return output
-
-
-@contextmanager
-def recording_outputs() -> Iterator[list[Tensor]]:
-    """Collects what `mark_outputs` is called with inside the block."""
-    outputs: list[Tensor] = []
-    token = _recorder.set(outputs)
-    try:
-        yield outputs
-    finally:
-        _recorder.reset(token)
-
-
-def known_outputs(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Returns the outputs of a model, by `mark_outputs` or beside the loss, once they are checked.
+def checked_outputs(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Returns the outputs of a model that a loss marked or returned, after checking them.
 
     Raises:
-        ValueError: If there are none, one of them depends on nothing, or one of them on another.
+        ValueError: If there is none, one depends on no parameter, or one depends on another.
     """
     if not outputs:
         raise ValueError(
@@ -64,7 +35,7 @@ def known_outputs(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
 
 @contextmanager
 def cut_at(outputs: Sequence[Tensor]) -> Iterator[None]:
-    """Lets no gradient pass through the outputs inside the block, although they still receive their own."""
+    """Stops gradients behind the outputs inside the block; the outputs themselves still receive theirs."""
     with ExitStack() as stack:
         for output in outputs:
             assert output.grad_fn is not None, "only the result of an operation can be cut"
@@ -73,7 +44,7 @@ def cut_at(outputs: Sequence[Tensor]) -> Iterator[None]:
 
 
 def _dropping(index: int) -> Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """Returns a backward pre-hook that drops the gradient of one output of its node, which prunes all behind it."""
+    """Returns a backward pre-hook that drops the gradient of one output of its node, and so stops backpropagation."""
 
     def drop(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         # torch takes None for "no gradient" here, which its annotation does not say

@@ -1,17 +1,16 @@
-"""A linear hypernetwork: how the best weights answer to hyperparameters, learned beside the model."""
+"""A linear hypernetwork: how the best weights depend on the hyperparameters, learned during training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_ifthpo.core.autodiff import differentiable, vjp
-from lightning_ifthpo.core.loss import LossValue, check_loss, loss_and_outputs
-from lightning_ifthpo.core.random_state import RandomState
+from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
 from lightning_ifthpo.core.space import ParameterSpace
-from lightning_ifthpo.hypergradients.result import Hypergradient, OuterGradient, assembled, check_used
+from lightning_ifthpo.hypergradients.result import Hypergradient, OuterGradient, check_used, combine
 from lightning_ifthpo.solvers import SolveResult, Status
 
 
@@ -28,9 +27,9 @@ class LinearBestResponse:
         parameters: w, together [n].
         hyperparameters: λ, real leaf tensors, together [m].
         lr: Learning rate of J, in parameter² / loss; below 2/λ_max of the inner loss it is stable.
-        scale: Standard deviation of ε, in units of the hyperparameters; small, because the response is linear, and
-            large beside rounding.
-        generator: Where ε comes from.
+        scale: Standard deviation of ε, in units of the hyperparameters: small, because the response is linear, but
+            large compared with rounding.
+        generator: Generator that draws ε.
 
     Attributes:
         jacobian: J, [n, m].
@@ -49,7 +48,7 @@ class LinearBestResponse:
 
     def __init__(
         self,
-        inner_loss: Callable[[], LossValue],
+        inner_loss: LossFunction,
         parameters: Sequence[Tensor],
         hyperparameters: Sequence[Tensor],
         *,
@@ -66,25 +65,19 @@ class LinearBestResponse:
         self.jacobian = torch.zeros(shape, dtype=self._space.dtype, device=self._space.device)
 
     def step(self) -> None:
-        """Moves J by one pair of perturbations ±ε; weights and hyperparameters stay where they are. Two gradients."""
+        """Moves J by one pair of perturbations ±ε; weights and hyperparameters are left unchanged. Two gradients."""
         like = self._hyper_space.values
         noise = torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=self._generator)
-        weights, response = self._space.values, self.jacobian @ (self._scale * noise)
-        state = RandomState(self._space.device)
-        slopes = []
-        with self._space.restored(), self._hyper_space.restored():
-            for sign in (1.0, -1.0):
-                self._hyper_space.assign(like + sign * self._scale * noise)
-                self._space.assign(weights + sign * response)
-                with state.replayed():
-                    loss, _ = loss_and_outputs(self._inner_loss())
-                check_loss(loss, "the inner loss")
-                slopes.append(self._space.flatten(vjp([loss], self._space.tensors)))
-        slope = (slopes[0] - slopes[1]) / (2.0 * self._scale)  # (HJ + ∂²L/∂w∂λᵀ) ε
+        response = self.jacobian @ (self._scale * noise)
+        direction = [*self._space.split(response), *self._hyper_space.split(self._scale * noise)]
+        loss = Loss(self._inner_loss, [*self._space.tensors, *self._hyper_space.tensors], name="the inner loss")
+        with loss.along(direction) as at:
+            ahead, behind = (self._space.flatten(vjp([at(sign)], self._space.tensors)) for sign in (1.0, -1.0))
+        slope = (ahead - behind) / (2.0 * self._scale)  # (HJ + ∂²L/∂w∂λᵀ) ε
         self.jacobian -= self._lr * torch.outer(slope, noise) / (noise @ noise)
 
-    def hypergradient(self, outer_loss: Callable[[], LossValue]) -> Hypergradient:
-        """Returns dL_V/dλ = ∂L_V/∂λ + Jᵀ ∂L_V/∂w; nothing is known of its residual, which is NaN.
+    def hypergradient(self, outer_loss: LossFunction) -> Hypergradient:
+        """Returns dL_V/dλ = ∂L_V/∂λ + Jᵀ ∂L_V/∂w. No linear system is solved, so that the residual is NaN.
 
         Args:
             outer_loss: L_V, a callable without arguments that returns a scalar tensor.
@@ -93,9 +86,9 @@ class LinearBestResponse:
         """
         hyperparameters = self._hyper_space.tensors
         with differentiable(hyperparameters):
-            outer = OuterGradient.of(outer_loss, self._space, hyperparameters)
+            outer = OuterGradient.of(as_loss(outer_loss, self._space.tensors, "the outer loss"), hyperparameters)
         indirect = self._hyper_space.split(-(self.jacobian.T @ outer.v))
         solution = SolveResult(torch.zeros_like(outer.v), torch.nan, 0, Status.COMPLETE)
-        result = assembled(outer, hyperparameters, indirect, [], solution)
-        check_used(result, hyperparameters, allow_unused=False)
+        result = combine(outer, hyperparameters, indirect, [], solution)
+        check_used(result, hyperparameters)
         return result

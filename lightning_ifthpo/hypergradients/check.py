@@ -9,17 +9,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.core.loss import loss_and_outputs
+from lightning_ifthpo.core.loss import LossFunction, as_loss
 from lightning_ifthpo.core.space import ParameterSpace
-from lightning_ifthpo.curvature import Curvature, HessianOperator
+from lightning_ifthpo.core.validation import require_choice
+from lightning_ifthpo.curvature.hessian import HessianOperator
+from lightning_ifthpo.curvature.kinds import Curvature
 from lightning_ifthpo.hypergradients.implicit import implicit_hypergradient
-from lightning_ifthpo.hypergradients.result import Loss
 from lightning_ifthpo.solvers import ConjugateGradient, Direct, Solver
 
 
 def check_hypergradient(
-    inner_loss: Loss,
-    outer_loss: Loss,
+    inner_loss: LossFunction,
+    outer_loss: LossFunction,
     parameters: Sequence[Tensor],
     hyperparameters: Sequence[Tensor],
     *,
@@ -37,10 +38,9 @@ def check_hypergradient(
         hyperparameters: λ, real leaf tensors of any shape.
         curvature: As in `implicit_hypergradient`.
         solver: As in `implicit_hypergradient`.
-        reference: What to compare with: "direct" solves with the dense exact Hessian, undamped; "finite_difference"
-            moves each hyperparameter entry by ± cbrt(eps) · max(1, |λ|), solves the inner problem anew by Newton's
-            method and takes the difference of the outer losses, independent of any implicit differentiation. Use
-            float64.
+        reference: What to compare with. "direct" solves with the dense exact Hessian, undamped. "finite_difference"
+            moves each hyperparameter entry by ± cbrt(eps) · max(1, |λ|), solves the inner problem again by Newton's
+            method and takes the difference of the outer losses; it does not use implicit differentiation. Use float64.
         rtol: Largest ‖difference‖ / ‖reference‖ that passes.
 
     Raises:
@@ -55,8 +55,7 @@ def check_hypergradient(
     >>> check_hypergradient(inner, lambda: (w**2).sum(), [w], [log_decay], reference="finite_difference")
     True
     """
-    if reference not in ("direct", "finite_difference"):
-        raise ValueError(f"expected reference to be 'direct' or 'finite_difference', got {reference!r}")
+    require_choice("reference", reference, ("direct", "finite_difference"))
     losses = (inner_loss, outer_loss, parameters, hyperparameters)
     result = implicit_hypergradient(*losses, curvature=curvature, solver=solver)
     if reference == "direct":
@@ -81,28 +80,34 @@ class HypergradientMismatchError(RuntimeError):
 
 
 def _resolved_differences(
-    inner_loss: Loss, outer_loss: Loss, parameters: Sequence[Tensor], hyperparameters: Sequence[Tensor]
+    inner_loss: LossFunction,
+    outer_loss: LossFunction,
+    parameters: Sequence[Tensor],
+    hyperparameters: Sequence[Tensor],
 ) -> list[Tensor]:
-    space, result = ParameterSpace(parameters), []
+    """Returns differences of outer losses at inner minima for hyperparameters that are moved one entry at a time."""
+    outer = as_loss(outer_loss, parameters, "the outer loss")
+    result = []
     for h in hyperparameters:
-        slopes = []
+        hyper_space, slopes = ParameterSpace([h]), []
+        origin = hyper_space.values
         for index in range(h.numel()):
-            hyper_space = ParameterSpace([h])
-            origin, unit = hyper_space.values, torch.zeros(h.numel(), dtype=h.dtype, device=h.device)
+            # cbrt(eps) balances truncation and rounding of a central difference
             width = torch.finfo(h.dtype).eps ** (1 / 3) * max(1.0, abs(float(origin[index])))
+            unit = torch.zeros_like(origin)
             unit[index] = width
             ends = []
-            with space.restored(), hyper_space.restored():
+            with outer.space.restored(), hyper_space.restored():
                 for moved in (origin + unit, origin - unit):
                     hyper_space.assign(moved)
-                    _minimize(inner_loss, space)
-                    ends.append(float(loss_and_outputs(outer_loss())[0].detach()))
+                    _minimize(inner_loss, outer.space)
+                    ends.append(float(outer.value()))
             slopes.append((ends[0] - ends[1]) / (2 * width))
         result.append(torch.tensor(slopes, dtype=h.dtype, device=h.device).reshape(h.shape))
     return result
 
 
-def _minimize(loss: Loss, space: ParameterSpace) -> None:
+def _minimize(loss: LossFunction, space: ParameterSpace) -> None:
     """Moves the parameters to the minimum near them by Newton's method."""
     best = math.inf
     for _ in range(50):
@@ -110,7 +115,7 @@ def _minimize(loss: Loss, space: ParameterSpace) -> None:
         gradient = operator.gradient
         norm = float(torch.linalg.vector_norm(gradient))
         if norm >= best / 2 and norm <= math.sqrt(torch.finfo(space.dtype).eps):
-            return  # quadratic convergence has ended at rounding
+            return  # Newton's quadratic convergence has reached rounding
         best = min(best, norm)
         space.assign(space.values - Direct().solve(operator, gradient).x)
     raise RuntimeError(f"Newton's method did not solve the inner problem: gradient norm {best:.3g} after 50 steps")

@@ -8,16 +8,18 @@ from dataclasses import replace
 from torch import Tensor
 
 from lightning_ifthpo.core.autodiff import differentiable
-from lightning_ifthpo.core.space import ParameterSpace, check_real
-from lightning_ifthpo.curvature import AllReduce, Curvature, curvature_operator
-from lightning_ifthpo.hypergradients.result import Hypergradient, Loss, OuterGradient, assembled, check_used
+from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
+from lightning_ifthpo.core.space import check_real
+from lightning_ifthpo.curvature.kinds import Curvature, curvature_operator
+from lightning_ifthpo.hypergradients.result import Hypergradient, OuterGradient, check_used, combine
 from lightning_ifthpo.solvers import ConjugateGradient, Solver
 from lightning_ifthpo.solvers.diagnosis import diagnose
+from lightning_ifthpo.solvers.system import LinearSystem
 
 
 def implicit_hypergradient(
-    inner_loss: Loss,
-    outer_loss: Loss,
+    inner_loss: LossFunction | Loss,
+    outer_loss: LossFunction | Loss,
     parameters: Sequence[Tensor],
     hyperparameters: Sequence[Tensor],
     *,
@@ -26,7 +28,6 @@ def implicit_hypergradient(
     x0: Tensor | None = None,
     allow_unused: bool = False,
     diagnosed: bool = True,
-    all_reduce: AllReduce | None = None,
 ) -> Hypergradient:
     """Returns dL_V/dλ = ∂L_V/∂λ − (∂²L_T/∂w∂λᵀ)ᵀ H⁻¹ ∂L_V/∂w at the present weights and hyperparameters.
 
@@ -37,7 +38,8 @@ def implicit_hypergradient(
     Parameters that are frozen or unused have zero blocks. Neither weights nor hyperparameters nor `.grad` are changed.
 
     Args:
-        inner_loss: L_T, a callable without arguments that returns a scalar tensor, or (loss, outputs).
+        inner_loss: L_T, a callable without arguments that returns a scalar tensor, or (loss, outputs). A `Loss` where
+            examples are spread over processes: each process gives its share, and all get the same result.
         outer_loss: L_V, likewise.
         parameters: w, together [n].
         hyperparameters: λ, real leaf tensors of any shape, with or without `requires_grad`.
@@ -45,18 +47,16 @@ def implicit_hypergradient(
             "gradient_outer_product"; "kfac", which needs them too; "finite_difference", for losses without a second
             derivative, which also replaces the mixed derivative.
         solver: How the linear system is solved.
-        x0: Where the solve starts from, [n]: usually the `solution.x` of a similar problem.
+        x0: First iterate of the solve, [n]: usually the `solution.x` of a similar problem.
         allow_unused: Return zeros for hyperparameters that enter neither loss, instead of raising.
         diagnosed: Measure why a failed solve failed, by at most 60 products.
-        all_reduce: Where examples are spread over processes: sums a tensor over them. Each process then gives its share
-            of both losses, which together make the whole (a mean over its own examples times their part of all), and
-            all of them get the same result. One collective for each product, and three more.
 
     Raises:
         ValueError: If a loss is not scalar or is detached, or a hyperparameter enters neither loss.
         TypeError: If a hyperparameter is not a real floating-point tensor.
 
-    Cost: one gradient of each loss, one differentiable gradient, the solver's products, and one mixed product.
+    Cost: one gradient of each loss, one differentiable gradient, the solver's products, and one mixed product. Over
+    several processes, one collective for each product and three more.
 
     >>> import torch
     >>> w, log_decay = torch.tensor([1.0], requires_grad=True), torch.tensor(0.0)
@@ -65,19 +65,20 @@ def implicit_hypergradient(
     >>> implicit_hypergradient(inner, outer, [w], [log_decay]).gradients  # w · dw/dλ = 1 · (−2 · 1/4)
     [tensor(-0.5000)]
     """
-    space = ParameterSpace(parameters)
+    inner, outer = (
+        as_loss(loss, parameters, name) for loss, name in ((inner_loss, "the inner loss"), (outer_loss, "the outer loss"))
+    )
     for index, tensor in enumerate(hyperparameters):
         check_real(tensor, f"hyperparameter {index}")
     with differentiable(hyperparameters):
-        outer = OuterGradient.of(outer_loss, space, hyperparameters)
-        if all_reduce is not None:
-            outer = outer.summed(hyperparameters, all_reduce)
-        operator = curvature_operator(curvature, inner_loss, parameters, all_reduce)
-        solution = solver.solve(operator, outer.v, x0)
+        outer_gradient = OuterGradient.of(outer, hyperparameters)
+        operator = curvature_operator(curvature, inner, parameters)
+        solution = solver.solve(operator, outer_gradient.v, x0)
         mixed = operator.mixed_product(solution.x, hyperparameters)
-        result = assembled(outer, hyperparameters, mixed, [operator.loss], solution)
-        check_used(result, hyperparameters, allow_unused)
-        if diagnosed and not result.status.trustworthy:
-            damped = operator if isinstance(solver.damping, str) else solver.damped(operator)
-            result = replace(result, diagnosis=diagnose(damped, result.solution))
+        result = combine(outer_gradient, hyperparameters, mixed, [operator.loss], solution)
+        if not allow_unused:
+            check_used(result, hyperparameters)
+        if diagnosed and not result.status.succeeded:
+            system = LinearSystem(operator) if solver.needs_optimizer else solver.system(operator)
+            result = replace(result, diagnosis=diagnose(system, result.solution))
     return result

@@ -1,34 +1,28 @@
-"""What a hypergradient is made of, and what is known of its quality."""
+"""The terms of a hypergradient, with the residual and status of its linear solve."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightning_ifthpo.core.autodiff import vjp
-from lightning_ifthpo.core.loss import LossValue, check_loss, loss_and_outputs
-from lightning_ifthpo.core.space import ParameterSpace
-from lightning_ifthpo.curvature import AllReduce
-from lightning_ifthpo.curvature.distributed import summed
+from lightning_ifthpo.core.loss import Loss
 from lightning_ifthpo.solvers import SolveResult, Status
-
-Loss: TypeAlias = Callable[[], LossValue]
 
 
 @dataclass(frozen=True)
 class Hypergradient:
-    """dL_V/dλ and what is known of its quality.
+    """dL_V/dλ with the residual and status of its linear solve.
 
     Attributes:
         direct: ∂L_V/∂λ, shaped like the hyperparameters.
         indirect: −(∂²L_T/∂w∂λᵀ)ᵀ q with q ≈ H⁻¹ ∂L_V/∂w, shaped like the hyperparameters.
         outer_loss: L_V, a scalar.
-        solution: How q was found; `solution.x` is q, [n].
-        diagnosis: Why the solve failed and what to do; empty where it did not.
+        solution: The linear solve; `solution.x` is q, [n].
+        diagnosis: Why the solve failed and what to do; empty if it succeeded.
         unused: Indices of hyperparameters that enter neither loss; their gradients are zero.
     """
 
@@ -51,49 +45,50 @@ class Hypergradient:
 
     @property
     def products(self) -> int:
-        """Curvature products that the solution is made of."""
+        """Curvature products that led to the solution."""
         return self.solution.products
 
     @property
     def status(self) -> Status:
-        """How the linear solve ended; NONFINITE if anything else came out as NaN or infinity."""
+        """How the linear solve ended; NONFINITE if a loss or a gradient is NaN or infinite."""
         return self.solution.status
 
 
 @dataclass(frozen=True)
 class OuterGradient:
-    """L_V, v = ∂L_V/∂w as a flat vector and ∂L_V/∂λ, detached."""
+    """The outer loss and its gradients, detached.
+
+    Attributes:
+        value: L_V, a scalar.
+        v: ∂L_V/∂w, [n].
+        direct: ∂L_V/∂λ, shaped like the hyperparameters; `None` where L_V does not depend on one.
+    """
 
     value: Tensor
     v: Tensor
     direct: list[Tensor | None]
 
     @classmethod
-    def of(cls, loss: Loss, space: ParameterSpace, hyperparameters: Sequence[Tensor]) -> OuterGradient:
-        """Returns those of a loss, by one gradient."""
-        value, _ = loss_and_outputs(loss())
-        check_loss(value, "the outer loss")
-        gradients = vjp([value], [*space.tensors, *hyperparameters])
-        count = len(space.tensors)
-        return cls(value.detach(), space.flatten(gradients[:count]), gradients[count:])
-
-    def summed(self, hyperparameters: Sequence[Tensor], all_reduce: AllReduce) -> OuterGradient:
-        """Returns those of the sum of all processes' losses, by one collective."""
-        parts = [self.value, self.v, *self.direct]
-        value, v, *direct = summed(parts, [self.value, self.v, *hyperparameters], all_reduce)
+    def of(cls, loss: Loss, hyperparameters: Sequence[Tensor]) -> OuterGradient:
+        """Returns the gradients of a loss, by one gradient; over several processes by one collective."""
+        own, _ = loss.evaluate()
+        gradients = vjp([own], [*loss.parameters, *hyperparameters])
+        flat = loss.space.flatten(gradients[: len(loss.parameters)])
+        parts = [own.detach(), flat, *gradients[len(loss.parameters) :]]
+        value, v, *direct = loss.combine_list(parts, [own, flat, *hyperparameters])
         assert value is not None
         assert v is not None
-        return OuterGradient(value, v, direct)
+        return cls(value, v, direct)
 
 
-def assembled(
+def combine(
     outer: OuterGradient,
     hyperparameters: Sequence[Tensor],
     mixed: Sequence[Tensor | None],
     inner_losses: Sequence[Tensor],
     solution: SolveResult,
 ) -> Hypergradient:
-    """Puts both terms together; NaN or infinity anywhere shows in the status."""
+    """Returns the hypergradient from its terms; NaN or infinity in any of them makes the status NONFINITE."""
     direct = [torch.zeros_like(h) if d is None else d for h, d in zip(hyperparameters, outer.direct, strict=True)]
     indirect = [torch.zeros_like(h) if m is None else -m for h, m in zip(hyperparameters, mixed, strict=True)]
     if not all(bool(torch.isfinite(t).all()) for t in [outer.value, *inner_losses, *direct, *indirect]):
@@ -103,9 +98,9 @@ def assembled(
     return Hypergradient(direct, indirect, outer.value, solution, unused=unused)
 
 
-def check_used(result: Hypergradient, hyperparameters: Sequence[Tensor], allow_unused: bool) -> None:
-    """Raises ValueError if a hyperparameter enters neither loss, unless that is allowed."""
-    if result.unused and not allow_unused:
+def check_used(result: Hypergradient, hyperparameters: Sequence[Tensor]) -> None:
+    """Raises ValueError if a hyperparameter enters neither loss."""
+    if result.unused:
         index = result.unused[0]
         raise ValueError(
             f"hyperparameter {index}, of shape {tuple(hyperparameters[index].shape)}, does not influence the gradient "

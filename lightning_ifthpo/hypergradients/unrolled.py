@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,17 +13,16 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from lightning_ifthpo.core.autodiff import add, differentiable, gradients_on, vjp
-from lightning_ifthpo.core.loss import LossGraph, LossValue, loss_and_outputs
-from lightning_ifthpo.core.random_state import RandomState
+from lightning_ifthpo.core.loss import Loss, LossFunction
 from lightning_ifthpo.core.space import ParameterSpace
 from lightning_ifthpo.core.validation import require_at_least
-from lightning_ifthpo.hypergradients.result import Hypergradient, OuterGradient, assembled, check_used
+from lightning_ifthpo.hypergradients.result import Hypergradient, OuterGradient, check_used, combine
 from lightning_ifthpo.solvers import SolveResult, Status
 
 
 def unrolled_hypergradient(
-    inner_loss: Callable[[], LossValue],
-    outer_loss: Callable[[], LossValue],
+    inner_loss: LossFunction,
+    outer_loss: LossFunction,
     parameters: Sequence[Tensor],
     hyperparameters: Sequence[Tensor],
     *,
@@ -70,33 +69,38 @@ def unrolled_hypergradient(
         raise ValueError(f"expected a finite lr > 0, got {lr!r}")
     space = ParameterSpace(parameters)
     update = _Update(optimizer or SGD(list(parameters), lr=lr or 0.0), space)
-    visited: list[tuple[Tensor, _State, RandomState]] = []
+    visited: list[tuple[Loss, Tensor, _State]] = []
     losses: list[Tensor] = []
     with differentiable(hyperparameters), space.restored():
         state = update.initial_state
         for _ in range(steps):
-            weights = space.values
-            visited.append((weights, state, RandomState(space.device)))
-            graph = LossGraph(loss_and_outputs(inner_loss())[0], parameters)
-            losses.append(graph.loss.detach())
+            loss, weights = Loss(inner_loss, parameters, name="the inner loss"), space.values
+            visited.append((loss, weights, state))
+            graph = loss.graph()
+            losses.append(graph.value.detach())
             weights, state = update.step(weights, graph.gradient, state)
             space.assign(weights)
-        outer = OuterGradient.of(outer_loss, space, hyperparameters)
+        outer = OuterGradient.of(Loss(outer_loss, parameters, name="the outer loss"), hyperparameters)
         adjoint, q = outer.v, torch.zeros_like(outer.v)
         state_adjoints: dict[tuple[int, str], Tensor] = {}
         mixed: list[Tensor | None] = [None] * len(hyperparameters)
-        for weights, state, random_state in reversed(visited):
+        for loss, weights, state in reversed(visited):
             space.assign(weights)
-            with random_state.replayed():
-                graph = LossGraph(loss_and_outputs(inner_loss())[0], parameters)
-            kept, pulled, state_adjoints = update.pulled_back(weights, graph.gradient, state, adjoint, state_adjoints)
-            mixed = add(mixed, graph.mixed_product(-pulled, hyperparameters))
-            adjoint, q = kept + graph.hessian_product(pulled), q - pulled
-    residual = float(torch.linalg.vector_norm(adjoint) / torch.linalg.vector_norm(outer.v).clamp_min(1e-300))
-    solution = SolveResult(q, residual, steps - 1, Status.COMPLETE, checks=1, step_size=lr)
-    result = assembled(outer, hyperparameters, mixed, losses, solution)
-    check_used(result, hyperparameters, allow_unused=False)
+            graph = loss.graph()
+            kept, moved, state_adjoints = update.vjp_step(weights, graph.gradient, state, adjoint, state_adjoints)
+            mixed = add(mixed, graph.mixed_product(-moved, hyperparameters))
+            adjoint, q = kept + graph.hessian_product(moved), q - moved
+    residual = _relative_norm(adjoint, outer.v)
+    solution = SolveResult(q, residual, steps - 1, Status.COMPLETE, extra_products=1, step_size=lr)
+    result = combine(outer, hyperparameters, mixed, losses, solution)
+    check_used(result, hyperparameters)
     return result
+
+
+def _relative_norm(vector: Tensor, reference: Tensor) -> float:
+    """Returns ‖vector‖ / ‖reference‖; zero where both are zero, as with an outer loss that does not use the weights."""
+    norm, scale = (float(torch.linalg.vector_norm(each)) for each in (vector, reference))
+    return norm / scale if scale else norm
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ class _Update:
                 "pass lr, for gradient descent"
             )
         self._groups = [groups[id(tensor)] for tensor in space.tensors]
-        self.initial_state = self._kept(
+        self.initial_state = self._copied(
             [
                 ((index, name), value)
                 for index, tensor in enumerate(space.tensors)
@@ -133,9 +137,9 @@ class _Update:
     def step(self, weights: Tensor, gradient: Tensor, state: _State) -> tuple[Tensor, _State]:
         """Returns weights and state after a step."""
         _, after, entries = self._traced(weights, gradient, state)
-        return self._space.flatten(after), self._kept(entries)
+        return self._space.flatten(after), self._copied(entries)
 
-    def pulled_back(
+    def vjp_step(
         self,
         weights: Tensor,
         gradient: Tensor,
@@ -150,10 +154,10 @@ class _Update:
             *self._space.split(adjoint),
             *(state_adjoints[key] for key, _ in entries if key in state_adjoints),
         ]
-        pulled = vjp(outputs, inputs, cotangents)
+        gradients = vjp(outputs, inputs, cotangents)
         count = len(self._space.tensors)
-        before = {key: part for key, part in zip(state.tensors, pulled[2 * count :], strict=True) if part is not None}
-        return self._space.flatten(pulled[:count]), self._space.flatten(pulled[count : 2 * count]), before
+        before = {key: part for key, part in zip(state.tensors, gradients[2 * count :], strict=True) if part is not None}
+        return self._space.flatten(gradients[:count]), self._space.flatten(gradients[count : 2 * count]), before
 
     def _traced(
         self, weights: Tensor, gradient: Tensor, state: _State
@@ -189,7 +193,7 @@ class _Update:
         """Returns the learning rate where the constructor insists on one; the groups have their own."""
         return {"lr": 1e-3} if "lr" in inspect.signature(type(self._optimizer).__init__).parameters else {}
 
-    def _kept(self, entries: list[tuple[tuple[int, str], Any]]) -> _State:
+    def _copied(self, entries: list[tuple[tuple[int, str], Any]]) -> _State:
         """Returns copies of the entries of a state, sorted by whether they are shaped like weights."""
         tensors, others = {}, {}
         for (index, name), value in entries:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.data import extract_batch_size
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
@@ -39,3 +41,11 @@ def _transfer_hook_owner(trainer: L.Trainer, module: Any) -> Any:
 def data_module(trainer: L.Trainer) -> Any:
     """Returns the LightningDataModule in use, if any."""
     return getattr(trainer, "datamodule", None)
+
+
+def batch_size(batch: Any) -> int | None:
+    """Returns the number of examples, as Lightning counts them; None where it cannot."""
+    try:
+        return extract_batch_size(batch)
+    except MisconfigurationException:
+        return None

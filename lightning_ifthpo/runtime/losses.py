@@ -1,77 +1,108 @@
-"""A module's losses as functions of a batch."""
+"""The losses of a module during a fit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import lightning as L
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ifthpo.core.autodiff import gradients_on
-from lightning_ifthpo.module import training_loss
+from lightning_ifthpo.core.loss import Loss
 from lightning_ifthpo.runtime.batches import copied
+from lightning_ifthpo.runtime.distributed import Ranks
 from lightning_ifthpo.runtime.isolation import twice_differentiable, undisturbed
+from lightning_ifthpo.runtime.precision import CurvaturePrecision, is_autocast, precision_of
 from lightning_ifthpo.runtime.sharding import unsharded
+from lightning_ifthpo.training_loss import training_loss
 
-CurvaturePrecision: TypeAlias = Literal["32", "inherit"]
-BY_DIFFERENCES = ("finite_difference", "three_point")  # of gradients or of losses
+BY_DIFFERENCES = ("finite_difference", "three_point")  # of gradients, of losses
 
 
-class Losses:
-    """A module's losses as functions of a batch, in the precision and the mode that belong to them.
+class ModuleLosses:
+    """A module's losses on batches, as `Loss` objects that know this process's share.
 
-    Make one inside `undisturbed`. The inner loss is evaluated in the modes the module was found in, the outer loss in
-    eval mode, as in validation. A mode lasts until the next evaluation, because activation checkpointing repeats the
-    forward pass during the backward pass.
+    Open a `session`, and evaluate and differentiate losses inside it. The inner loss is evaluated in the train/eval
+    modes in which the session found the module, the outer loss in eval mode, as in validation. A mode lasts until the
+    next evaluation, because activation checkpointing repeats the forward pass during the backward pass.
 
     Args:
-        trainer: Whose precision plugin is used.
+        trainer: The Trainer, during a fit.
         module: The module, with an inner loss or a training step, and with `outer_loss` where that is evaluated.
+        ranks: The processes among which batches are split; None if every process has losses of its own.
         precision: "32" evaluates without autocast; "inherit" as training does.
     """
 
-    def __init__(self, trainer: L.Trainer, module: Any, precision: CurvaturePrecision) -> None:
+    def __init__(self, trainer: L.Trainer, module: Any, ranks: Ranks | None, precision: CurvaturePrecision = "32") -> None:
+        self._trainer = trainer
         self._module = module
-        self._modes = {submodule: submodule.training for submodule in module.modules()}
-        plugin = trainer.precision_plugin
-        autocasts = "mixed" in str(plugin.precision)
-        self._context = _no_context if autocasts and precision == "32" else plugin.forward_context
+        self._ranks = ranks
+        self._modes: dict[nn.Module, bool] = {}
+        autocasts = "mixed" in precision_of(trainer) and not is_autocast(trainer, precision)
+        self._forward_context = nullcontext if autocasts else trainer.precision_plugin.forward_context
 
-    def inner(self, batch: Any) -> Callable[[], Tensor]:
-        """Returns the inner loss on a batch, as a callable without arguments."""
-        return lambda: self._evaluate(partial(training_loss, self._module), batch, training=True)
+    @contextmanager
+    def session(self, seed: int, curvature: str) -> Iterator[None]:
+        """Lets losses be evaluated and differentiated inside the block; their side effects are undone after it.
 
-    def outer(self, batch: Any) -> Callable[[], Tensor]:
-        """Returns the outer loss on a batch, as a callable without arguments."""
-        return lambda: self._evaluate(self._module.outer_loss, batch, training=False)
+        Args:
+            seed: Seed of the random numbers that the losses draw.
+            curvature: Kind of curvature; those that are not differences need kernels with a second derivative.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(unsharded(self._module))
+            stack.enter_context(undisturbed(self._trainer, self._module, seed))
+            stack.enter_context(gradients_on())
+            if curvature not in BY_DIFFERENCES:
+                stack.enter_context(twice_differentiable(self._module))
+            self._modes = {submodule: submodule.training for submodule in self._module.modules()}
+            yield
+
+    def inner(
+        self,
+        batch: Any,
+        *,
+        scale: float = 1.0,
+        session: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> Loss:
+        """Returns the inner loss on a batch."""
+        function = partial(self._evaluate, partial(training_loss, self._module), batch, training=True)
+        return self._loss(function, batch, "inner_loss", scale, session)
+
+    def outer(self, batch: Any, *, scale: float = 1.0) -> Loss:
+        """Returns the outer loss on a batch."""
+        function = partial(self._evaluate, self._module.outer_loss, batch, training=False)
+        return self._loss(function, batch, "outer_loss", scale)
+
+    def _loss(
+        self,
+        function: Callable[[], Tensor],
+        batch: Any,
+        name: str,
+        scale: float,
+        session: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> Loss:
+        return Loss(
+            function,
+            trainable(self._module),
+            name=name,
+            share=1.0 if self._ranks is None else self._ranks.share_of(batch),
+            all_reduce=None if self._ranks is None else self._ranks.sum_over_ranks,
+            scale=scale,
+            session=session,
+        )
 
     def _evaluate(self, loss: Callable[[Any], Tensor], batch: Any, *, training: bool) -> Tensor:
         for submodule, mode in self._modes.items():
             submodule.training = mode and training
-        with self._context():
+        with self._forward_context():
             return loss(copied(batch))
 
 
-@contextmanager
-def evaluating(
-    trainer: L.Trainer, module: L.LightningModule, seed: int, curvature: str, precision: CurvaturePrecision = "32"
-) -> Iterator[Losses]:
-    """Gives a module's losses, to be differentiated twice unless by differences; nothing they do is kept.
-
-    Inside the block the module is whole: take its parameters there.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(unsharded(module))
-        stack.enter_context(undisturbed(trainer, module, seed))
-        stack.enter_context(gradients_on())
-        if curvature not in BY_DIFFERENCES:
-            stack.enter_context(twice_differentiable(module))
-        yield Losses(trainer, module, precision)
-
-
-@contextmanager
-def _no_context() -> Iterator[None]:
-    yield
+def trainable(module: Any) -> list[nn.Parameter]:
+    """Returns the weights of a module that require a gradient, without hyperparameters."""
+    parameters = module.inner_parameters() if hasattr(module, "inner_parameters") else module.parameters()
+    return [parameter for parameter in parameters if parameter.requires_grad]

@@ -1,53 +1,45 @@
-"""Keeping gradients that pass through float16 from becoming zero."""
+"""What the Trainer's precision means for derivatives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Literal, TypeAlias
 
 import lightning as L
-from torch import Tensor
 
-from lightning_ifthpo.curvature import AllReduce
+CurvaturePrecision: TypeAlias = Literal["32", "inherit"]
 
-LARGEST = 2.0**16
-"""Where GradScaler begins, too."""
+FIRST_LOSS_SCALE = 2.0**16
+"""torch's GradScaler starts from the same factor."""
 
 
-def passes_through_float16(trainer: L.Trainer, precision: str) -> bool:
-    """Returns whether gradients are computed in float16, where small ones are zero."""
-    kind = str(trainer.precision_plugin.precision)
+def precision_of(trainer: L.Trainer) -> str:
+    """Returns the name of the Trainer's precision, such as "bf16-mixed"."""
+    return str(trainer.precision_plugin.precision)
+
+
+def has_half_weights(trainer: L.Trainer) -> bool:
+    """Returns whether the Trainer keeps the weights in half precision."""
+    return precision_of(trainer) in ("16-true", "bf16-true")
+
+
+def is_autocast(trainer: L.Trainer, precision: CurvaturePrecision) -> bool:
+    """Returns whether losses are evaluated under autocast."""
+    return "mixed" in precision_of(trainer) and precision == "inherit"
+
+
+def passes_through_float16(trainer: L.Trainer, precision: CurvaturePrecision) -> bool:
+    """Returns whether gradients are computed in float16, which rounds small ones to zero."""
+    kind = precision_of(trainer)
     return kind == "16-true" or (kind == "16-mixed" and precision == "inherit")
 
 
-class LossScale:
-    """A power of two by which a loss is multiplied, and all that is linear in the loss is divided again.
+def loss_scales(first: float) -> list[float]:
+    """Returns a loss scale and smaller ones to try where products overflow, down to 1.
 
-    It has nothing to do with the Trainer's GradScaler, whose state belongs to training.
-
-    Args:
-        factor: The power of two; 1 changes nothing.
-
-    >>> scale = LossScale(8.0)
-    >>> scale.scaled(lambda: 3.0)()
-    24.0
+    They fall by 16 = 2⁴, so that five evaluations reach 1 from 2¹⁶. The Trainer's GradScaler is not involved: its state
+    belongs to training.
     """
-
-    def __init__(self, factor: float) -> None:
-        self.factor = factor
-
-    def scaled(self, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Returns the loss, multiplied."""
-        return loss if self.factor == 1.0 else lambda: self.factor * loss()
-
-    def divided(self, all_reduce: AllReduce | None) -> AllReduce | None:
-        """Returns what sums over processes, and divides."""
-        if self.factor == 1.0:
-            return all_reduce
-        return lambda part: (part.detach() if all_reduce is None else all_reduce(part)) / self.factor
-
-    def smaller(self) -> list[LossScale]:
-        """Returns this one, and smaller ones to try where products overflow."""
-        factors = [self.factor]
-        while factors[-1] > 1.0:
-            factors.append(max(1.0, factors[-1] / 16.0))
-        return list(map(LossScale, factors))
+    scales = [first]
+    while scales[-1] > 1.0:
+        scales.append(max(1.0, scales[-1] / 16.0))
+    return scales

@@ -1,4 +1,4 @@
-"""What must hold before the first batch: errors for people, while nothing is lost."""
+"""What must hold before the first batch; a requirement that fails is an error that says what to do."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lightning_ifthpo.core.random_state import isolated
-from lightning_ifthpo.hyperparameters import WeightDecay
-from lightning_ifthpo.module import BilevelLightningModule, has_inner_loss
+from lightning_ifthpo.module import BilevelLightningModule
 from lightning_ifthpo.optimizers.update_rule import is_known
 from lightning_ifthpo.runtime.batches import data_module
 from lightning_ifthpo.runtime.distributed import is_gathered, is_replicated
-from lightning_ifthpo.runtime.losses import BY_DIFFERENCES
-from lightning_ifthpo.runtime.precision import passes_through_float16
+from lightning_ifthpo.runtime.losses import BY_DIFFERENCES, trainable
+from lightning_ifthpo.runtime.precision import CurvaturePrecision, has_half_weights, is_autocast, precision_of
 from lightning_ifthpo.runtime.sharding import is_sharded
+from lightning_ifthpo.training_loss import has_inner_loss, has_training_step
 
 
 def check_module(trainer: L.Trainer, module: Any, unfrozen: Iterable[str]) -> None:
@@ -53,19 +53,19 @@ def check_module(trainer: L.Trainer, module: Any, unfrozen: Iterable[str]) -> No
         )
     if type(module).outer_loss is BilevelLightningModule.outer_loss:
         raise ValueError(f"{name} has no outer_loss(batch): define what the hyperparameters minimize")
-    if not module.defines_inner_loss and not module.trains_by_itself:
+    if not has_inner_loss(module) and not has_training_step(module):
         raise ValueError(f"{name} has neither inner_loss(batch) nor training_step: define what the weights minimize")
     check_repeatable(module)
     _check_optimizers(trainer, module, set(unfrozen))
 
 
 def check_strategy(trainer: L.Trainer, callback: str, *, gathers: bool = False) -> None:
-    """Raises ValueError if the Trainer spreads the model over devices in a way that a callback cannot follow.
+    """Raises ValueError if the Trainer spreads the model over devices in a way that a callback does not support.
 
     Args:
         trainer: The Trainer, with its strategy set up.
-        callback: Who asks.
-        gathers: Whether weights may be spread, to be put together.
+        callback: Name of the callback that asks.
+        gathers: Whether the callback can gather sharded weights.
     """
     if trainer.world_size == 1 or is_replicated(trainer.strategy) or (gathers and is_gathered(trainer.strategy)):
         return
@@ -77,7 +77,7 @@ def check_strategy(trainer: L.Trainer, callback: str, *, gathers: bool = False) 
 
 
 def check_observed(trainer: L.Trainer, module: Any, top_k: int) -> None:
-    """Raises ValueError unless so many eigenvalues of the module's loss can be measured in this Trainer."""
+    """Raises ValueError unless `top_k` eigenvalues of the module's loss can be measured in this Trainer."""
     check_strategy(trainer, "SharpnessMonitor", gathers=True)
     name = type(module).__name__
     weights = trainable(module)
@@ -88,11 +88,6 @@ def check_observed(trainer: L.Trainer, module: Any, top_k: int) -> None:
         raise ValueError(f"top_k={top_k} eigenvalues are asked for, and {name} has {size} trainable weights")
     check_real_weights(module, weights)
     check_repeatable(module)
-
-
-def trainable(module: Any) -> list[nn.Parameter]:
-    """Returns the parameters of a module that require a gradient."""
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def check_real_weights(module: Any, weights: Iterable[Tensor]) -> None:
@@ -139,24 +134,13 @@ def find_outer_data(trainer: L.Trainer, module: Any, given: Iterable[Any] | None
     return validation  # type: ignore[no-any-return]
 
 
-def is_half(trainer: L.Trainer) -> bool:
-    """Returns whether weights are in half precision."""
-    return str(trainer.precision_plugin.precision) in ("16-true", "bf16-true")
-
-
-def check_precision(trainer: L.Trainer, curvature: str, precision: str) -> None:
-    """Raises ValueError where a difference would be nothing but rounding, or nothing can be computed at all."""
-    kind = str(trainer.precision_plugin.precision)
-    needy = (*BY_DIFFERENCES, "kfac")  # which decomposes matrices
-    if curvature == "gradient_outer_product" and passes_through_float16(trainer, precision):
+def check_precision(trainer: L.Trainer, curvature: str, precision: CurvaturePrecision = "32") -> None:
+    """Raises ValueError where a difference would be only rounding, or a decomposition needs float32."""
+    needs_float32 = (*BY_DIFFERENCES, "kfac")
+    if curvature in needs_float32 and (has_half_weights(trainer) or is_autocast(trainer, precision)):
         raise ValueError(
-            f"curvature={curvature!r} is no mean over losses that could be scaled for float16; use precision='32' in "
-            "the callback, or another curvature"
-        )
-    if curvature in needy and (is_half(trainer) or ("mixed" in kind and precision == "inherit")):
-        raise ValueError(
-            f"curvature={curvature!r} needs float32, and the Trainer's precision is {kind!r}: use precision='32' "
-            "in the callback with a mixed precision of the Trainer, or curvature='hessian'"
+            f"curvature={curvature!r} needs float32, and the Trainer's precision is {precision_of(trainer)!r}: use "
+            "precision='32' in the callback with a mixed precision of the Trainer, or curvature='hessian'"
         )
 
 
@@ -172,7 +156,7 @@ def _check_optimizers(trainer: L.Trainer, module: BilevelLightningModule, unfroz
                         "configure_optimizers, which would train it on the inner loss; build it from "
                         "self.inner_parameters(), or leave the hyperparameter frozen"
                     )
-            _check_decay(module, group["lr"])
+            _ask_modules(module, float(group["lr"]))
             if group.get("maximize"):
                 raise ValueError(
                     "the inner optimizer maximizes; hypergradients are for an inner loss that is minimized"
@@ -184,19 +168,15 @@ def _check_optimizers(trainer: L.Trainer, module: BilevelLightningModule, unfroz
             )
 
 
-def _check_decay(module: Any, lr: float | Tensor) -> None:
-    parameters = {id(parameter) for parameter in module.parameters()}
+def _ask_modules(module: Any, lr: float) -> None:
+    """Lets submodules that have a `check_training(parameters, lr)` raise, and adds their names to the message."""
+    parameters = list(module.parameters())
     for name, submodule in module.named_modules():
-        if isinstance(submodule, WeightDecay) and not all(id(weight) in parameters for weight in submodule.weights):
-            raise ValueError(
-                f"WeightDecay {name!r} decays tensors that are no parameters of the module any more; make it anew "
-                "after weights were replaced (load_state_dict(assign=True), pruning, parametrizations)"
-            )
-        if isinstance(submodule, WeightDecay) and float(lr) * submodule.maximum >= 2.0:
-            raise ValueError(
-                f"WeightDecay {name!r} may reach {submodule.maximum:g}, and with the learning rate {float(lr):g} "
-                f"a decay of 2/lr = {2.0 / float(lr):g} makes training diverge; pass maximum={1.0 / float(lr):g}"
-            )
+        if hasattr(submodule, "check_training"):
+            try:
+                submodule.check_training(parameters, lr)
+            except ValueError as error:
+                raise ValueError(f"hyperparameter {name!r}: {error}") from error
 
 
 def _call(owner: object, method: str) -> Any:

@@ -1,4 +1,4 @@
-"""The exact solution by the dense matrix: the reference for all others."""
+"""The exact solution by the dense matrix, the reference for the other solvers."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 
 from lightning_ifthpo.core.validation import require_at_least
-from lightning_ifthpo.curvature.base import CurvatureOperator, InvertibleOperator, undamped
-from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, measured_residual, status_without_tolerance
+from lightning_ifthpo.curvature.base import InvertibleOperator
+from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, status_without_tolerance
+from lightning_ifthpo.solvers.system import LinearSystem
 
 
 @dataclass(frozen=True)
 class Direct(Solver):
     """A⁻¹b, exactly; the shortest least-squares solution where A is singular.
 
-    From the closed form of a curvature that has one ("gradient_outer_product"), at no cost but a check of the residual.
-    Else from the eigendecomposition of the dense matrix: n products, n² memory and n³ operations. It does not ask for
-    the sign of A.
+    A curvature with a closed form ("gradient_outer_product", "kfac") is inverted by it, and one extra product measures
+    the residual. Otherwise the dense matrix is diagonalized: n products, n² memory and n³ operations. A may be
+    indefinite.
 
     Attributes:
         max_size: Largest n that is accepted for a dense matrix.
@@ -34,19 +35,18 @@ class Direct(Solver):
         super().__post_init__()
         require_at_least("max_size", self.max_size, 1)
 
-    def _solve(self, operator: CurvatureOperator, b: Tensor, x0: Tensor | None) -> SolveResult:
-        bare, delta = undamped(operator)
-        if isinstance(bare, InvertibleOperator):
-            x = bare.solve(b, delta)
-            residual = measured_residual(operator, x, b)
-            return SolveResult(x, residual, 0, status_without_tolerance(residual, b.dtype), checks=1)
-        size = operator.size
+    def _solve(self, system: LinearSystem, b: Tensor, x0: Tensor | None) -> SolveResult:
+        if isinstance(system.operator, InvertibleOperator):
+            x = system.operator.solve(b, system.damping)
+            residual = system.relative_residual(x, b)
+            return SolveResult(x, residual, 0, status_without_tolerance(residual, b.dtype), extra_products=1)
+        size = len(b)
         if size > self.max_size:
             raise ValueError(
                 f"Direct would need a dense {size} × {size} matrix, and max_size is {self.max_size}; use "
                 "ConjugateGradient or MinimumResidual"
             )
-        matrix = operator.to_dense()
+        matrix = system.matrix.to_dense()
         if not bool(torch.isfinite(matrix).all()):
             return SolveResult(torch.zeros_like(b), torch.nan, size, Status.NONFINITE)
         values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)

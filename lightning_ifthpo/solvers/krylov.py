@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_ifthpo.core.validation import require_at_least, require_fraction
-from lightning_ifthpo.curvature.base import CurvatureOperator
-from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, measured_residual
+from lightning_ifthpo.solvers.base import Solver, SolveResult, Status
 from lightning_ifthpo.solvers.nystrom import Nystrom
+from lightning_ifthpo.solvers.system import LinearSystem
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,17 @@ class _Krylov(Solver):
     def _unconverged(self) -> Status:
         return Status.COMPLETE if self.rtol is None else Status.MAX_ITERATIONS
 
-    def _verified(self, operator: CurvatureOperator, b: Tensor, result: SolveResult) -> SolveResult:
-        """Returns the result with its true residual, which a long recursion drifts away from (measured: after 20)."""
+    def _verified(self, system: LinearSystem, b: Tensor, result: SolveResult) -> SolveResult:
+        """Returns the result with its true residual; that of the recursion drifts away after some 20 products."""
         if result.products <= 20 or result.status is Status.NONFINITE:
             return result
-        residual = measured_residual(operator, result.x, b)
+        residual = system.relative_residual(result.x, b)
         status: Status = result.status
         if self.rtol is not None and residual > 2.0 * self._tolerance(b.dtype):
             status = Status.MAX_ITERATIONS if status is Status.CONVERGED else status
-        if status.trustworthy and residual > 1.0:
+        if status.succeeded and residual > 1.0:
             status = Status.DIVERGED  # worse than zero
-        return replace(result, relative_residual=residual, status=status, checks=result.checks + 1)
+        return replace(result, relative_residual=residual, status=status, extra_products=result.extra_products + 1)
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,11 @@ class ConjugateGradient(_Krylov):
         if self.preconditioner is not None and self.preconditioner.damping != 0.0:
             raise ValueError("a preconditioner takes the damping of the solver; leave its own at zero")
 
-    def _solve(self, operator: CurvatureOperator, b: Tensor, x0: Tensor | None) -> SolveResult:
-        x, residual, products = _start(operator, b, x0)
+    def _solve(self, system: LinearSystem, b: Tensor, x0: Tensor | None) -> SolveResult:
+        x, residual, products = _start(system, b, x0)
         precondition: Callable[[Tensor], Tensor] = lambda v: v  # noqa: E731
         if self.preconditioner is not None:
-            approximation = self.preconditioner.approximation(operator)
+            approximation = self.preconditioner.approximation(system)
             precondition, products = approximation.precondition, products + approximation.products
         direction = precondition(residual)
         squared, slope = torch.stack([residual @ residual, residual @ direction]).tolist()
@@ -89,7 +89,7 @@ class ConjugateGradient(_Krylov):
         for _ in range(self.max_iterations):
             if not math.sqrt(squared) > tolerance:
                 break
-            image = operator.matvec(direction)
+            image = system.matvec(direction)
             products += 1
             along = direction @ image
             step = slope / along
@@ -109,7 +109,7 @@ class ConjugateGradient(_Krylov):
             squared, slope = new_squared, new_slope
         if math.sqrt(squared) <= tolerance:
             status = Status.CONVERGED
-        return self._verified(operator, b, SolveResult(x, math.sqrt(squared), products, status))
+        return self._verified(system, b, SolveResult(x, math.sqrt(squared), products, status))
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ class MinimumResidual(_Krylov):
     tensor([ 1.0000, -0.5000])
     """
 
-    def _solve(self, operator: CurvatureOperator, b: Tensor, x0: Tensor | None) -> SolveResult:
-        x, residual, products = _start(operator, b, x0)
+    def _solve(self, system: LinearSystem, b: Tensor, x0: Tensor | None) -> SolveResult:
+        x, residual, products = _start(system, b, x0)
         error = float(torch.linalg.vector_norm(residual))
         tolerance, eps, status = self._tolerance(b.dtype), torch.finfo(b.dtype).eps, self._unconverged()
         # Lanczos vectors v, directions d (the columns of V R⁻¹), and the last two of the rotations that make R
@@ -143,7 +143,7 @@ class MinimumResidual(_Krylov):
         for _ in range(self.max_iterations):
             if not abs(signed_error) > tolerance:
                 break
-            image = operator.matvec(v) - beta * v_old
+            image = system.matvec(v) - beta * v_old
             products += 1
             projection = v @ image
             image = image - projection * v
@@ -162,11 +162,11 @@ class MinimumResidual(_Krylov):
             v_old, v, beta = v, image / max(beta_new, torch.finfo(b.dtype).tiny), beta_new
         if abs(signed_error) <= tolerance:
             status = Status.CONVERGED
-        return self._verified(operator, b, SolveResult(x, abs(signed_error), products, status))
+        return self._verified(system, b, SolveResult(x, abs(signed_error), products, status))
 
 
-def _start(operator: CurvatureOperator, b: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor, int]:
+def _start(system: LinearSystem, b: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor, int]:
     """Returns the first iterate, its residual, and the products spent on it."""
     if x0 is None or not bool(x0.any()):
         return torch.zeros_like(b), b, 0
-    return x0, b - operator.matvec(x0), 1
+    return x0, b - system.matvec(x0), 1

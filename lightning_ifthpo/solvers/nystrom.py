@@ -1,4 +1,4 @@
-"""Nyström approximations: the curvature as it shows in a few random directions."""
+"""Nyström approximations: low-rank curvature from products with a few random directions."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import torch
 from torch import Tensor
 
 from lightning_ifthpo.core.validation import require_at_least
-from lightning_ifthpo.curvature.base import CurvatureOperator, undamped
-from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, measured_residual, status_without_tolerance
+from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, status_without_tolerance
+from lightning_ifthpo.solvers.system import LinearSystem
 
 
 @dataclass(frozen=True)
 class Nystrom(Solver):
     """(U Λ Uᵀ + δI)⁻¹ b, with the r largest eigenvalues of A as seen in r random directions (Frangella et al. 2023).
 
-    For positive semi-definite curvature with few large eigenvalues. Where r directions do not span A, what they miss is
-    inverted as if A were zero there, by 1/δ: the damping has to be of the size of the eigenvalues that are left out.
-    Directions of negative curvature are left out, with status NEGATIVE_CURVATURE.
+    For positive semi-definite curvature with few large eigenvalues. Outside of the span of the r directions A counts as
+    zero, and 1/δ is its inverse there: the damping has to be of the size of the eigenvalues that are left out.
+    Directions of negative curvature are left out too, and the status is then NEGATIVE_CURVATURE.
 
-    Cost: r products and r vectors of memory; one check measures the residual.
+    Cost: r products and r vectors of memory; one extra product measures the residual.
 
     Attributes:
         rank: r.
-        seed: Of the random directions, the same at every solve.
+        seed: Seed of the random directions, which are the same at every solve.
 
     >>> from lightning_ifthpo.curvature import MatrixOperator
     >>> matrix = torch.diag(torch.tensor([4.0, 1.0, 0.0]))
@@ -40,16 +40,16 @@ class Nystrom(Solver):
         require_at_least("rank", self.rank, 1)
         require_at_least("seed", self.seed, 0)
 
-    def approximation(self, operator: CurvatureOperator) -> LowRank:
-        """Returns what r products show of A, or of A + diag(δ) with the damping kept apart."""
-        bare, delta = undamped(operator)
-        damping = torch.as_tensor(delta, dtype=operator.dtype, device=operator.device)
+    def approximation(self, system: LinearSystem) -> LowRank:
+        """Returns A + δI with A approximated from r products."""
+        operator = system.operator
+        damping = torch.as_tensor(system.damping, dtype=operator.dtype, device=operator.device)
         scale = torch.where(damping > 0.0, damping, 1.0).rsqrt().expand(operator.size)
         rank = min(self.rank, operator.size)
         generator = torch.Generator(operator.device).manual_seed(self.seed)
         random = torch.randn(operator.size, rank, generator=generator, dtype=operator.dtype, device=operator.device)
         directions = torch.linalg.qr(random).Q
-        images = torch.stack([scale * bare.matvec(scale * column) for column in directions.T], dim=1)
+        images = torch.stack([scale * operator.matvec(scale * column) for column in directions.T], dim=1)
         damped = bool((damping > 0.0).all())
         if not bool(torch.isfinite(images).all()):
             return LowRank(images[:, :0], images.new_zeros(0), torch.nan * scale, damped, rank, negative=False)
@@ -63,19 +63,19 @@ class Nystrom(Solver):
         negative = bool(values[0] < -(torch.finfo(operator.dtype).eps ** 0.5) * largest)
         return LowRank(basis, singular.square(), scale, damped, rank, negative)
 
-    def _solve(self, operator: CurvatureOperator, b: Tensor, x0: Tensor | None) -> SolveResult:
-        approximation = self.approximation(operator)
-        if not approximation.damped and approximation.products < operator.size:
+    def _solve(self, system: LinearSystem, b: Tensor, x0: Tensor | None) -> SolveResult:
+        approximation = self.approximation(system)
+        if not approximation.damped and approximation.products < len(b):
             raise ValueError(
-                f"Nystrom(rank={self.rank}) needs damping > 0 on {operator.size} parameters: what it does not see of "
-                "the curvature would be divided by zero; pass damping, or rank >= the number of parameters"
+                f"Nystrom(rank={self.rank}) needs damping > 0 on {len(b)} parameters: the part of the curvature that it "
+                "does not see would be divided by zero; pass damping, or rank >= the number of parameters"
             )
         x = approximation.solve(b)
-        residual = measured_residual(operator, x, b)
+        residual = system.relative_residual(x, b)
         status = status_without_tolerance(residual, b.dtype)
         if approximation.negative:
             status = Status.NEGATIVE_CURVATURE
-        return SolveResult(x, residual, approximation.products, status, checks=1)
+        return SolveResult(x, residual, approximation.products, status, extra_products=1)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class LowRank:
         values: Λ > 0, [r], descending.
         scale: S, [n]; ones without damping.
         damped: Whether there is damping.
-        products: Products it was made of.
+        products: Products that were spent on it.
         negative: Whether a direction of negative curvature was left out.
     """
 
@@ -107,7 +107,7 @@ class LowRank:
         return self.scale * (self.basis @ (seen / (self.values + delta)) + rest)
 
     def precondition(self, v: Tensor) -> Tensor:
-        """Returns P⁻¹v: [n], which makes all eigenvalues that it has seen alike and leaves the others as they are."""
+        """Returns P⁻¹v: [n], where P⁻¹ makes the r eigenvalues equal and leaves the others as they are."""
         if not len(self.values):
             return self.scale.square() * v
         delta = float(self.damped)

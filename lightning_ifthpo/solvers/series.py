@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from lightning_ifthpo.core.validation import ascending, require_at_least, require_flag
 from lightning_ifthpo.curvature.base import CurvatureOperator
-from lightning_ifthpo.optimizers.update_rule import UpdateRule
-from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, measured_residual
+from lightning_ifthpo.solvers.base import Solver, SolveResult, Status
+from lightning_ifthpo.solvers.system import LinearSystem
 from lightning_ifthpo.spectrum import lanczos
 
 
@@ -21,7 +20,7 @@ from lightning_ifthpo.spectrum import lanczos
 class Identity(Solver):
     """A⁻¹ ≈ scale · I: one step of training seen ahead (T1–T2, Luketina et al. 2016).
 
-    Cost: no product; one check measures the residual.
+    Cost: no product; one extra product measures the residual.
 
     Attributes:
         scale: In parameter² / loss; the inner learning rate makes it one step of gradient descent.
@@ -38,10 +37,10 @@ class Identity(Solver):
         if not ascending(0.0, self.scale, math.inf):
             raise ValueError(f"expected a finite scale > 0, got {self.scale!r}")
 
-    def _solve(self, operator: CurvatureOperator, b: Tensor, x0: Tensor | None) -> SolveResult:
+    def _solve(self, system: LinearSystem, b: Tensor, x0: Tensor | None) -> SolveResult:
         x = self.scale * b
-        residual = measured_residual(operator, x, b)
-        return SolveResult(x, residual, products=0, status=Status.COMPLETE, checks=1, step_size=self.scale)
+        residual = system.relative_residual(x, b)
+        return SolveResult(x, residual, products=0, status=Status.COMPLETE, extra_products=1, step_size=self.scale)
 
 
 @dataclass(frozen=True)
@@ -58,13 +57,13 @@ class Neumann(Solver):
     With step_size="optimizer" η is the inner optimizer's own lasting step for each weight, learning rate over 1 − β
     times its preconditioner: the series of Adam, RMSprop or heavy ball, as training would go on from here.
 
-    Cost: K products; one check measures the residual; step_size="auto", and growing terms, cost at most 10 checks more,
-    on λ_max and λ_min.
+    Cost: K products, and one extra product for the residual; step_size="auto", and growing terms, cost at most 10 extra
+    products more, on λ_max and λ_min.
 
     Attributes:
         terms: K.
         step_size: η, in parameter² / loss, one number or one for each weight, [n]; "auto" measures λ_max and takes
-            1/λ_max; "optimizer" is filled in by `bound_to`.
+            1/λ_max; "optimizer" takes that of `with_optimizer`.
         safeguard: Stop when the terms grow. Without it the series may reach any size.
 
     >>> from lightning_ifthpo.curvature import MatrixOperator
@@ -90,38 +89,37 @@ class Neumann(Solver):
         if not valid:
             raise ValueError(f"expected a finite step_size > 0, 'auto' or 'optimizer', got {self.step_size!r}")
 
-    def bound_to(self, rule: UpdateRule) -> Self:
-        """Returns this solver with what depends on the inner optimizer filled in; see `Solver.bound_to`."""
-        bound = super().bound_to(rule)
-        if self.step_size != "optimizer":
-            return bound
-        # a tensor may be zero, as a learning rate is at the beginning of a warm-up
-        step = rule.step if isinstance(rule.step, Tensor) else torch.tensor(rule.step, dtype=torch.float64)
-        return replace(bound, step_size=step)
-
-    def _solve(self, operator: CurvatureOperator, b: Tensor, x0: Tensor | None) -> SolveResult:
-        step_size, negative, checks = self.step_size, False, 0
-        if step_size == "optimizer":
-            raise ValueError(
-                "step_size='optimizer' needs the inner optimizer: use the solver inside IFTHypergradient, or call "
-                "solver.bound_to(UpdateRule.of(optimizers, parameters))"
-            )
-        if isinstance(step_size, str):
-            step_size, negative, checks = measured_step_size(operator)
-        total, products, grew = self._sum(operator, b, step_size)
-        if grew and not checks:
-            _, negative, checks = measured_step_size(operator)
+    def _solve(self, system: LinearSystem, b: Tensor, x0: Tensor | None) -> SolveResult:
+        step_size, negative, extra = self._resolved_step_size(system)
+        total, products, grew = self._sum(system, b, step_size)
+        if grew and not extra:
+            _, negative, extra = measured_step_size(system.matrix)
         x = step_size * total
-        residual = measured_residual(operator, x, b)
+        residual = system.relative_residual(x, b)
         status = Status.NEGATIVE_CURVATURE if negative else Status.DIVERGED if grew else Status.COMPLETE
         reported = step_size if isinstance(step_size, float) else None
-        return SolveResult(x, residual, products, status, checks=checks + 1, step_size=reported)
+        return SolveResult(x, residual, products, status, extra_products=extra + 1, step_size=reported)
 
-    def _sum(self, operator: CurvatureOperator, b: Tensor, step_size: float | Tensor) -> tuple[Tensor, int, bool]:
+    def _resolved_step_size(self, system: LinearSystem) -> tuple[float | Tensor, bool, int]:
+        """Returns η, whether measuring it showed negative curvature, and the products that were spent on it."""
+        if not isinstance(self.step_size, str):
+            return self.step_size, False, 0
+        if self.step_size == "auto":
+            return measured_step_size(system.matrix)
+        if self.rule is None:
+            raise ValueError(
+                "step_size='optimizer' needs the inner optimizer: use the solver inside IFTHypergradient, or call "
+                "solver.with_optimizer(UpdateRule.of(optimizers, parameters))"
+            )
+        # as a tensor, because it may be zero: a learning rate is at the beginning of a warm-up
+        step = self.rule.step
+        return step if isinstance(step, Tensor) else torch.tensor(step, dtype=torch.float64), False, 0
+
+    def _sum(self, system: LinearSystem, b: Tensor, step_size: float | Tensor) -> tuple[Tensor, int, bool]:
         """Returns Σ (I − Aη)ʲ b up to the term before the first that grows, the products, and whether one did."""
         term = total = b
         for products in range(1, self.terms + 1):
-            new = term - operator.matvec(step_size * term)
+            new = term - system.matvec(step_size * term)
             if self.safeguard and _grows(term, new, step_size):
                 return total, products, True
             term = new
