@@ -38,7 +38,7 @@ class PeriodicCallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Keeps the batch where it may be needed, before the training step changes it or takes it apart."""
-        self._batch = copied(batch) if self._cadence.may_fire(hurry=self._hurries(trainer)) else None
+        self._batch = copied(batch) if self._cadence.may_fire(last_chance=self._hurries(trainer)) else None
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
@@ -53,13 +53,13 @@ class PeriodicCallback(L.Callback):
         if not pl_module.automatic_optimization:
             self._cadence.optimizer_stepped()  # the hook is called for Lightning's own optimizers only
         kept, self._batch = self._batch, None
-        if not self._cadence.is_due(hurry=self._hurries(trainer)) or kept is None:
+        if not self._cadence.is_due(last_chance=self._hurries(trainer)) or kept is None:
             return
         self._fired = True
         synchronize = synchronization(pl_module.device)
         with self._cadence.firing(synchronize):
             log_metrics(trainer, pl_module, self._fire(trainer, pl_module, kept), headline=self.headline)
-        with self._cadence.uncounted(synchronize):
+        with self._cadence.off_budget(synchronize):
             self._illustrate(trainer, pl_module, kept)
 
     def _hurries(self, trainer: L.Trainer) -> bool:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_ifthpo.core.validation import ascending, require_at_least, require_shape
+from lightning_ifthpo.core.validation import is_ascending, require_at_least, require_shape
 
 
 class InputNoise(nn.Module):
@@ -40,7 +40,7 @@ class InputNoise(nn.Module):
 
     def __init__(self, shape: tuple[int, ...] = (), *, initial: float = 0.1, maximum: float = 1.0) -> None:
         super().__init__()
-        if not ascending(0.0, initial, maximum, math.inf):
+        if not is_ascending(0.0, initial, maximum, math.inf):
             raise ValueError(f"expected 0 < initial < maximum < inf, got initial={initial!r} and maximum={maximum!r}")
         require_shape("shape", shape)
         self.maximum = maximum
@@ -108,7 +108,7 @@ class AugmentationNetwork(nn.Module):
             ("noise_channels", noise_channels, 0),
         ):
             require_at_least(name, value, least)
-        if not ascending(0.0, maximum, math.inf):
+        if not is_ascending(0.0, maximum, math.inf):
             raise ValueError(f"expected 0 < maximum < inf, got {maximum!r}")
         self.channels = channels
         self.noise_channels = noise_channels

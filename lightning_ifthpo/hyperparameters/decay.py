@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_ifthpo.core.validation import ascending, require_choice
+from lightning_ifthpo.core.validation import is_ascending, require_choice
 
 _GRANULARITIES = ("global", "tensor", "weight")
 
@@ -51,7 +51,7 @@ class WeightDecay(nn.Module):
         if not isinstance(module, nn.Module):
             raise TypeError(f"expected the module whose weights are to decay, got {module!r}")
         require_choice("granularity", granularity, _GRANULARITIES)
-        if not ascending(0.0, initial, maximum, math.inf):
+        if not is_ascending(0.0, initial, maximum, math.inf):
             raise ValueError(f"expected 0 < initial < maximum < inf, got initial={initial!r} and maximum={maximum!r}")
         # A tuple keeps torch from taking the weights for parameters of this module.
         self.weights = tuple(parameter for parameter in module.parameters() if parameter.requires_grad)

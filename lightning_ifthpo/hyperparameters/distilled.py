@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_ifthpo.core.validation import ascending, is_number, require_at_least, require_shape
+from lightning_ifthpo.core.validation import is_ascending, is_number, require_at_least, require_shape
 
 # Of the range between two bounds: nearer to one a sigmoid has next to no slope, and a pixel would never leave it.
 _MARGIN = 0.01
@@ -63,7 +63,7 @@ class DistilledData(nn.Module):
         require_at_least("per_class", per_class, 1)
         require_shape("shape", shape)
         pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2
-        if bounds is not None and not (pair and ascending(-math.inf, *bounds, math.inf)):
+        if bounds is not None and not (pair and is_ascending(-math.inf, *bounds, math.inf)):
             raise ValueError(f"expected finite bounds (lowest, highest) with lowest < highest, got {bounds!r}")
         if not isinstance(generator, torch.Generator | None):
             raise TypeError(f"expected generator to be a torch.Generator or None, got {generator!r}")

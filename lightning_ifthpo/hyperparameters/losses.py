@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_ifthpo.core.validation import ascending, require_at_least, require_flag
+from lightning_ifthpo.core.validation import is_ascending, require_at_least, require_flag
 
 
 class LossWeights(nn.Module):
@@ -101,7 +101,7 @@ class LabelSmoothing(nn.Module):
         super().__init__()
         require_at_least("classes", classes, 2)
         require_flag("per_class", per_class)
-        if not ascending(0.0, initial, maximum) or maximum > 1.0:
+        if not is_ascending(0.0, initial, maximum) or maximum > 1.0:
             raise ValueError(f"expected 0 < initial < maximum <= 1, got initial={initial!r} and maximum={maximum!r}")
         self.classes = classes
         self.maximum = maximum

@@ -13,10 +13,10 @@ from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RMSprop
 
 from lightning_ifthpo.core.space import ParameterSpace
 from lightning_ifthpo.optimizers.update_rule import (
-    held_by,
+    concatenate_or_scalar,
     is_decoupled,
     is_known,
-    joined,
+    iter_parameters,
     learning_rate,
     preconditioner,
 )
@@ -76,7 +76,7 @@ class StabilityEdge:
         optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         if not all(map(has_edge, optimizers)):
             return None
-        for optimizer, group, state, parameter in held_by(optimizers):
+        for optimizer, group, state, parameter in iter_parameters(optimizers):
             rates[id(parameter)] = _alternating_rate(optimizer, group, state)
             metrics[id(parameter)] = preconditioner(optimizer, group, state)
             decays[id(parameter)] = 0.0 if is_decoupled(optimizer, group) else float(group["weight_decay"])
@@ -84,10 +84,10 @@ class StabilityEdge:
         if highest == 0.0:  # in the metric of the preconditioner alone, nothing is unstable
             rates = dict.fromkeys(rates, 1.0)
         space = ParameterSpace(parameters)
-        metric = joined(
+        metric = concatenate_or_scalar(
             space, [metrics.get(id(p), 0.0) * (rates.get(id(p), 0.0) / (highest or 1.0)) for p in parameters]
         )
-        decay = joined(space, [decays.get(id(p), 0.0) for p in parameters])
+        decay = concatenate_or_scalar(space, [decays.get(id(p), 0.0) for p in parameters])
         plain = not isinstance(metric, Tensor) and metric == 1.0
         vector = torch.as_tensor(metric, dtype=space.dtype, device=space.device).expand(space.size)
         return cls(2.0 / highest if highest else math.inf, None if plain else vector, metric * decay)

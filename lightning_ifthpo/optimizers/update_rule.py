@@ -57,15 +57,17 @@ class UpdateRule:
         """
         steps: dict[int, float | Tensor] = {}
         decays: dict[int, float | Tensor] = {}
-        for optimizer, group, state, parameter in held_by(optimizers):
+        for optimizer, group, state, parameter in iter_parameters(optimizers):
             step = _lasting_rate(optimizer, group, state) * preconditioner(optimizer, group, state)
             steps[id(parameter)] = step
             decays[id(parameter)] = _decay(optimizer, group, step)
         space = ParameterSpace(parameters)
-        return cls(*(joined(space, [found.get(id(p), 0.0) for p in parameters]) for found in (steps, decays)))
+        return cls(
+            *(concatenate_or_scalar(space, [found.get(id(p), 0.0) for p in parameters]) for found in (steps, decays))
+        )
 
 
-def joined(space: ParameterSpace, values: Sequence[float | Tensor]) -> float | Tensor:
+def concatenate_or_scalar(space: ParameterSpace, values: Sequence[float | Tensor]) -> float | Tensor:
     """Returns what is given for each tensor of a space as one number where it is the same for all, else as [n]."""
     first = values[0]
     if not isinstance(first, Tensor) and all(not isinstance(value, Tensor) and value == first for value in values):
@@ -74,7 +76,7 @@ def joined(space: ParameterSpace, values: Sequence[float | Tensor]) -> float | T
     return space.flatten([value if isinstance(value, Tensor) else torch.full_like(p, value) for value, p in pairs])
 
 
-def held_by(
+def iter_parameters(
     optimizers: Iterable[Optimizer],
 ) -> Iterator[tuple[Optimizer, Mapping[str, Any], Mapping[str, Any], Tensor]]:
     """Yields each parameter that optimizers hold, as (optimizer, its group, its state, the parameter)."""

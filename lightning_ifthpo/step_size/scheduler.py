@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_ifthpo.core.loss import LossValue
-from lightning_ifthpo.core.validation import ascending, is_number, require_at_least, require_choice, require_flag
+from lightning_ifthpo.core.validation import is_ascending, is_number, require_at_least, require_choice, require_flag
 from lightning_ifthpo.curvature import AllReduce, LossCurvature
 from lightning_ifthpo.step_size.linearity import check_linear_in_lr
 from lightning_ifthpo.step_size.parabola import DirectionalModel, directional_model, three_point_model
@@ -359,7 +359,7 @@ def check_options(
     require_choice("rule", rule, tuple(_RULES))
     require_choice("probe", probe, ("next_batch", "same_batch"))
     require_choice("curvature", curvature, DIRECTIONAL_CURVATURES)
-    if not (ascending(0.0, lr_min, math.inf) and ascending(0.0, lr_max, math.inf) and lr_min <= lr_max):
+    if not (is_ascending(0.0, lr_min, math.inf) and is_ascending(0.0, lr_max, math.inf) and lr_min <= lr_max):
         raise ValueError(f"expected 0 < lr_min <= lr_max < infinity, got {lr_min!r} and {lr_max!r}")
     if not (is_number(final_decay) and 0.0 <= final_decay <= 1.0):
         raise ValueError(f"expected 0 <= final_decay <= 1, a fraction of the run, got {final_decay!r}")
