@@ -140,7 +140,7 @@ class Classifier(L.LightningModule):
         super().__init__()
         self.net = make_net()
         self.data = data
-        self.checks: list[Check] = []
+        self.extra_products: list[Check] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Returns the weighted loss."""
@@ -157,7 +157,7 @@ class Classifier(L.LightningModule):
             loss = F.cross_entropy(self.net(images), labels)
             images, labels = self.data.test.tensors
             right = self.net(images).argmax(dim=1) == labels
-            self.checks.append(Check(float(loss), step, float(right.float().mean())))
+            self.extra_products.append(Check(float(loss), step, float(right.float().mean())))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Returns plain gradient descent."""
@@ -204,7 +204,7 @@ def train(dataset: Dataset[Any], data: Data, seed: int, steps: int) -> list[Chec
     classifier = Classifier(data)
     trainer = L.Trainer(max_epochs=1, logger=False, enable_progress_bar=False, **TRAINER)
     trainer.fit(classifier, loader(dataset, steps, seed + 2))
-    return classifier.checks
+    return classifier.extra_products
 
 
 def draw(data: Data, weights: Tensor, checks: dict[str, list[Check]], path: Path) -> None:

@@ -194,10 +194,10 @@ def measure(setting: Setting, name: str, seeds: int, points: int, unroll: int, u
             for key, (solver, curvature, warm) in estimators.items():
                 if not (due or warm):
                     continue
-                solver, x0 = solver.bound_to(rule), estimates.get(key)
+                solver, x0 = solver.with_optimizer(rule), estimates.get(key)
                 arguments = (inner, outer, weights, [problem.hyperparameter])
                 result = implicit_hypergradient(*arguments, curvature=curvature, solver=solver, x0=x0, diagnosed=False)
-                solution, failed = result.solution, not result.status.trustworthy
+                solution, failed = result.solution, not result.status.succeeded
                 if warm:
                     estimates[key] = None if failed else solution.x
                 if due:

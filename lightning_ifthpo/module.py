@@ -21,8 +21,8 @@ class BilevelLightningModule:
 
     Define `outer_loss(batch)`, and either `inner_loss(batch)` or `training_step`. What is not defined is derived from
     the others: `training_step` logs and returns `inner_loss`, `validation_step` logs `outer_loss`. The losses must
-    return a scalar tensor, and may use dropout, BatchNorm, metrics and `self.log`. When the callback evaluates them, all
-    side effects on the module are undone: rebound attributes, tensors changed in place, appended lists. Effects
+    return a scalar tensor, and may use dropout, BatchNorm, metrics and `self.log`. When the callback evaluates them,
+    all side effects on the module are undone: rebound attributes, tensors changed in place, appended lists. Effects
     elsewhere (a file, a list in a list, a hook's own memory) cannot be undone.
 
     >>> import lightning as L

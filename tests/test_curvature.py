@@ -381,7 +381,7 @@ def test_the_outer_product_of_the_gradient_and_its_inverse_equal_the_dense_ones(
     result = Direct(damping=delta, max_size=1).solve(operator, b)
     dense = torch.outer(g, g) + torch.diag(torch.as_tensor(delta, dtype=torch.float64).expand(15))
     assert relative_error(result.x, torch.linalg.pinv(dense, hermitian=True) @ b) < 1e-9
-    assert (result.products, result.checks) == (0, 1)
+    assert (result.products, result.extra_products) == (0, 1)
 
 
 def test_the_outer_product_of_a_vanishing_gradient_has_no_inverse():

@@ -9,15 +9,15 @@ from torch import nn
 from lightning_ifthpo.curvature import GaussNewtonOperator
 from lightning_ifthpo.step_size import (
     AveragedRule,
-    DirectionalModel,
+    Parabola,
     ExactGeNLR,
     PublishedRule,
     check_linear_in_lr,
-    directional_model,
-    fitted_model,
+    exact_parabola,
+    fitted_parabola,
     group_model,
     optimal_group_steps,
-    three_point_model,
+    three_point_parabola,
 )
 from tests.problems import relative_error, spd_matrix
 
@@ -62,7 +62,7 @@ class OneLayer:
 def test_the_closed_form_of_a_single_layer(slope, examples, curvature):
     """Inside one linear region the loss is a parabola; differences leave third derivatives, here zero, and rounding."""
     problem = OneLayer(examples, slope)
-    model = directional_model(problem.loss, problem.parameters, problem.gradient(), curvature=curvature)
+    model = exact_parabola(problem.loss, problem.parameters, problem.gradient(), curvature=curvature)
     tolerance = 1e-12 if curvature == "hessian" else 1e-7
     assert model.optimal_step == pytest.approx(problem.closed_form(), rel=tolerance)
 
@@ -70,7 +70,7 @@ def test_the_closed_form_of_a_single_layer(slope, examples, curvature):
 def test_one_example_has_the_rate_of_its_length():
     """1 / (1 + xᵀx), whatever the weights, when all units are alive."""
     problem = OneLayer(1, slope=1.0)
-    model = directional_model(problem.loss, problem.parameters, problem.gradient())
+    model = exact_parabola(problem.loss, problem.parameters, problem.gradient())
     assert model.optimal_step == pytest.approx(1 / (1 + problem.x.square().sum().item()), rel=1e-12)
 
 
@@ -78,19 +78,19 @@ def test_a_dead_network_is_recognized_and_not_divided():
     problem = OneLayer(4, slope=0.0)
     with torch.no_grad():
         problem.bias.fill_(-100.0)
-    model = directional_model(problem.loss, problem.parameters, problem.gradient())
+    model = exact_parabola(problem.loss, problem.parameters, problem.gradient())
     assert (model.slope, model.curvature, model.optimal_step, model.sharpness) == (0.0, 0.0, None, 0.0)
 
 
 def test_a_loss_without_a_lowest_point_has_no_optimal_step():
     w = torch.tensor([1.0], requires_grad=True)
-    assert directional_model(lambda: -w.square().sum(), [w], [torch.ones(1)]).optimal_step is None
-    assert directional_model(lambda: w.sum(), [w], [torch.ones(1)]).optimal_step is None
+    assert exact_parabola(lambda: -w.square().sum(), [w], [torch.ones(1)]).optimal_step is None
+    assert exact_parabola(lambda: w.sum(), [w], [torch.ones(1)]).optimal_step is None
 
 
 @pytest.mark.parametrize("steps", [[-0.1, 0.0, 0.1], [-0.2, -0.1, 0.0, 0.1, 0.2], [0.0, 0.05, 0.1, 0.2]], ids=str)
 def test_fits_are_exact_on_a_parabola(steps):
-    model = fitted_model(lambda step: 3.0 - 2.0 * step + 4.0 * step**2 / 2, steps, squared_length=2.0)
+    model = fitted_parabola(lambda step: 3.0 - 2.0 * step + 4.0 * step**2 / 2, steps, squared_length=2.0)
     assert (model.slope, model.curvature) == pytest.approx((2.0, 4.0), rel=1e-9)
     assert model.sharpness == pytest.approx(2.0)
 
@@ -101,7 +101,7 @@ def test_a_fit_knows_when_rounding_drowns_the_curvature():
     def loss_at(step):
         return 3.0 - 2.0 * step + 4.0 * step**2 / 2
 
-    rough, fine = (fitted_model(loss_at, [-1e-4, 0.0, 1e-4], dtype=dtype) for dtype in (torch.float32, torch.float64))
+    rough, fine = (fitted_parabola(loss_at, [-1e-4, 0.0, 1e-4], dtype=dtype) for dtype in (torch.float32, torch.float64))
     assert (rough.curvature, rough.optimal_step) == (0.0, None)
     assert rough.slope == pytest.approx(2.0, rel=1e-9)
     assert fine.curvature == pytest.approx(4.0, rel=1e-4)
@@ -109,17 +109,17 @@ def test_a_fit_knows_when_rounding_drowns_the_curvature():
 
 def test_a_fit_needs_three_points_and_finite_losses():
     with pytest.raises(ValueError, match="three different steps"):
-        fitted_model(abs, [0.1, 0.1, -0.1])
-    assert not fitted_model(lambda step: math.inf if step > 0 else 1.0, [-0.1, 0.0, 0.1]).is_finite
+        fitted_parabola(abs, [0.1, 0.1, -0.1])
+    assert not fitted_parabola(lambda step: math.inf if step > 0 else 1.0, [-0.1, 0.0, 0.1]).is_finite
 
 
 def test_three_points_are_exact_on_a_parabola_and_leave_no_trace():
     weight, loss = quadratic()
     unused = torch.ones(2, dtype=torch.float64, requires_grad=True)
     omega = torch.linspace(1, 2, 6, dtype=torch.float64)
-    before, exact = weight.detach().clone(), directional_model(loss, [weight], [omega])
+    before, exact = weight.detach().clone(), exact_parabola(loss, [weight], [omega])
     for step in (0.0, 0.3, 5.0):
-        model = three_point_model(loss, [weight, unused], [omega, None], step=step)
+        model = three_point_parabola(loss, [weight, unused], [omega, None], step=step)
         # a step of zero is lengthened until second differences are worth six digits
         assert (model.slope, model.curvature) == pytest.approx((exact.slope, exact.curvature), rel=1e-6)
         assert model.squared_length == pytest.approx(exact.squared_length)
@@ -129,15 +129,15 @@ def test_three_points_are_exact_on_a_parabola_and_leave_no_trace():
 def test_three_points_lie_at_the_ends_of_the_step():
     """Where the loss is no parabola, that makes a difference: |w| from 1 seen over a step of 2 has curvature 1/2."""
     w = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
-    assert three_point_model(lambda: w.abs().sum(), [w], [torch.ones(1)], step=2.0).curvature == pytest.approx(0.5)
-    assert three_point_model(lambda: w.abs().sum(), [w], [torch.ones(1)], step=0.5).curvature == 0.0
+    assert three_point_parabola(lambda: w.abs().sum(), [w], [torch.ones(1)], step=2.0).curvature == pytest.approx(0.5)
+    assert three_point_parabola(lambda: w.abs().sum(), [w], [torch.ones(1)], step=0.5).curvature == 0.0
 
 
 def test_three_points_lengthen_a_step_that_float32_cannot_resolve():
     """At 1e-6 of the weights the second difference is a thousandth of the rounding error."""
     weight, loss = quadratic(torch.float32)
-    exact = directional_model(loss, [weight], [torch.ones(6)])
-    model = three_point_model(loss, [weight], [torch.ones(6)], step=1e-6)
+    exact = exact_parabola(loss, [weight], [torch.ones(6)])
+    model = three_point_parabola(loss, [weight], [torch.ones(6)], step=1e-6)
     assert (model.slope, model.curvature) == pytest.approx((exact.slope, exact.curvature), rel=0.05)
 
 
@@ -152,22 +152,22 @@ def test_three_points_know_the_roughest_dtype():
         return nn.functional.cross_entropy(net(x) * scale.float(), y)
 
     direction = torch.autograd.grad(loss(), parameters)
-    exact = directional_model(loss, parameters, direction)
-    assert three_point_model(loss, parameters, direction).curvature == pytest.approx(exact.curvature, rel=0.05)
+    exact = exact_parabola(loss, parameters, direction)
+    assert three_point_parabola(loss, parameters, direction).curvature == pytest.approx(exact.curvature, rel=0.05)
 
 
 def test_three_points_without_a_step_look_farther_until_curvature_shows():
     """A constant ten thousand times as large drowns what is seen nearby."""
     w = torch.linspace(-1, 1, 50, requires_grad=True)
-    model = three_point_model(lambda: 100.0 + (w**2).sum() / 50, [w], [torch.ones(50) / 50])
+    model = three_point_parabola(lambda: 100.0 + (w**2).sum() / 50, [w], [torch.ones(50) / 50])
     assert model.curvature == pytest.approx(2 / 50**2, rel=0.1)
-    assert three_point_model(lambda: 100.0 + w.sum() / 50, [w], [torch.ones(50) / 50]).curvature == 0.0
+    assert three_point_parabola(lambda: 100.0 + w.sum() / 50, [w], [torch.ones(50) / 50]).curvature == 0.0
 
 
 def test_three_points_draw_the_same_random_numbers():
     w = torch.ones(1000, requires_grad=True)
     torch.manual_seed(0)
-    model = three_point_model(lambda: nn.functional.dropout(w, 0.5).mean(), [w], [torch.ones(1000)], step=0.1)
+    model = three_point_parabola(lambda: nn.functional.dropout(w, 0.5).mean(), [w], [torch.ones(1000)], step=0.1)
     assert model.curvature == 0.0
     assert 0.8 < model.slope < 1.2
 
@@ -175,15 +175,15 @@ def test_three_points_draw_the_same_random_numbers():
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_three_points_along_nothing_or_to_nowhere(value):
     w = torch.ones(2, requires_grad=True)
-    assert three_point_model(lambda: w.sum(), [w], [None]) == DirectionalModel(0.0, 0.0, 0.0)
-    assert not three_point_model(lambda: w.sum(), [w], [torch.full((2,), value)]).is_finite
+    assert three_point_parabola(lambda: w.sum(), [w], [None]) == Parabola(0.0, 0.0, 0.0)
+    assert not three_point_parabola(lambda: w.sum(), [w], [torch.full((2,), value)]).is_finite
     assert torch.equal(w.detach(), torch.ones(2))
 
 
 def test_a_failing_loss_leaves_the_weights_where_they_were():
     w = torch.ones(2, requires_grad=True)
     with pytest.raises(ZeroDivisionError):
-        three_point_model(lambda: w.sum() * (1 / 0), [w], [torch.ones(2)], step=0.1)
+        three_point_parabola(lambda: w.sum() * (1 / 0), [w], [torch.ones(2)], step=0.1)
     assert torch.equal(w.detach(), torch.ones(2))
 
 
@@ -222,14 +222,14 @@ def test_gauss_newton_along_a_direction_is_that_of_the_operator(activation):
     parameters = list(net.parameters())
     omega = [torch.randn_like(parameter) for parameter in parameters]
     before = [parameter.detach().clone() for parameter in parameters]
-    model = directional_model(lambda: net.loss(activation), parameters, omega, curvature="gauss_newton")
+    model = exact_parabola(lambda: net.loss(activation), parameters, omega, curvature="gauss_newton")
     operator = GaussNewtonOperator(lambda: net.loss(), parameters)
     flat = torch.cat([part.reshape(-1) for part in omega])
     assert model.slope == pytest.approx((operator.gradient @ flat).item(), rel=1e-10)
     assert model.curvature == pytest.approx(operator.quadratic(flat).item(), rel=1e-10)
     assert all(torch.equal(one, other) for one, other in zip(before, parameters, strict=True))
     with pytest.raises(ValueError, match="mark_outputs"):
-        directional_model(lambda: net.loss()[0], parameters, omega, curvature="gauss_newton")
+        exact_parabola(lambda: net.loss()[0], parameters, omega, curvature="gauss_newton")
 
 
 def test_gauss_newton_along_a_direction_takes_one_forward_pass_and_no_backward_pass():
@@ -242,7 +242,7 @@ def test_gauss_newton_along_a_direction_takes_one_forward_pass_and_no_backward_p
 
     net.layers[0].register_forward_hook(count)
     parameters = list(net.parameters())
-    directional_model(net.loss, parameters, [torch.ones_like(p) for p in parameters], curvature="gauss_newton")
+    exact_parabola(net.loss, parameters, [torch.ones_like(p) for p in parameters], curvature="gauss_newton")
     assert calls == {"forward": 1, "backward": 0}
 
 
@@ -252,7 +252,7 @@ def test_units_at_their_kink_are_recognized_and_not_divided():
     with torch.no_grad():
         problem.weight.zero_()
         problem.bias.zero_()
-    model = directional_model(problem.loss, problem.parameters, problem.gradient())
+    model = exact_parabola(problem.loss, problem.parameters, problem.gradient())
     assert (model.slope, model.curvature, model.optimal_step) == (0.0, 0.0, None)
     assert not AveragedRule().observe(model)
 
@@ -293,7 +293,7 @@ def feed(rule, slope, curvature, count, *, noise=0.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
         wobble = noise * torch.randn((), generator=generator).item()
-        rule.observe(DirectionalModel(slope(rule.lr or 0.0) + wobble, curvature, 1.0))
+        rule.observe(Parabola(slope(rule.lr or 0.0) + wobble, curvature, 1.0))
     return rule.lr
 
 
@@ -335,7 +335,7 @@ def test_rates_stay_within_bounds_and_bad_probes_change_nothing(rule_type):
     rule = rule_type(lr_min=1e-3, lr_max=1e-2)
     assert feed(rule, lambda _: 1.0, 1e-6, 300) == pytest.approx(1e-2)
     before = rule.lr
-    for model in (DirectionalModel(math.nan, 1.0, 1.0), DirectionalModel(1.0, math.inf, 1.0)):
+    for model in (Parabola(math.nan, 1.0, 1.0), Parabola(1.0, math.inf, 1.0)):
         assert not rule.observe(model)
     assert rule.lr == before
     assert rule.refused == 2
@@ -376,7 +376,7 @@ def test_the_rate_does_not_collapse_where_a_shorter_step_is_no_better():
 
 def test_a_probe_without_length_is_not_used_and_not_refused():
     rule = AveragedRule()
-    assert not rule.observe(DirectionalModel(0.0, 0.0, 0.0))
+    assert not rule.observe(Parabola(0.0, 0.0, 0.0))
     assert (rule.lr, rule.refused) == (None, 0)
 
 
@@ -502,7 +502,7 @@ def test_each_group_finds_its_own_rate(curvature):
     scheduler, (first, second) = two_groups(per_group=True, curvature=curvature)
     assert 0.2 < first < 2.0
     assert 0.003 < second < 0.02
-    assert len(scheduler.models) == 2
+    assert len(scheduler.parabolas) == 2
     _, (first, second) = two_groups(per_group=False, curvature=curvature)
     assert first == second < 0.02
 
@@ -555,9 +555,9 @@ def test_probing_on_the_next_batch_agrees_with_probing_at_the_start():
     scheduler.probe(loss)
     with torch.no_grad():
         weight.copy_(start)
-    expected = directional_model(loss, [weight], [gradient])
-    assert scheduler.models[0].slope == pytest.approx(expected.slope, rel=1e-9)
-    assert scheduler.models[0].curvature == pytest.approx(expected.curvature, rel=1e-9)
+    expected = exact_parabola(loss, [weight], [gradient])
+    assert scheduler.parabolas[0].slope == pytest.approx(expected.slope, rel=1e-9)
+    assert scheduler.parabolas[0].curvature == pytest.approx(expected.curvature, rel=1e-9)
 
 
 def loop(optimizer, scheduler, loss, steps):

@@ -30,16 +30,16 @@ class ExactGeN(L.Callback):
     On every batch until the rate has settled, and on every n-th after that, it looks along the update that the
     optimizer has just made, including momentum, preconditioning, weight decay and clipping: slope and curvature of the
     training loss on the next batch show whether a longer or a shorter step would have been better. See `AveragedRule`.
-    It works on any LightningModule with one optimizer whose update is linear in its learning rate. The learning rates in
-    `configure_optimizers` count only in relation to each other, and a configured scheduler is replaced.
+    It works on any LightningModule with one optimizer whose update is linear in its learning rate. The learning rates
+    in `configure_optimizers` count only in relation to each other, and a configured scheduler is replaced.
 
     Args:
         every_n_batches: Training batches between two looks once the rate has settled, at least 1. With gradient
             accumulation the next optimizer step after them.
         rule: "averaged", the safe rule; "published", the formula of the paper with its smoothing.
-        probe: "next_batch" looks on a batch that did not produce the update; "same_batch" is for plain gradient descent.
-        curvature: "auto" and "three_point" use the losses at both ends of the step and one step beyond, by forward passes
-            alone; "hessian", exact; "gauss_newton", for losses that call `mark_outputs`, in one forward pass;
+        probe: "next_batch" looks on a batch that did not produce the update; "same_batch" is for gradient descent only.
+        curvature: "auto" and "three_point" use the losses at both ends of the step and one step beyond, by forward
+            passes alone; "hessian", exact; "gauss_newton", for losses that call `mark_outputs`, in one forward pass;
             "finite_difference", from two gradients. "auto" takes the Hessian where weights are in half precision,
             because rounding of their losses exceeds the differences.
         lr_min: Lower bound of the rate.

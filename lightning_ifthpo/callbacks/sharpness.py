@@ -171,7 +171,7 @@ class SharpnessMonitor(PeriodicCallback):
         has_place = self._ranks.broadcast_bool(any(map(takes_figures, trainer.loggers)))
         self._pictures = self.spectral_density and has_place
         if self.spectral_density and not self._pictures:
-            rank_zero_warn("spectral_density=True, but no logger takes figures; add one that does, such as TensorBoardLogger")
+            rank_zero_warn("spectral_density=True, but no logger takes figures; add one, such as TensorBoardLogger")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock of the budget."""

@@ -44,7 +44,7 @@ class ParameterSpace:
         parts = [
             torch.zeros(like.numel(), dtype=self.dtype, device=self.device)
             if tensor is None
-            else whole(tensor.detach()).reshape(-1).to(self.dtype)
+            else full_tensor(tensor.detach()).reshape(-1).to(self.dtype)
             for tensor, like in zip(tensors, self.tensors, strict=True)
         ]
         return torch.cat(parts)
@@ -91,7 +91,7 @@ def check_real(tensor: Tensor, name: str) -> None:
         raise TypeError(f"{name}: expected a real floating-point tensor, got {tensor.dtype}; convert it with .float()")
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Returns a tensor, put together if it is spread over processes."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -12,7 +12,7 @@ def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def ascending(*values: object) -> bool:
+def is_ascending(*values: object) -> bool:
     """Returns whether the values are numbers, each larger than the one before it."""
     return all(map(is_number, values)) and all(left < right for left, right in pairwise(values))  # type: ignore[operator]
 

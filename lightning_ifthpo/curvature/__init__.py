@@ -8,11 +8,12 @@ from lightning_ifthpo.curvature.finite_difference import FiniteDifferenceOperato
 from lightning_ifthpo.curvature.gauss_newton import GaussNewtonOperator
 from lightning_ifthpo.curvature.hessian import HessianOperator
 from lightning_ifthpo.curvature.kfac import KFACOperator
-from lightning_ifthpo.curvature.kinds import curvature_operator
+from lightning_ifthpo.curvature.kinds import Curvature, curvature_operator
 from lightning_ifthpo.curvature.outer_product import GradientOuterProductOperator
 
 __all__ = [
     "AverageOperator",
+    "Curvature",
     "CurvatureOperator",
     "DistributedOperator",
     "FiniteDifferenceOperator",

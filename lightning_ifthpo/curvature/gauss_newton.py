@@ -110,8 +110,8 @@ def forward_slope_and_curvature(loss: Loss, v: Tensor) -> tuple[Tensor, Tensor]:
 def _variable(slope: Tensor | None, output: Tensor) -> Tensor:
     """Returns ∂L/∂z as a separate tensor to differentiate by.
 
-    A view makes it separate: without it, one tensor may be the gradient of two outputs (of z₁ + z₂), or one gradient may
-    be computed from the other (of z₁ − z₂).
+    A view makes it separate: without it, one tensor may be the gradient of two outputs (of z₁ + z₂), or one gradient
+    may be computed from the other (of z₁ − z₂).
     """
     slope = torch.zeros_like(output) if slope is None else slope
     return slope.view_as(slope) if slope.requires_grad else slope.detach().requires_grad_()

@@ -19,13 +19,13 @@ from lightning_ifthpo.curvature.outputs import checked_outputs
 
 
 class KFACOperator(GraphOperator, InvertibleOperator):
-    """One block for each linear or convolutional layer, the Kronecker product of two covariances (Martens, Grosse 2015).
+    """One block for each linear or convolutional layer, a Kronecker product of two covariances (Martens, Grosse 2015).
 
     The first is the covariance of the layer's inputs, the second that of gradients at its outputs, computed with the
-    exact Hessian of the loss in the model's outputs, or its positive part. KFAC is exact for a single linear layer with
-    squared error, if all rows have the same weight and no dimension is pooled. Elsewhere it approximates Gauss–Newton
-    and ignores how layers interact, and penalties on weights. It needs curvlinops: `pip install lightning_ifthpo[kfac]`.
-    Use it with `Direct(damping=...)`.
+    exact Hessian of the loss in the model's outputs, or its positive part. KFAC is exact for one linear layer with
+    squared error, if all rows have the same weight and no dimension is pooled. Elsewhere it approximates Gauss–Newton,
+    and ignores how layers interact and penalties on weights. Use it with `Direct(damping=...)`. It needs curvlinops:
+    `pip install lightning_ifthpo[kfac]`.
 
     Cost: two forward passes, one differentiable gradient and C + 1 backward passes for C outputs of an example when
     made; a product costs O(d_in² d_out + d_in d_out²) for each layer, and an inverse O(d_in³ + d_out³) more.
@@ -95,7 +95,7 @@ class KFACOperator(GraphOperator, InvertibleOperator):
     def solve(self, b: Tensor, delta: float | Tensor) -> Tensor:
         """Returns (A + δI)⁻¹ b, exactly, by eigendecompositions of the factors.
 
-        Kronecker products can be damped by one number only: of δ: [n] it takes the geometric mean, and the residual that
+        Kronecker products can be damped by one number only: of δ: [n] it takes the geometric mean. The residual that
         `Direct` reports shows the error.
 
         Args:

@@ -65,9 +65,8 @@ def implicit_hypergradient(
     >>> implicit_hypergradient(inner, outer, [w], [log_decay]).gradients  # w · dw/dλ = 1 · (−2 · 1/4)
     [tensor(-0.5000)]
     """
-    inner, outer = (
-        as_loss(loss, parameters, name) for loss, name in ((inner_loss, "the inner loss"), (outer_loss, "the outer loss"))
-    )
+    inner = as_loss(inner_loss, parameters, "the inner loss")
+    outer = as_loss(outer_loss, parameters, "the outer loss")
     for index, tensor in enumerate(hyperparameters):
         check_real(tensor, f"hyperparameter {index}")
     with differentiable(hyperparameters):

@@ -156,7 +156,9 @@ class _Update:
         ]
         gradients = vjp(outputs, inputs, cotangents)
         count = len(self._space.tensors)
-        before = {key: part for key, part in zip(state.tensors, gradients[2 * count :], strict=True) if part is not None}
+        before = {
+            key: part for key, part in zip(state.tensors, gradients[2 * count :], strict=True) if part is not None
+        }
         return self._space.flatten(gradients[:count]), self._space.flatten(gradients[count : 2 * count]), before
 
     def _traced(

@@ -1,4 +1,4 @@
-"""Learned changes of the training inputs; in eval mode inputs stay as they are."""
+"""Learned augmentations of the training inputs; in eval mode they return their input."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_ifthpo.core.validation import ascending, require_at_least, require_shape
+from lightning_ifthpo.core.validation import is_ascending, require_at_least, require_shape
+from lightning_ifthpo.hyperparameters.bounded import Bounded
 
 
-class InputNoise(nn.Module):
+class InputNoise(Bounded):
     """Adds Gaussian noise of learned scale: x + s ε with ε ~ N(0, I) and s = maximum · σ(λ).
 
-    Noise is drawn in training mode only, as dropout is: the inner loss sees it, the outer loss does not.
+    Like dropout, it draws noise in training mode only: the inner loss has noise, the outer loss has none.
 
     Args:
-        shape: Shape of s, which broadcasts against x: () for one scale, (C, 1, 1) for one for each channel.
+        shape: Shape of s; it must broadcast to that of x: () for one scale, (C, 1, 1) for one per channel.
         initial: Each scale at the start, in (0, maximum), in the unit of x.
-        maximum: Upper bound of each scale.
+        maximum: Upper bound of each scale, in the unit of x.
 
     Shape:
-        - x: any that `shape` broadcasts to.
-        - output: that of x.
+        - x: any shape to which `shape` broadcasts.
+        - output: the shape of x.
 
     Raises:
         ValueError: If an argument is out of range; and, when called, if `shape` does not broadcast to that of x.
@@ -39,20 +40,16 @@ class InputNoise(nn.Module):
     """
 
     def __init__(self, shape: tuple[int, ...] = (), *, initial: float = 0.1, maximum: float = 1.0) -> None:
-        super().__init__()
-        if not ascending(0.0, initial, maximum, math.inf):
-            raise ValueError(f"expected 0 < initial < maximum < inf, got initial={initial!r} and maximum={maximum!r}")
+        super().__init__(initial, maximum)
         require_shape("shape", shape)
-        self.maximum = maximum
-        start = math.log(initial / (maximum - initial))
-        self.logits = nn.Parameter(torch.full(shape, start), requires_grad=False)
+        self.logits = nn.Parameter(torch.full(shape, self._logit(initial)), requires_grad=False)
 
     def scales(self) -> Tensor:
-        """Returns s, of the shape given."""
-        return self.maximum * self.logits.sigmoid()
+        """Returns s, of the shape given, in the unit of x."""
+        return self._value(self.logits)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns x with noise in training mode, and x itself in eval mode."""
+        """Returns x plus noise in training mode, x itself in eval mode."""
         self._check(x)
         return x + self.scales().to(x.dtype) * torch.randn_like(x) if self.training else x
 
@@ -68,21 +65,21 @@ class InputNoise(nn.Module):
 class AugmentationNetwork(nn.Module):
     """A small U-Net that changes training images, as in Lorraine, Vicol, Duvenaud (2019): x + maximum · tanh U(x, ε).
 
-    ε ~ N(0, I), drawn anew for each image and pixel, enters as further channels, so that one image has many versions.
-    The last convolution starts at zero, and the network as the identity. No pixel ever moves by more than `maximum`;
-    GroupNorm keeps what is inside from growing with the weights, and lets no image see another, as BatchNorm would. In
-    eval mode, and so in the outer loss, images stay as they are.
+    The noise ε ~ N(0, I), independent for each image and pixel, enters as extra channels, so that one image has many
+    versions. The last convolution starts at zero, so that the network starts as the identity. No pixel changes by more
+    than `maximum`. GroupNorm keeps the activations from growing with the weights; unlike BatchNorm it does not mix
+    images. In eval mode, and so in the outer loss, images are not changed.
 
     Args:
         channels: Channels of the images.
         width: Channels at full resolution; they double with each halving of the resolution.
         depth: How often the resolution is halved, by convolutions of stride two.
-        noise_channels: Channels of ε; 0 for a change without chance.
+        noise_channels: Channels of ε; 0 for a deterministic change.
         maximum: Bound of the change of each pixel, in the unit of x; one suits images of unit variance.
 
     Shape:
         - x: [B, channels, H, W], of any height and width.
-        - output: that of x.
+        - output: the shape of x.
 
     Raises:
         ValueError: If an argument is out of range; and, when called, if x is not [B, channels, H, W].
@@ -100,7 +97,7 @@ class AugmentationNetwork(nn.Module):
         self, channels: int = 1, *, width: int = 16, depth: int = 2, noise_channels: int = 1, maximum: float = 1.0
     ) -> None:
         super().__init__()
-        # one channel has nothing to normalize over in an image of one pixel
+        # GroupNorm needs two values per image; with width 1 an image of one pixel would have one
         for name, value, least in (
             ("channels", channels, 1),
             ("width", width, 2),
@@ -108,7 +105,7 @@ class AugmentationNetwork(nn.Module):
             ("noise_channels", noise_channels, 0),
         ):
             require_at_least(name, value, least)
-        if not ascending(0.0, maximum, math.inf):
+        if not is_ascending(0.0, maximum, math.inf):
             raise ValueError(f"expected 0 < maximum < inf, got {maximum!r}")
         self.channels = channels
         self.noise_channels = noise_channels
@@ -123,7 +120,7 @@ class AugmentationNetwork(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns changed images in training mode, and x itself in eval mode."""
+        """Returns changed images in training mode, x itself in eval mode."""
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f"expected images of shape [B, {self.channels}, H, W], got {tuple(x.shape)}")
         return x + self.maximum * self._change(x).tanh() if self.training else x
@@ -141,6 +138,6 @@ class AugmentationNetwork(nn.Module):
 
 
 def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    """A convolution, a norm of each image by itself, and an activation that can be differentiated twice."""
+    """Returns a convolution, a norm within each image, and an activation with a second derivative."""
     convolution = nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1)
     return nn.Sequential(convolution, nn.GroupNorm(1, outputs), nn.SiLU())

@@ -1,35 +1,38 @@
-"""Weight decay, down to one for each weight."""
+"""Learned weight decay: one for all weights, one per tensor, or one per weight."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_ifthpo.core.validation import ascending, require_choice
+from lightning_ifthpo.core.validation import require_choice
+from lightning_ifthpo.hyperparameters.bounded import Bounded
 
 _GRANULARITIES = ("global", "tensor", "weight")
 
 
-class WeightDecay(nn.Module):
-    """An L2 penalty ½ Σ d_i w_i² with learned decay: one number, one for each tensor, or one for each weight.
+class WeightDecay(Bounded):
+    """An L2 penalty ½ Σ d_i w_i² with learned decay d: one for all weights, one per tensor, or one per weight.
 
-    The decay is d = 1 / (e^{−λ} + 1/maximum): close to e^λ while small, and never above `maximum`. An unbounded one can
-    outgrow the stability limit 2/lr of gradient descent, and training turns to NaN.
+    The decay is d = 1 / (e^{−λ} + 1/maximum): close to e^λ while small, and always below `maximum`. Without a bound it
+    can grow beyond the stability limit 2/lr of gradient descent; then training diverges to NaN.
 
     Args:
-        module: Its parameters that require a gradient are decayed. They stay its own: this module does not hold them.
+        module: Its parameters that require a gradient are decayed. They do not become parameters of this module.
         granularity: "global", "tensor" or "weight".
         initial: Decay at the start, in (0, maximum); in loss / parameter².
-        maximum: Upper bound of each decay; keep lr · maximum below 2.
+        maximum: Upper bound of each decay, in loss / parameter²; keep lr · maximum below 2.
 
     Shape:
         - output: scalar.
 
     Raises:
         ValueError: If an argument is out of range, or no parameter requires a gradient.
+        TypeError: If `module` is no module.
 
     >>> net = nn.Linear(2, 1, bias=False)
     >>> decay = WeightDecay(net, granularity="weight", initial=0.5)
@@ -47,17 +50,14 @@ class WeightDecay(nn.Module):
         initial: float = 1e-4,
         maximum: float = 1.0,
     ) -> None:
-        super().__init__()
         if not isinstance(module, nn.Module):
-            raise TypeError(f"expected the module whose weights are to decay, got {module!r}")
+            raise TypeError(f"expected a module, the weights of which are decayed, got {module!r}")
         require_choice("granularity", granularity, _GRANULARITIES)
-        if not ascending(0.0, initial, maximum, math.inf):
-            raise ValueError(f"expected 0 < initial < maximum < inf, got initial={initial!r} and maximum={maximum!r}")
-        # A tuple keeps torch from taking the weights for parameters of this module.
+        super().__init__(initial, maximum)
+        # A tuple, so that torch does not register the weights as parameters of this module.
         self.weights = tuple(parameter for parameter in module.parameters() if parameter.requires_grad)
         if not self.weights:
             raise ValueError(f"{type(module).__name__} has no parameters that require a gradient")
-        self.maximum = maximum
         self.granularity = granularity
         start = -math.log(1.0 / initial - 1.0 / maximum)
         shapes: dict[str, list[tuple[int, ...]]] = {
@@ -72,13 +72,35 @@ class WeightDecay(nn.Module):
         )
 
     def decays(self) -> list[Tensor]:
-        """Returns the decay of each weight tensor, shaped so that it broadcasts against it."""
-        # as a sigmoid, whose derivative is finite whatever λ is
-        decays = [self.maximum * torch.sigmoid(log_decay - math.log(self.maximum)) for log_decay in self.log_decay]
+        """Returns the decay of each weight tensor, in loss / parameter²; it broadcasts to the tensor's shape."""
+        decays = [self._value(log_decay - math.log(self.maximum)) for log_decay in self.log_decay]
         return decays * len(self.weights) if self.granularity == "global" else decays
 
     def forward(self) -> Tensor:
-        """Returns ½ Σ d_i w_i²."""
+        """Returns ½ Σ d_i w_i², a scalar."""
         pairs = zip(self.decays(), self.weights, strict=True)
         penalties = [(decay * weight.square()).sum() for decay, weight in pairs]
         return torch.stack(penalties).sum() / 2
+
+    def check_training(self, parameters: Iterable[Tensor], lr: float | Tensor) -> None:
+        """Raises ValueError if training with this decay cannot work: its weights are replaced, or it may diverge.
+
+        Args:
+            parameters: All parameters of the module that is trained.
+            lr: The learning rate of its optimizer.
+
+        Raises:
+            ValueError: If a weight is not among the parameters, or lr · maximum >= 2.
+        """
+        lr = float(lr)
+        present = {id(parameter) for parameter in parameters}
+        if not all(id(weight) in present for weight in self.weights):
+            raise ValueError(
+                "WeightDecay decays tensors that are no parameters of the module any more; create it again after "
+                "weights were replaced (load_state_dict(assign=True), pruning, parametrizations)"
+            )
+        if lr * self.maximum >= 2.0:
+            raise ValueError(
+                f"WeightDecay may reach {self.maximum:g}, and with the learning rate {lr:g} a decay of 2/lr = "
+                f"{2.0 / lr:g} makes training diverge; pass maximum={1.0 / lr:g}"
+            )

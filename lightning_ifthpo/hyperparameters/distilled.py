@@ -8,37 +8,40 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_ifthpo.core.validation import ascending, is_number, require_at_least, require_shape
+from lightning_ifthpo.core.validation import is_ascending, is_number, require_at_least, require_shape
+from lightning_ifthpo.hyperparameters.bounded import between
 
-# Of the range between two bounds: nearer to one a sigmoid has next to no slope, and a pixel would never leave it.
+# Distance from a bound at which a pixel starts, as a part of the range. The slope of the sigmoid there is 4 % of its
+# largest; at a bound it is 0, and the pixel would never move.
 _MARGIN = 0.01
 
 
 class DistilledData(nn.Module):
     """Learned training examples, a few of each class: dataset distillation (Lorraine, Vicol, Duvenaud 2019, section 5).
 
-    Train on what a call returns, and the examples become such that training on them alone pays on the outer data. Give
-    the inner loss a little weight decay: a model that fits a few examples perfectly has no minimum otherwise.
+    Train on the examples that a call returns; they are tuned so that a model trained on them alone does well on the
+    outer data. Add a little weight decay to the inner loss: without it, a model that fits the examples has no minimum.
 
     Args:
         shape: Of an example, such as (1, 28, 28).
         classes: C, number of classes, at least 1.
         per_class: k, examples of each class, at least 1.
-        initial: Where to start: standard deviation of normal noise, or a tensor [C·k, *shape], sorted by class.
-        bounds: (lowest, highest) value of a pixel, kept by a sigmoid; noise is then that of its argument, so that it
-            lies about the middle. Values of a tensor within 1 % of a bound are moved 1 % away from it. None for no
-            bounds.
-        generator: Of the noise; None for torch's own.
+        initial: The start: standard deviation of normal noise, or a tensor [C·k, *shape], sorted by class.
+        bounds: (lowest, highest) value of a pixel, enforced by a sigmoid; None for no bounds. Noise is then the
+            argument of the sigmoid, centred on the middle. Values of a tensor that are closer to a bound than 1 % of
+            the range start at that distance.
+        generator: Draws the noise; None for torch's global one.
 
     Attributes:
-        images: What is tuned, [C·k, *shape]: the examples, or with bounds their logits.
+        images: The hyperparameter, [C·k, *shape]: the examples, or with bounds their logits.
         labels: [C·k], integer, sorted.
 
     Shape:
         - output: (images [C·k, *shape], labels [C·k]).
 
     Raises:
-        ValueError: If an argument is out of range, or `initial` has another shape or leaves the bounds.
+        ValueError: If an argument is out of range, or `initial` has another shape or lies outside the bounds.
+        TypeError: If `generator` is no torch.Generator.
 
     >>> data = DistilledData((2,), classes=2, initial=torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
     >>> images, labels = data()
@@ -63,14 +66,14 @@ class DistilledData(nn.Module):
         require_at_least("per_class", per_class, 1)
         require_shape("shape", shape)
         pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2
-        if bounds is not None and not (pair and ascending(-math.inf, *bounds, math.inf)):
+        if bounds is not None and not (pair and is_ascending(-math.inf, *bounds, math.inf)):
             raise ValueError(f"expected finite bounds (lowest, highest) with lowest < highest, got {bounds!r}")
         if not isinstance(generator, torch.Generator | None):
             raise TypeError(f"expected generator to be a torch.Generator or None, got {generator!r}")
         self.bounds = bounds
         wanted = (classes * per_class, *shape)
         if isinstance(initial, Tensor):
-            start = self._unbounded(_checked(initial, wanted))
+            start = self._unbounded(_validated_copy(initial, wanted))
         else:
             if not (is_number(initial) and 0.0 <= initial < math.inf):
                 raise ValueError(f"expected initial >= 0, a standard deviation, got {initial!r}")
@@ -83,11 +86,10 @@ class DistilledData(nn.Module):
         """Returns the examples and their labels."""
         if self.bounds is None:
             return self.images, self.labels
-        lowest, highest = self.bounds
-        return lowest + (highest - lowest) * torch.sigmoid(self.images), self.labels
+        return between(self.images, *self.bounds), self.labels
 
     def _unbounded(self, images: Tensor) -> Tensor:
-        """Returns the parameter that stands for these examples."""
+        """Returns the parameter for which a call returns these examples."""
         if self.bounds is None:
             return images
         lowest, highest = self.bounds
@@ -97,10 +99,10 @@ class DistilledData(nn.Module):
         return torch.logit((images - lowest) / (highest - lowest), eps=_MARGIN)
 
 
-def _checked(initial: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Returns a copy, which tuning may change."""
+def _validated_copy(initial: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Returns a copy, because tuning changes it in place."""
     if not initial.is_floating_point():
-        raise ValueError(f"expected initial of a floating-point type, got {initial.dtype}; images of bytes: / 255")
+        raise ValueError(f"expected initial of a floating-point type, got {initial.dtype}; divide bytes by 255")
     if tuple(initial.shape) != shape:
         raise ValueError(f"expected initial of shape {shape}, classes · per_class examples, got {tuple(initial.shape)}")
     if not bool(initial.isfinite().all()):

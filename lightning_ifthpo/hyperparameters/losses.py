@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_ifthpo.core.validation import ascending, require_at_least, require_flag
+from lightning_ifthpo.core.validation import require_at_least, require_flag
+from lightning_ifthpo.hyperparameters.bounded import Bounded
 
 
 class LossWeights(nn.Module):
     """A positive weight for each of K terms of a loss, all starting at one: K softmax(λ).
 
-    The weights always sum to K, as those of GradNorm do (Chen et al. 2018). A common factor of all terms would be no
-    hyperparameter: it acts as a learning rate does, on which the trained weights of the network do not depend. Fixing
-    it also keeps training stable: no weight exceeds K, while any ratio of weights can be reached, so that a useless
-    term can fade. Put every term in, the main one too; an L2 penalty may stay outside. The outer loss should not use
-    the weights, which would tune their own yardstick.
+    The weights always sum to K, as in GradNorm (Chen et al. 2018). A common factor of all terms is left out: it only
+    rescales the learning rate, and the minimum does not depend on it. A fixed sum also keeps training stable: no weight
+    exceeds K. Every ratio of weights can still be reached, so that a useless term can fade. Pass all terms, the
+    main one too; an L2 penalty may stay outside. The outer loss should not use the weights: it would reward small ones.
 
     Args:
         terms: Number of terms K, or their names.
@@ -29,8 +28,8 @@ class LossWeights(nn.Module):
         - output: scalar, Σ weight_k loss_k.
 
     Raises:
-        ValueError: If there are less than two terms, or names are not distinct; and, when called, if the losses are not
-            K scalars, or their names others.
+        ValueError: If there are fewer than two terms, or names are not distinct; and, when called, if the losses are
+            not K scalars, or have other names.
         TypeError: If `terms` is a string.
 
     >>> weights = LossWeights(["digit", "style"])
@@ -59,7 +58,7 @@ class LossWeights(nn.Module):
         return len(self.logits) * self.logits.softmax(0)
 
     def forward(self, losses: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> Tensor:
-        """Returns the weighted sum of the losses."""
+        """Returns the weighted sum of the losses, a scalar."""
         if isinstance(losses, Mapping):
             losses = self._in_order(losses)
         stacked = losses if isinstance(losses, Tensor) else torch.stack(list(losses))
@@ -73,21 +72,21 @@ class LossWeights(nn.Module):
         return [losses[name] for name in self.names]
 
 
-class LabelSmoothing(nn.Module):
-    """Smoothed targets (1 − s) onehot(y) + s/C with learned s = maximum · σ(λ), for all classes or for each.
+class LabelSmoothing(Bounded):
+    """Smoothed targets (1 − s) onehot(y) + s/C with learned s = maximum · σ(λ), one for all classes or one for each.
 
-    They are the targets of `F.cross_entropy(..., label_smoothing=s)`, which takes no s to differentiate. The
-    right class keeps at least 1 − `maximum`. The outer loss should use the targets as they are.
+    `F.cross_entropy(..., label_smoothing=s)` uses the same targets, but its s is a number without a derivative. The
+    right class keeps at least 1 − `maximum`. The outer loss should use the original targets.
 
     Args:
         classes: Number of classes C.
-        per_class: Whether each class has an s of its own, for the examples that are labelled with it.
+        per_class: Whether each class has its own s, for the examples labelled with it.
         initial: s at the start, in (0, maximum).
-        maximum: Upper bound of s, at most 1, where targets say nothing any more.
+        maximum: Upper bound of s, at most 1; at s = 1 all targets are uniform.
 
     Shape:
         - targets: [B], integers from 0 to C − 1.
-        - output: [B, C], to be given to `F.cross_entropy` as target.
+        - output: [B, C], a target for `F.cross_entropy`.
 
     Raises:
         ValueError: If an argument is out of range; and, when called, if the targets are not [B].
@@ -98,22 +97,19 @@ class LabelSmoothing(nn.Module):
     """
 
     def __init__(self, classes: int, *, per_class: bool = False, initial: float = 0.01, maximum: float = 0.5) -> None:
-        super().__init__()
         require_at_least("classes", classes, 2)
         require_flag("per_class", per_class)
-        if not ascending(0.0, initial, maximum) or maximum > 1.0:
-            raise ValueError(f"expected 0 < initial < maximum <= 1, got initial={initial!r} and maximum={maximum!r}")
+        super().__init__(initial, maximum, limit=1.0)
         self.classes = classes
-        self.maximum = maximum
-        start = math.log(initial / (maximum - initial))
-        self.logits = nn.Parameter(torch.full((classes if per_class else 1,), start), requires_grad=False)
+        start = torch.full((classes if per_class else 1,), self._logit(initial))
+        self.logits = nn.Parameter(start, requires_grad=False)
 
     def smoothing(self) -> Tensor:
-        """Returns s: [1], or [C] with one for each class."""
-        return self.maximum * self.logits.sigmoid()
+        """Returns s: [1], or [C] with one value per class."""
+        return self._value(self.logits)
 
     def forward(self, targets: Tensor) -> Tensor:
-        """Returns the smoothed distribution of each target."""
+        """Returns the smoothed distribution of each target, [B, C]."""
         if targets.ndim != 1:
             raise ValueError(f"expected class indices of shape [B], got {tuple(targets.shape)}")
         smoothing = self.smoothing().expand(self.classes)[targets].unsqueeze(1)

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_ifthpo.core.validation import require_at_least
+from lightning_ifthpo.hyperparameters.bounded import Bounded
 
 
-class SampleWeights(nn.Module):
+class SampleWeights(Bounded):
     """One weight in (0, 2) for each training example: 2σ(λ_i), starting at one.
 
-    Multiply the loss of each example by it; `IndexedDataset` says which example is which.
+    Multiply the loss of each example by its weight; `IndexedDataset` adds the index of each example to the batch.
 
     Args:
         n: Number of training examples.
@@ -32,20 +33,23 @@ class SampleWeights(nn.Module):
     """
 
     def __init__(self, n: int) -> None:
-        super().__init__()
         require_at_least("n", n, 1)
+        super().__init__(initial=1.0, maximum=2.0)
         self.logits = nn.Parameter(torch.zeros(n), requires_grad=False)
 
     def forward(self, index: Tensor) -> Tensor:
-        """Returns the weights of the examples at `index`."""
-        return 2.0 * torch.sigmoid(self.logits[index])
+        """Returns the weights of the examples at `index`, [B]."""
+        return self._value(self.logits[index])
 
 
 class IndexedDataset(Dataset[tuple[Any, ...]]):
-    """A map-style data set whose examples end with their own index.
+    """A map-style data set that appends to each example its index.
 
     Args:
-        dataset: Its examples are tuples, or single values.
+        dataset: A map-style data set; its examples are tuples or single values.
+
+    Raises:
+        TypeError: If the data set has no length or no items.
 
     >>> from torch.utils.data import TensorDataset
     >>> IndexedDataset(TensorDataset(torch.tensor([7, 8])))[1]

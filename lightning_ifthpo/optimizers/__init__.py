@@ -1,6 +1,7 @@
-"""What is known of the inner optimizer: how it answers a gradient, and where it becomes unstable."""
+"""The inner optimizer: how it answers a gradient, and at which curvature it becomes unstable."""
 
+from lightning_ifthpo.optimizers.known import is_known
 from lightning_ifthpo.optimizers.stability import StabilityEdge, has_edge
-from lightning_ifthpo.optimizers.update_rule import UpdateRule, is_known
+from lightning_ifthpo.optimizers.update_rule import UpdateRule
 
 __all__ = ["StabilityEdge", "UpdateRule", "has_edge", "is_known"]

@@ -3,41 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RMSprop
+from torch.optim import Optimizer
 
 from lightning_ifthpo.core.space import ParameterSpace
-from lightning_ifthpo.optimizers.update_rule import (
-    held_by,
-    is_decoupled,
-    is_known,
-    joined,
-    learning_rate,
-    preconditioner,
-)
+from lightning_ifthpo.optimizers.known import Response, is_known
+from lightning_ifthpo.optimizers.update_rule import concatenate_or_scalar, iter_parameters
 
 
 @dataclass(frozen=True)
 class StabilityEdge:
-    """Beyond this curvature an optimizer, on the quadratic model of the loss, oscillates with growing amplitude.
+    """The curvature beyond which an optimizer, on the quadratic model of the loss, oscillates with growing amplitude.
 
-    At the edge the weights repeat with period two, and the gradient alternates: +g, −g, … An update rule answers an
-    alternating gradient with a step of length a for each unit of g, in the opposite direction to the last, so that the
-    edge lies where a·λ = 2: for gradient descent a = η and the edge is 2/η; for heavy ball a = η/(1 + β); for torch's
-    Nesterov form a = η(1 + 2β)/(1 + β); for Adam-like optimizers a = η(1 − β₁)/(1 + β₁) times the preconditioner. With
-    a different a for each weight the edge is where the largest eigenvalue of A^½ H A^½ is 2, A = diag(a); this is
-    exact on a quadratic, with several groups too (Cohen et al. 2021, 2022 for one).
+    At the edge the weights repeat with period two, and the gradient alternates: +g, −g, … The optimizer answers each of
+    these with a step of length a per unit of g, opposite to the last step, so that the edge is where a·λ = 2. Gradient
+    descent has a = η and the edge 2/η; heavy ball a = η/(1 + β); torch's Nesterov form a = η(1 + 2β)/(1 + β); Adam-like
+    optimizers a = η(1 − β₁)/(1 + β₁) times the preconditioner. If a differs between weights, the edge is where the
+    largest eigenvalue of A^½ H A^½ is 2, A = diag(a). This is exact on a quadratic, with several groups too (Cohen et
+    al. 2021, 2022 for one group).
 
     Attributes:
-        sharpness: The edge for curvature measured in the metric below, loss / parameter²; infinite at a learning rate
-            of zero.
-        metric: P = diag(p), [n]: the preconditioner, times the rate of each group over the highest rate; None where it
-            is one for all weights. λ_max of P^½ H P^½ is what the edge bounds.
+        sharpness: The edge for curvature measured in the metric below, in loss / parameter²; infinite at a learning
+            rate of zero.
+        metric: P = diag(p), [n]: the preconditioner, times a group's rate over the highest rate; None if it is one for
+            all weights. The edge bounds λ_max of P^½ H P^½.
         decay: p times the weight decay that the optimizer adds to the gradient, a number or [n].
 
     >>> weight = torch.zeros(3, requires_grad=True)
@@ -50,9 +43,9 @@ class StabilityEdge:
     decay: float | Tensor = field(default=0.0, repr=False)
 
     def ratio(self, lambda_max: float, vector: Tensor) -> float:
-        """Returns 1 at the edge, less where training is stable.
+        """Returns λ_max over the edge: 1 at the edge, less where training is stable.
 
-        The optimizer's own weight decay is curvature too, which shifts λ_max by vᵀ(decay ∘ v): exactly if it is the
+        The optimizer's own weight decay adds to the curvature. It shifts λ_max by vᵀ(decay ∘ v): exactly if it is the
         same for all weights, to first order otherwise.
 
         Args:
@@ -63,10 +56,10 @@ class StabilityEdge:
 
     @classmethod
     def of(cls, optimizers: Optimizer | Iterable[Optimizer], parameters: Iterable[Tensor]) -> StabilityEdge | None:
-        """Returns the edge at this moment, None where an optimizer has none that is known; see `has_edge`.
+        """Returns the edge at this moment, None if the edge of an optimizer is not known; see `has_edge`.
 
         Args:
-            optimizers: The one that trains the parameters, or several.
+            optimizers: The optimizer that trains the parameters, or several.
             parameters: The tensors w, together [n]; those that no optimizer holds do not move, and have p = 0.
         """
         rates: dict[int, float] = {}
@@ -76,47 +69,33 @@ class StabilityEdge:
         optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         if not all(map(has_edge, optimizers)):
             return None
-        for optimizer, group, state, parameter in held_by(optimizers):
-            rates[id(parameter)] = _alternating_rate(optimizer, group, state)
-            metrics[id(parameter)] = preconditioner(optimizer, group, state)
-            decays[id(parameter)] = 0.0 if is_decoupled(optimizer, group) else float(group["weight_decay"])
+        for parameter, answer in iter_parameters(optimizers):
+            rates[id(parameter)] = _alternating_step(answer)
+            metrics[id(parameter)] = answer.preconditioner
+            decays[id(parameter)] = 0.0 if answer.decoupled else answer.weight_decay
         highest = max((rates.get(id(p), 0.0) for p in parameters), default=0.0)
-        if highest == 0.0:  # in the metric of the preconditioner alone, nothing is unstable
+        if highest == 0.0:  # then the edge is infinite, and the metric the preconditioner alone
             rates = dict.fromkeys(rates, 1.0)
         space = ParameterSpace(parameters)
-        metric = joined(
+        metric = concatenate_or_scalar(
             space, [metrics.get(id(p), 0.0) * (rates.get(id(p), 0.0) / (highest or 1.0)) for p in parameters]
         )
-        decay = joined(space, [decays.get(id(p), 0.0) for p in parameters])
+        decay = concatenate_or_scalar(space, [decays.get(id(p), 0.0) for p in parameters])
         plain = not isinstance(metric, Tensor) and metric == 1.0
         vector = torch.as_tensor(metric, dtype=space.dtype, device=space.device).expand(space.size)
         return cls(2.0 / highest if highest else math.inf, None if plain else vector, metric * decay)
 
 
 def has_edge(optimizer: Optimizer) -> bool:
-    """Returns whether the stability edge of an optimizer is known: if its update is, and it minimizes."""
+    """Returns whether the stability edge of an optimizer is known: it is in the table of known ones, and minimizes."""
     return is_known(optimizer) and not any(group.get("maximize") for group in optimizer.param_groups)
 
 
-def _alternating_rate(optimizer: Optimizer, group: Mapping[str, Any], state: Mapping[str, Any]) -> float:
-    """Returns a without the preconditioner: the step that answers each unit of an alternating gradient."""
-    rate = learning_rate(optimizer, group, state)
-    if isinstance(optimizer, (SGD, RMSprop)):
-        beta = float(group["momentum"])
-        velocity = (1.0 - float(group.get("dampening", 0.0))) / (1.0 + beta) if beta else 1.0
-        answer = 1.0 + beta * velocity if group.get("nesterov") else velocity
-    elif isinstance(optimizer, (Adam, AdamW, NAdam)):
-        beta = float(group["betas"][0])
-        mean = (1.0 - beta) / (1.0 + beta)
-        if isinstance(optimizer, NAdam):
-            step = float(state.get("step", 0.0))
-            momentum = beta * (1.0 - 0.5 * 0.96 ** ((step + 1.0) * float(group["momentum_decay"])))
-            answer = 1.0 - momentum + momentum * mean
-        else:
-            answer = mean / (1.0 - beta ** float(state.get("step", math.inf)))
-    else:
-        answer = 1.0
-    if is_decoupled(optimizer, group):  # w ← (1 − ηd)w − …, and −2w is a little less far from (1 − ηd)w
-        # from ηd = 2 on the decay alone diverges, which a very small divisor stands for
-        answer /= max(1.0 - rate * float(group["weight_decay"]) / 2.0, 1e-9)
-    return rate * answer
+def _alternating_step(answer: Response) -> float:
+    """Returns a without the preconditioner: the step per unit of an alternating gradient."""
+    rate, gain = answer.learning_rate, answer.alternating_gain
+    if answer.decoupled:
+        # w ← (1 − ηd)w − ηu has period two where ηu = (2 − ηd)w: the gain grows by 1 / (1 − ηd/2). From ηd = 2 on the
+        # decay alone diverges. Then 1e-9 (a Python float) puts the edge at a billionth: low, but not a division by 0.
+        gain /= max(1.0 - rate * answer.weight_decay / 2.0, 1e-9)
+    return rate * gain

@@ -50,20 +50,20 @@ class Cadence:
         self._batches = 0
         self._since_last = 0
         self._stepped = False
-        self._agreed: Callable[[bool], bool] = bool
+        self._broadcast: Callable[[bool], bool] = bool
         self._began = clock()
         self._own_seconds = 0.0
         self._last_cost = 0.0
         self._fired = False
         self.postponed = 0
 
-    def begin(self, agreed: Callable[[bool], bool] = bool) -> None:
+    def begin(self, broadcast: Callable[[bool], bool] = bool) -> None:
         """Starts the clock of the budget; to be called when training starts.
 
         Args:
-            agreed: Returns what all processes decide, given what this one would, whose clock is its own.
+            broadcast: Returns what all processes decide, given what this one would, whose clock is its own.
         """
-        self._agreed = agreed
+        self._broadcast = broadcast
         self._began = self._clock()
         self._own_seconds = 0.0
 
@@ -71,18 +71,18 @@ class Cadence:
         """Tells that the weights have moved during the present batch."""
         self._stepped = True
 
-    def may_fire(self, *, hurry: bool = False) -> bool:
+    def may_fire(self, *, last_chance: bool = False) -> bool:
         """Returns whether the batch that begins may be followed by a firing."""
         waited = self._since_last + 1 >= self._every and self._batches >= self._start_after
-        return (hurry or waited) and self._affordable()
+        return (last_chance or waited) and self._affordable()
 
-    def is_due(self, *, hurry: bool = False) -> bool:
-        """Counts one training batch and returns whether to fire after it; in a hurry, at the first optimizer step."""
+    def is_due(self, *, last_chance: bool = False) -> bool:
+        """Counts one batch; returns whether to fire after it (on the last chance, after any optimizer step)."""
         self._batches += 1
         if self._batches > self._start_after:
             self._since_last += 1
         stepped, self._stepped = self._stepped, False
-        if not (stepped and (hurry or self._since_last >= self._every)):
+        if not (stepped and (last_chance or self._since_last >= self._every)):
             return False
         affordable = self._affordable()
         self.postponed += not affordable
@@ -94,7 +94,7 @@ class Cadence:
         self._since_last = 0
         first, self._fired = not self._fired, True
         if first:
-            with self.uncounted(synchronize):
+            with self.off_budget(synchronize):
                 yield
             return
         began = self._now(synchronize)
@@ -105,7 +105,7 @@ class Cadence:
             self._own_seconds += self._last_cost
 
     @contextmanager
-    def uncounted(self, synchronize: Callable[[], None]) -> Iterator[None]:
+    def off_budget(self, synchronize: Callable[[], None]) -> Iterator[None]:
         """Keeps what happens inside the block out of the budget, and out of the training time."""
         began = self._now(synchronize)
         try:
@@ -125,7 +125,7 @@ class Cadence:
         if self._max_overhead is None:
             return True
         training = self._clock() - self._began - self._own_seconds
-        return self._agreed(self._own_seconds + self._last_cost <= self._max_overhead * training)
+        return self._broadcast(self._own_seconds + self._last_cost <= self._max_overhead * training)
 
     def _now(self, synchronize: Callable[[], None]) -> float:
         if self._max_overhead is not None:

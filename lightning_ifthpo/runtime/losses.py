@@ -36,7 +36,9 @@ class ModuleLosses:
         precision: "32" evaluates without autocast; "inherit" as training does.
     """
 
-    def __init__(self, trainer: L.Trainer, module: Any, ranks: Ranks | None, precision: CurvaturePrecision = "32") -> None:
+    def __init__(
+        self, trainer: L.Trainer, module: Any, ranks: Ranks | None, precision: CurvaturePrecision = "32"
+    ) -> None:
         self._trainer = trainer
         self._module = module
         self._ranks = ranks

@@ -93,12 +93,12 @@ class OuterData:
         self.consumed = consumed
         self._device = device
         self._pending: list[Any] = []
-        rebuilt = _rebuilt(source, seed, rank, world_size, consumed)
+        rebuilt = _endless_loader(source, seed, rank, world_size, consumed)
         if rebuilt is None:
             _warn_if_inexact(consumed, world_size)
         self._own_seed = seed + PROCESS_STRIDE * rank
         with isolated(device, self._own_seed):
-            self._batches: Iterator[Any] = _cycled(source, skip=consumed) if rebuilt is None else iter(rebuilt)
+            self._batches: Iterator[Any] = _cycle(source, skip=consumed) if rebuilt is None else iter(rebuilt)
 
     def close(self) -> None:
         """Ends worker processes; no batch can be had after that."""
@@ -143,7 +143,9 @@ def _length(source: Iterable[Any]) -> int | None:
         return None
 
 
-def _rebuilt(source: Iterable[Any], seed: int, rank: int, world_size: int, consumed: int) -> DataLoader[Any] | None:
+def _endless_loader(
+    source: Iterable[Any], seed: int, rank: int, world_size: int, consumed: int
+) -> DataLoader[Any] | None:
     """Returns the loader around an endless sampler; None where that would change what the user asked for."""
     if type(source) is not DataLoader or source.batch_size is None:
         return None
@@ -175,7 +177,7 @@ def _draws_all(sampler: Any, dataset: Any, world_size: int) -> bool:
     return sampler.data_source is dataset and len(sampler) == len(dataset)
 
 
-def _cycled(source: Iterable[Any], skip: int) -> Iterator[Any]:
+def _cycle(source: Iterable[Any], skip: int) -> Iterator[Any]:
     while True:
         empty = True
         for batch in source:

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_ifthpo.core.random_state import isolated
 from lightning_ifthpo.module import BilevelLightningModule
-from lightning_ifthpo.optimizers.update_rule import is_known
+from lightning_ifthpo.optimizers import is_known
 from lightning_ifthpo.runtime.batches import data_module
 from lightning_ifthpo.runtime.distributed import is_gathered, is_replicated
 from lightning_ifthpo.runtime.losses import BY_DIFFERENCES, trainable

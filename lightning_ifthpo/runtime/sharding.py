@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lightning_ifthpo.core.space import whole
+from lightning_ifthpo.core.space import full_tensor
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def unsharded(module: nn.Module) -> Iterator[None]:
             for name, parameter in list(submodule._parameters.items()):
                 if isinstance(parameter, DTensor):
                     if id(parameter) not in gathered:
-                        gathered[id(parameter)] = nn.Parameter(whole(parameter).detach(), parameter.requires_grad)
+                        gathered[id(parameter)] = nn.Parameter(full_tensor(parameter).detach(), parameter.requires_grad)
                     stack.callback(submodule._parameters.__setitem__, name, parameter)
                     submodule._parameters[name] = gathered[id(parameter)]
         for submodule in module.modules() if gathered else ():

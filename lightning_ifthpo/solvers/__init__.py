@@ -6,12 +6,14 @@ from lightning_ifthpo.solvers.direct import Direct
 from lightning_ifthpo.solvers.krylov import ConjugateGradient, MinimumResidual
 from lightning_ifthpo.solvers.nystrom import Nystrom
 from lightning_ifthpo.solvers.series import Identity, Neumann
+from lightning_ifthpo.solvers.system import LinearSystem
 
 __all__ = [
     "Amortized",
     "ConjugateGradient",
     "Direct",
     "Identity",
+    "LinearSystem",
     "MinimumResidual",
     "Neumann",
     "Nystrom",

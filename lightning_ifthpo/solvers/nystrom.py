@@ -67,8 +67,8 @@ class Nystrom(Solver):
         approximation = self.approximation(system)
         if not approximation.damped and approximation.products < len(b):
             raise ValueError(
-                f"Nystrom(rank={self.rank}) needs damping > 0 on {len(b)} parameters: the part of the curvature that it "
-                "does not see would be divided by zero; pass damping, or rank >= the number of parameters"
+                f"Nystrom(rank={self.rank}) needs damping > 0 on {len(b)} parameters: the part of the curvature that "
+                "it does not see would be divided by zero; pass damping, or rank >= the number of parameters"
             )
         x = approximation.solve(b)
         residual = system.relative_residual(x, b)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.core.validation import ascending, require_at_least, require_flag
+from lightning_ifthpo.core.validation import is_ascending, require_at_least, require_flag
 from lightning_ifthpo.curvature.base import CurvatureOperator
 from lightning_ifthpo.solvers.base import Solver, SolveResult, Status
 from lightning_ifthpo.solvers.system import LinearSystem
@@ -34,7 +34,7 @@ class Identity(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not ascending(0.0, self.scale, math.inf):
+        if not is_ascending(0.0, self.scale, math.inf):
             raise ValueError(f"expected a finite scale > 0, got {self.scale!r}")
 
     def _solve(self, system: LinearSystem, b: Tensor, x0: Tensor | None) -> SolveResult:
@@ -85,7 +85,7 @@ class Neumann(Solver):
         elif isinstance(self.step_size, str):
             valid = self.step_size in ("auto", "optimizer")
         else:
-            valid = ascending(0.0, self.step_size, math.inf)
+            valid = is_ascending(0.0, self.step_size, math.inf)
         if not valid:
             raise ValueError(f"expected a finite step_size > 0, 'auto' or 'optimizer', got {self.step_size!r}")
 

@@ -64,11 +64,11 @@ class KrylovBasis:
         """Adds one vector, by one product."""
         vector = self._next
         if vector is None:
-            vector = self._orthogonalized(random_vector(self._operator, self._generator))
+            vector = self._orthogonalize(random_vector(self._operator, self._generator))
         vector = vector / length_of(vector)
         product = self._operator.matvec(vector)
         self._append(vector)
-        residual = self._orthogonalized(product)
+        residual = self._orthogonalize(product)
         diagonal, norm, length = torch.stack([vector @ product, length_of(residual), length_of(product)]).tolist()
         self.finite = math.isfinite(length)
         self._scale = max(self._scale, length)
@@ -95,7 +95,7 @@ class KrylovBasis:
         bounds = off_diagonal[-1] * vectors[-1].abs() + rounding
         return RitzPairs(values, bounds, vectors[0].square(), vectors)
 
-    def combined(self, coefficients: Tensor) -> Tensor:
+    def combine(self, coefficients: Tensor) -> Tensor:
         """Returns vectors [k, n] from coefficients [size, k] in this basis."""
         return coefficients.T.to(self._rows) @ self._rows[: self.products]
 
@@ -107,7 +107,7 @@ class KrylovBasis:
         self._rows[self.products] = vector
         self.products += 1
 
-    def _orthogonalized(self, vector: Tensor) -> Tensor:
+    def _orthogonalize(self, vector: Tensor) -> Tensor:
         rows = self._rows[: self.products]
         for _ in range(2):  # twice is enough (Giraud, Langou, Rozložník 2005)
             vector = vector - (rows @ vector) @ rows
@@ -128,6 +128,6 @@ def random_vector(operator: CurvatureOperator, generator: torch.Generator) -> Te
     return vector.to(operator.device, operator.dtype)
 
 
-def seeded(generator: torch.Generator | None) -> torch.Generator:
+def generator_or_default(generator: torch.Generator | None) -> torch.Generator:
     """Returns the generator, or one with a fixed seed, so that the global random state is left alone."""
     return torch.Generator().manual_seed(0) if generator is None else generator

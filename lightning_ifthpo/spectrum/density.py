@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_ifthpo.curvature.base import CurvatureOperator
-from lightning_ifthpo.spectrum.basis import KrylovBasis, random_vector, seeded
+from lightning_ifthpo.spectrum.basis import KrylovBasis, generator_or_default, random_vector
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ def spectral_density(
     """
     if max_probes < 1 or iterations < 2:
         raise ValueError(f"expected max_probes >= 1 and iterations >= 2, got {max_probes} and {iterations}")
-    generator = seeded(generator)
+    generator = generator_or_default(generator)
     quadratures: list[_Quadrature] = []
     converged = False
     while len(quadratures) < max_probes and not converged:
         quadratures.append(_quadrature(operator, iterations, generator))
-        values, weights = _pooled(quadratures)
+        values, weights = _pool(quadratures)
         if not bool(values.isfinite().all()):
             return SpectralDensity(values, weights, math.nan, sum(q.products for q in quadratures), converged=False)
         truncation = sum(quadrature.truncation for quadrature in quadratures) / len(quadratures)
@@ -107,7 +107,7 @@ def _quadrature(operator: CurvatureOperator, iterations: int, generator: torch.G
     return _Quadrature(ritz.values, ritz.weights, truncation, basis.products)
 
 
-def _pooled(quadratures: list[_Quadrature]) -> tuple[Tensor, Tensor]:
+def _pool(quadratures: list[_Quadrature]) -> tuple[Tensor, Tensor]:
     values, order = torch.cat([quadrature.values for quadrature in quadratures]).sort()
     return values, torch.cat([quadrature.weights for quadrature in quadratures])[order] / len(quadratures)
 

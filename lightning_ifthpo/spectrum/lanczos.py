@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_ifthpo.curvature.base import CurvatureOperator
-from lightning_ifthpo.spectrum.basis import KrylovBasis, RitzPairs, seeded
+from lightning_ifthpo.spectrum.basis import KrylovBasis, RitzPairs, generator_or_default
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def lanczos(
         raise ValueError(
             f"expected max_iterations >= k = {k} and >= min_iterations = {min_iterations}, got {max_iterations}"
         )
-    basis = KrylovBasis(operator, start, seeded(generator))
+    basis = KrylovBasis(operator, start, generator_or_default(generator))
     while True:
         basis.extend()
         ritz = basis.ritz()
@@ -96,7 +96,9 @@ def lanczos(
         blind = start is not None and basis.exhausted and basis.fresh == basis.products < operator.size
         scale = float(ritz.values.abs().amax())
         enough = basis.products >= max(k, min(min_iterations, operator.size)) and not blind
-        converged = enough and _settled(ritz, k, rtol * scale) and _settled(latest, 1, max(rtol, 1e-2) * scale)
+        converged = (
+            enough and _bounds_within(ritz, k, rtol * scale) and _bounds_within(latest, 1, max(rtol, 1e-2) * scale)
+        )
         if converged or not basis.finite or basis.products >= min(max_iterations, operator.size):
             break
     return ExtremeEigenvalues(
@@ -106,10 +108,10 @@ def lanczos(
         smallest_bounds=ritz.bounds[:k],
         products=basis.products,
         converged=converged,
-        largest_vectors=basis.combined(ritz.coefficients.flip(1)[:, :k]) if vectors else None,
-        smallest_vectors=basis.combined(ritz.coefficients[:, :k]) if vectors else None,
+        largest_vectors=basis.combine(ritz.coefficients.flip(1)[:, :k]) if vectors else None,
+        smallest_vectors=basis.combine(ritz.coefficients[:, :k]) if vectors else None,
     )
 
 
-def _settled(ritz: RitzPairs, k: int, tolerance: float) -> bool:
+def _bounds_within(ritz: RitzPairs, k: int, tolerance: float) -> bool:
     return bool((torch.cat([ritz.bounds[-k:], ritz.bounds[:k]]) <= tolerance).all())

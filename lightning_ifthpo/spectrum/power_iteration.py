@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_ifthpo.curvature.base import CurvatureOperator
-from lightning_ifthpo.spectrum.basis import length_of, random_vector, seeded
+from lightning_ifthpo.spectrum.basis import generator_or_default, length_of, random_vector
 
 Which: TypeAlias = Literal["magnitude", "largest", "smallest"]
 
@@ -73,7 +73,9 @@ def power_iteration(
     if max_iterations < max(1, min_iterations):
         raise ValueError(f"expected max_iterations >= 1 and >= min_iterations = {min_iterations}, got {max_iterations}")
     sign = -1.0 if which == "smallest" else 1.0
-    vector = random_vector(operator, seeded(generator)) if start is None or not bool(start.any()) else start
+    vector = (
+        random_vector(operator, generator_or_default(generator)) if start is None or not bool(start.any()) else start
+    )
     vector = vector.to(operator.device, operator.dtype)
     vector = vector / length_of(vector)
     product = sign * operator.matvec(vector)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_ifthpo.curvature.base import CurvatureOperator
-from lightning_ifthpo.spectrum.basis import random_vector, seeded
+from lightning_ifthpo.spectrum.basis import generator_or_default, random_vector
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def trace(
     if products >= operator.size:
         exact = float(operator.to_dense().diagonal().sum())
         return TraceEstimate(exact, 0.0, operator.size, math.isfinite(exact))
-    generator = seeded(generator)
+    generator = generator_or_default(generator)
     third = products // 3
     sketch = [operator.matvec(random_vector(operator, generator).sign()) for _ in range(third)]
     columns = torch.stack(sketch, dim=1)

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.core.validation import ascending, require_at_least, require_choice
+from lightning_ifthpo.core.validation import is_ascending, require_at_least, require_choice
 from lightning_ifthpo.curvature.base import CurvatureOperator
 from lightning_ifthpo.spectrum.basis import length_of, random_vector
 from lightning_ifthpo.spectrum.lanczos import ExtremeEigenvalues, lanczos
@@ -57,7 +57,7 @@ class SpectrumTracker:
         require_at_least("max_iterations", max_iterations, k + 1)
         if k > 1 and method == "power_iteration":
             raise ValueError(f"power iteration finds one eigenvalue at each end, and {k} are asked for; use 'lanczos'")
-        if not ascending(0.0, rtol, math.inf):
+        if not is_ascending(0.0, rtol, math.inf):
             raise ValueError(f"expected 0 < rtol < infinity, got {rtol!r}")
         self.method = method
         self.k = k
@@ -75,7 +75,7 @@ class SpectrumTracker:
         last = None if self._last is None else self._last.to(operator.device, operator.dtype)
         starts: list[Tensor | None] = [None, None]
         if last is not None:
-            starts = [_renewed(vector, operator, generator) for vector in last]
+            starts = [_perturb(vector, operator, generator) for vector in last]
         if self.method == "lanczos":
             result = self._lanczos(operator, starts[0], generator)
         else:
@@ -138,7 +138,7 @@ class SpectrumTracker:
         )
 
 
-def _renewed(vector: Tensor, operator: CurvatureOperator, generator: torch.Generator) -> Tensor:
+def _perturb(vector: Tensor, operator: CurvatureOperator, generator: torch.Generator) -> Tensor:
     noise = random_vector(operator, generator)
     renewed: Tensor = vector / length_of(vector) + _NOISE * noise / length_of(noise)
     return renewed

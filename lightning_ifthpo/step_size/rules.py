@@ -7,7 +7,7 @@ from collections import deque
 from statistics import fmean, stdev
 from typing import Any
 
-from lightning_ifthpo.step_size.parabola import DirectionalModel
+from lightning_ifthpo.step_size.parabola import Parabola
 
 _START = 0.003  # of the smallest optimal step seen: from ten times as much, some networks lose units for good
 _FIRST = 3  # probes that decide on the start; a single one is off by a factor of five now and then
@@ -59,13 +59,13 @@ class AveragedRule:
         self._resting = 0
         self.settled = False
 
-    def observe(self, model: DirectionalModel) -> bool:
+    def observe(self, parabola: Parabola) -> bool:
         """Changes the rate by what a probe shows, slope and curvature along an update; returns whether it was used."""
-        if not model.is_finite:
+        if not parabola.is_finite:
             self.refused += 1
-        if not model.is_finite or model.squared_length == 0.0:
+        if not parabola.is_finite or parabola.squared_length == 0.0:
             return False
-        slope, curvature = model.slope / model.squared_length, model.sharpness
+        slope, curvature = parabola.slope / parabola.squared_length, parabola.sharpness
         self._probes.append((slope, curvature))
         self._count += 1
         if self._count <= _FIRST:
@@ -156,11 +156,11 @@ class PublishedRule:
         self._bounds = (lr_min, lr_max)
         self._smoothing = smoothing
 
-    def observe(self, model: DirectionalModel) -> bool:
+    def observe(self, parabola: Parabola) -> bool:
         """Changes the rate by what a probe shows, and returns whether it was used."""
-        step = model.optimal_step
+        step = parabola.optimal_step
         low, high = self._bounds
-        if step is None or step <= 0.0 or not model.is_finite:
+        if step is None or step <= 0.0 or not parabola.is_finite:
             self.refused += 1
             self.lr = low if self.lr is None else self.lr
             return False

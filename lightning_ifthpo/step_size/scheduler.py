@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
 from lightning_ifthpo.core.random_state import isolated
-from lightning_ifthpo.core.validation import ascending, is_number, require_at_least, require_choice, require_flag
+from lightning_ifthpo.core.validation import is_ascending, is_number, require_at_least, require_choice, require_flag
 from lightning_ifthpo.curvature.kinds import LossCurvature
 from lightning_ifthpo.step_size.linearity import check_linear_in_lr
 from lightning_ifthpo.step_size.parabola import Parabola, exact_parabola, three_point_parabola
@@ -48,7 +48,7 @@ class RateOptions:
         require_choice("rule", self.rule, tuple(_RULES))
         require_choice("probe", self.probe, ("next_batch", "same_batch"))
         low, high = self.lr_min, self.lr_max
-        if not (ascending(0.0, low, math.inf) and ascending(0.0, high, math.inf) and low <= high):
+        if not (is_ascending(0.0, low, math.inf) and is_ascending(0.0, high, math.inf) and low <= high):
             raise ValueError(f"expected 0 < lr_min <= lr_max < infinity, got {low!r} and {high!r}")
         if not (is_number(self.final_decay) and 0.0 <= self.final_decay <= 1.0):
             raise ValueError(f"expected 0 <= final_decay <= 1, a fraction of the run, got {self.final_decay!r}")

@@ -1,0 +1,37 @@
+"""Marking the outputs of a model inside a loss; Gauss–Newton curvature and KFAC need to know them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch import Tensor
+
+_recorder: ContextVar[list[Tensor] | None] = ContextVar("_recorder", default=None)
+
+
+def mark_outputs(output: Tensor) -> Tensor:
+    """Returns the output unchanged, and records that the model ends here and the loss begins.
+
+    It has an effect only while a `Loss` is evaluated. Call it on every tensor through which the data term of the loss
+    depends on the parameters, usually the logits, and compute the loss from the tensors that it returns.
+
+    Args:
+        output: Floating-point tensor of any shape.
+    """
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder.append(output)
+    return output
+
+
+@contextmanager
+def recording_outputs() -> Iterator[list[Tensor]]:
+    """Collects the tensors that `mark_outputs` is called with inside the block."""
+    outputs: list[Tensor] = []
+    token = _recorder.set(outputs)
+    try:
+        yield outputs
+    finally:
+        _recorder.reset(token)

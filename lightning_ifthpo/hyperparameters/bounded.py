@@ -1,0 +1,45 @@
+"""A value in an interval, as a function of a hyperparameter λ that may be any real number."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from lightning_ifthpo.core.validation import is_ascending
+
+
+class Bounded(nn.Module):
+    """Base of the modules whose values lie in (0, maximum).
+
+    Args:
+        initial: Each value at the start.
+        maximum: Upper bound of the values.
+        limit: What `maximum` may be at most.
+
+    Raises:
+        ValueError: Unless 0 < initial < maximum <= limit, all but the limit finite.
+    """
+
+    def __init__(self, initial: float, maximum: float, limit: float = math.inf) -> None:
+        if not is_ascending(0.0, initial, maximum, math.inf) or maximum > limit:
+            bound = "< inf" if limit == math.inf else f"<= {limit:g}"
+            raise ValueError(f"expected 0 < initial < maximum {bound}, got initial={initial!r} and maximum={maximum!r}")
+        super().__init__()
+        self.maximum = maximum
+
+    def extra_repr(self) -> str:
+        """Returns the bound, for the module's repr."""
+        return f"maximum={self.maximum:g}"
+
+    def _logit(self, value: float) -> float:
+        return math.log(value / (self.maximum - value))
+
+    def _value(self, logits: Tensor) -> Tensor:
+        return between(logits, 0.0, self.maximum)
+
+
+def between(logits: Tensor, lowest: float, highest: float) -> Tensor:
+    """Returns lowest + (highest − lowest) σ(λ), shaped like the logits λ; its derivative is finite for every λ."""
+    values = (highest - lowest) * logits.sigmoid()
+    return lowest + values if lowest else values

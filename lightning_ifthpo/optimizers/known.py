@@ -1,0 +1,112 @@
+"""The table of known optimizers: how each one answers a gradient. To add one, add a function and its entry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+from torch import Tensor
+from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
+
+
+@dataclass(frozen=True)
+class Response:
+    """How an optimizer answers the gradients g of one parameter: w ← w − ηPu, with u a running combination of them.
+
+    Attributes:
+        learning_rate: η of the next update.
+        weight_decay: d; in loss / parameter² if it enters the gradient, without a unit if it is decoupled.
+        decoupled: Whether d shrinks the weights, w ← (1 − ηd)w, instead of entering the gradient.
+        preconditioner: The diagonal of P, shaped like the parameter; 1 where there is none.
+        total_gain: The sum of u over all later steps, for a single gradient of 1.
+        alternating_gain: |u| in the long run, for the gradients +1, −1, …
+    """
+
+    learning_rate: float
+    weight_decay: float = 0.0
+    decoupled: bool = False
+    preconditioner: float | Tensor = 1.0
+    total_gain: float = 1.0
+    alternating_gain: float = 1.0
+
+
+_Dict: TypeAlias = Mapping[str, Any]
+
+
+def _sgd(plain: Response, group: _Dict, state: _Dict) -> Response:
+    """Heavy ball: u ← βu + (1 − dampening) g. Nesterov: the update takes g + βu."""
+    momentum, new = float(group["momentum"]), 1.0 - float(group.get("dampening", 0.0))
+    if not momentum:
+        return plain
+    alternating = new / (1.0 + momentum)
+    if group.get("nesterov"):
+        alternating = 1.0 + momentum * alternating
+    return replace(plain, total_gain=new / (1.0 - momentum), alternating_gain=alternating)
+
+
+def _rmsprop(plain: Response, group: _Dict, state: _Dict) -> Response:
+    plain = _sgd(plain, group, state)
+    if not state:
+        return plain
+    second, mean = state["square_avg"], state.get("grad_avg")
+    return _scaled(plain, group, second if mean is None else (second - mean.square()).clamp_min(0.0))
+
+
+def _adam(plain: Response, group: _Dict, state: _Dict) -> Response:
+    """Exponential average: u ← β₁u + (1 − β₁) g, over 1 − β₁ᵗ at step t."""
+    first, second = map(float, group["betas"])
+    step = float(state.get("step", math.inf))
+    plain = replace(plain, alternating_gain=(1.0 - first) / (1.0 + first) / (1.0 - first**step))
+    if not state:
+        return plain
+    return _scaled(plain, group, state.get("max_exp_avg_sq", state["exp_avg_sq"]) / (1.0 - second**step))
+
+
+def _adamw(plain: Response, group: _Dict, state: _Dict) -> Response:
+    return replace(_adam(plain, group, state), decoupled=True)  # in torch 2.6 the group does not say so
+
+
+def _nadam(plain: Response, group: _Dict, state: _Dict) -> Response:
+    """Adam with (1 − μ) g + μu for u, where μ is the momentum of the next step (Dozat 2016)."""
+    first, step = float(group["betas"][0]), float(state.get("step", 0.0))
+    momentum = first * (1.0 - 0.5 * 0.96 ** ((step + 1.0) * float(group["momentum_decay"])))
+    alternating = 1.0 - momentum + momentum * ((1.0 - first) / (1.0 + first))
+    return replace(_adam(plain, group, state), alternating_gain=alternating)
+
+
+def _adagrad(plain: Response, group: _Dict, state: _Dict) -> Response:
+    rate = plain.learning_rate / (1.0 + float(state.get("step", 0.0)) * float(group["lr_decay"]))
+    plain = replace(plain, learning_rate=rate)
+    return _scaled(plain, group, state["sum"]) if state else plain
+
+
+def _scaled(plain: Response, group: _Dict, second_moment: Tensor) -> Response:
+    return replace(plain, preconditioner=1.0 / (second_moment.sqrt() + float(group["eps"])))
+
+
+_TABLE: dict[type[Optimizer], Callable[[Response, _Dict, _Dict], Response]] = {
+    SGD: _sgd,
+    RMSprop: _rmsprop,
+    Adam: _adam,
+    AdamW: _adamw,
+    NAdam: _nadam,
+    Adagrad: _adagrad,
+}
+
+
+def is_known(optimizer: Optimizer) -> bool:
+    """Returns whether an optimizer, or a class it derives from, is in the table."""
+    return isinstance(optimizer, tuple(_TABLE))
+
+
+def response(optimizer: Optimizer, group: _Dict, parameter: Tensor) -> Response:
+    """Returns how an optimizer answers the gradients of a parameter of a group; gradient descent if it is not known."""
+    plain = Response(float(group["lr"]))
+    for kind in type(optimizer).__mro__:
+        if kind in _TABLE:
+            decoupled = bool(group.get("decoupled_weight_decay", False))
+            plain = replace(plain, weight_decay=float(group["weight_decay"]), decoupled=decoupled)
+            return _TABLE[kind](plain, group, optimizer.state.get(parameter, {}))
+    return plain

@@ -1,0 +1,58 @@
+"""A fixed set of examples, kept in memory and split among processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.utils.data import DistributedSampler
+
+from lightning_ifthpo.core.random_state import isolated
+from lightning_ifthpo.runtime.batches import batch_size
+from lightning_ifthpo.runtime.distributed import Ranks
+from lightning_ifthpo.runtime.outer_data import check_batches
+
+
+class FixedBatches:
+    """This process's batches of a loader.
+
+    Args:
+        source: A DataLoader, or a list of batches of any size. It is iterated once.
+        device: The device whose random state loading must not change.
+        ranks: The processes among which batches are split, unless a `DistributedSampler` does so already.
+        seed: Seed of random transforms.
+
+    Attributes:
+        batches: At least one; a process without examples has a batch of weight zero.
+        sizes: The number of examples in each batch.
+        weight: The number of examples of this process.
+
+    Raises:
+        TypeError: If the source does not yield batches.
+        ValueError: If the source is empty, or the number of examples in a batch is not known.
+    """
+
+    def __init__(self, source: Iterable[Any], device: torch.device, ranks: Ranks, seed: int) -> None:
+        check_batches(source)
+        with isolated(device, seed):
+            batches = [(batch, _size(batch)) for batch in source]
+        if not batches or min(size for _, size in batches) < 1:
+            raise ValueError(
+                "the dataloader of SharpnessMonitor is empty, or has an empty batch: check its data set, and drop_last "
+                "with batch_size"
+            )
+        is_split = isinstance(getattr(source, "sampler", None), DistributedSampler)
+        own = batches if is_split else batches[ranks.rank :: ranks.count]
+        self.weight = sum(size for _, size in own)
+        self.batches, self.sizes = zip(*(own or batches[:1]), strict=True)
+
+
+def _size(batch: Any) -> int:
+    size = batch_size(batch)
+    if size is None:
+        raise ValueError(
+            f"cannot tell the number of examples in a batch of type {type(batch).__name__}; the dataloader of "
+            "SharpnessMonitor should yield tensors, or tuples, lists or dicts of tensors"
+        )
+    return size

@@ -1,0 +1,46 @@
+"""A curvature and its damping side by side, as solvers see them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_ifthpo.curvature.base import CurvatureOperator, DampedOperator
+
+
+class LinearSystem:
+    """The matrix A + δI, or A + diag(δ), of a linear system.
+
+    Solvers that only need products call `matvec`; those that treat A and δ differently use both attributes.
+
+    Args:
+        operator: A, symmetric, on vectors [n]. If it is damped already, its damping is added to δ.
+        damping: δ >= 0, a number or [n], in loss / parameter².
+
+    Attributes:
+        operator: A.
+        damping: δ, on the device and in the dtype of A.
+        matrix: A + δI as one operator.
+
+    Raises:
+        ValueError: If δ is a vector that does not have shape [n].
+    """
+
+    def __init__(self, operator: CurvatureOperator, damping: float | Tensor = 0.0) -> None:
+        if isinstance(operator, DampedOperator):
+            damping = operator.delta + damping
+            operator = operator.operator
+        self.operator = operator
+        self.matrix: CurvatureOperator = operator
+        self.damping = damping
+        if isinstance(damping, Tensor) or damping != 0.0:
+            damped = DampedOperator(operator, damping)
+            self.matrix, self.damping = damped, damped.delta
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Returns (A + δI) v for v: [n], by one product."""
+        return self.matrix.matvec(v)
+
+    def relative_residual(self, x: Tensor, b: Tensor) -> float:
+        """Returns ‖(A + δI) x − b‖ / ‖b‖, by one product."""
+        return float(torch.linalg.vector_norm(self.matvec(x) - b) / torch.linalg.vector_norm(b))
