@@ -41,7 +41,7 @@ from lightning_ifthpo.curvature import (
     MatrixOperator,
     mark_outputs,
 )
-from lightning_ifthpo.solvers import ConjugateGradient, Identity, Neumann, Nystrom, Solver
+from lightning_ifthpo.solvers import ConjugateGradient, Identity, LinearSystem, Neumann, Nystrom, Solver
 
 DECAY = 1e-3  # of all weights, in the loss; without it softmax has a null space: shifting all logits changes nothing
 TERMS = (1, 5, 20, 100)
@@ -138,7 +138,7 @@ def approximations(problem: Problem, hessian: Tensor, spectrum: Spectrum, full: 
     if not full:  # where it would take hours: 25 products for each of 7,850 columns
         for iterations in ITERATIONS:
             yield f"CG {iterations}", inverse_by_columns(ConjugateGradient(iterations, damping=DECAY), hessian)
-    nystrom = Nystrom(RANK).approximation(MatrixOperator(hessian).damped(DECAY))
+    nystrom = Nystrom(RANK).approximation(LinearSystem(MatrixOperator(hessian), DECAY))
     yield f"Nyström {RANK}", torch.vmap(nystrom.solve)(columns)
     kfac = KFACOperator(loss, parameters)
     yield "KFAC", kfac.solve(columns, DECAY)

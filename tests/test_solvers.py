@@ -8,6 +8,7 @@ import torch
 from lightning_ifthpo.curvature import MatrixOperator
 from lightning_ifthpo.optimizers.update_rule import UpdateRule
 from lightning_ifthpo.solvers import (
+    LinearSystem,
     Amortized,
     ConjugateGradient,
     Direct,
@@ -230,9 +231,10 @@ def test_damping_by_horizon_needs_an_optimizer_and_takes_its_step():
     )
     with pytest.raises(ValueError, match="needs the inner optimizer"):
         solver.solve(operator, b.double())
-    assert solver.with_optimizer(UpdateRule(step=1.0)).damping == pytest.approx(1 / 50)
-    assert ConjugateGradient(damping=0.3).with_optimizer(UpdateRule(step=0.1)).damping == 0.3
-    assert ConjugateGradient(damping=0.3).with_optimizer(UpdateRule(step=0.1, decay=0.5)).damping == 0.8
+    assert solver.with_optimizer(UpdateRule(step=1.0)).system(operator).damping == pytest.approx(1 / 50)
+    solver = ConjugateGradient(damping=0.3)
+    assert solver.with_optimizer(UpdateRule(step=0.1)).system(operator).damping == 0.3
+    assert solver.with_optimizer(UpdateRule(step=0.1, decay=0.5)).system(operator).damping == 0.8
 
 
 def test_tolerance_ends_the_iteration_and_is_kept():
@@ -272,7 +274,7 @@ def test_neumann_with_too_long_a_step_stops_and_names_the_cause():
     result = Neumann(terms=500, step_size=1.0).solve(operator, b)
     assert result.status is Status.DIVERGED
     assert result.x.norm() < 1e3 * b.norm()
-    message = diagnose(operator, result)
+    message = diagnose(LinearSystem(operator), result)
     assert "step is too long" in message
     assert "λ_max = 30" in message
     assert "2/η = 2" in message
@@ -364,7 +366,7 @@ def test_diagnosis_of_good_results_is_empty_and_costs_nothing():
     operator = Counted(spd_matrix(4, 2.0))
     result = ConjugateGradient().solve(operator, right_hand_side(4))
     spent = operator.count
-    assert diagnose(operator, result) == ""
+    assert diagnose(LinearSystem(operator), result) == ""
     assert operator.count == spent
 
 

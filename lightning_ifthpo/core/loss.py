@@ -27,8 +27,8 @@ AllReduce: TypeAlias = Callable[[Tensor], Tensor]
 class Loss:
     """L(λ, w) on one batch, in one process or as one process's share of a sum.
 
-    Every evaluation draws the same random numbers. The first one advances the generators as any call of the function
-    does; the later ones draw the same numbers and leave the generators as they were.
+    Every evaluation draws the same random numbers. The first one advances the generators, as a call of the function
+    does, unless `fix_random_numbers` was called before; later ones leave the generators unchanged.
 
     Args:
         function: Callable without arguments that returns the scalar loss, or (loss, outputs).
@@ -49,7 +49,7 @@ class Loss:
     >>> loss.gradient()
     tensor([2., 4.])
     >>> with loss.along([torch.ones(2)]) as at:
-    ...     float(at(0.5)), float(at(-0.5))
+    ...     at(0.5).item(), at(-0.5).item()
     (8.5, 2.5)
     """
 
@@ -86,6 +86,11 @@ class Loss:
         """Returns this process's share as a loss of a single process."""
         return self._copy(self.parameters, None)
 
+    def fix_random_numbers(self) -> None:
+        """Lets all evaluations draw the numbers that come next, and leave the generators unchanged."""
+        if self._random_state is None:
+            self._random_state = RandomState(self.space.device)
+
     def evaluate(self) -> tuple[Tensor, Sequence[Tensor]]:
         """Returns this process's scaled share of the loss with its graph, and the outputs that it returned or marked.
 
@@ -118,13 +123,14 @@ class Loss:
         """Gives a function that moves w to w + α · direction and evaluates this process's scaled share there.
 
         Take derivatives before the next call, because activation checkpointing computes the forward pass again at the
-        weights of that moment. After the block w is restored bit for bit.
+        weights of that moment. After the block w is restored bit for bit, and the generators are unchanged.
 
         Args:
             direction: Shaped like the parameters; `None` for zeros.
 
         Cost: a copy of the parameters.
         """
+        self.fix_random_numbers()
         with self.space.restored() as originals:
 
             @torch.no_grad()
@@ -180,12 +186,12 @@ class Loss:
 
     @contextmanager
     def _same_random_numbers(self) -> Iterator[None]:
-        if self._random_state is not None:
+        if self._random_state is None:
+            self.fix_random_numbers()
+            yield
+        else:
             with self._random_state.replayed():
                 yield
-            return
-        self._random_state = RandomState(self.space.device)
-        yield
 
 
 def as_loss(loss: LossFunction | Loss, parameters: Sequence[Tensor], name: str = "the loss") -> Loss:

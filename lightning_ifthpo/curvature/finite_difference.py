@@ -35,6 +35,7 @@ class FiniteDifferenceOperator(LossOperator):
 
     def __init__(self, loss: LossFunction | Loss, parameters: Sequence[Tensor]) -> None:
         super().__init__(as_loss(loss, parameters))
+        self._loss.fix_random_numbers()
 
     def slope_and_curvature(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ∇L·v and vᵀHv, scalars, for v: [n], from the same two gradients; the slope to second order in ε."""

@@ -154,7 +154,7 @@ class PublishedRule:
         self.lr: float | None = None
         self.refused = 0
         self._bounds = (lr_min, lr_max)
-        self._smoothing = smoothing
+        self.smoothing = smoothing
 
     def observe(self, parabola: Parabola) -> bool:
         """Changes the rate by what a probe shows, and returns whether it was used."""
@@ -164,7 +164,7 @@ class PublishedRule:
             self.refused += 1
             self.lr = low if self.lr is None else self.lr
             return False
-        target = step if self.lr is None else self._smoothing * self.lr + (1.0 - self._smoothing) * step
+        target = step if self.lr is None else self.smoothing * self.lr + (1.0 - self.smoothing) * step
         self.lr = min(max(target, low), high)
         return True
 

@@ -151,6 +151,11 @@ class ExactGeNLR(LRScheduler):
         super().__init__(optimizer)
 
     @property
+    def rules(self) -> list[Rule]:
+        """The rule that chooses the rate, or one for each parameter group."""
+        return self._rates.rules
+
+    @property
     def refused(self) -> int:
         """Number of parabolas that could not be used."""
         return sum(rule.refused for rule in self._rates.rules)
