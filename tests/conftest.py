@@ -8,7 +8,7 @@ from importlib.metadata import version
 import pytest
 import torch
 
-from tests.problems import SoftmaxRegression
+from tests.helpers.problems import SoftmaxRegression
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,78 @@
+"""The mixin."""
+
+import copy
+import pickle
+
 import lightning as L
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from lightning_ifthpo import BilevelLightningModule
-from tests.trainers import Classifier, loader, quiet_trainer
+from lightning_ifthpo import BilevelLightningModule, IFTHypergradient
+from tests.helpers.trainers import Classifier, loader, quiet_trainer, trained
+
+
+def test_existing_training_step_serves_as_inner_loss():
+    class Existing(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def training_step(self, batch):
+            x, y = batch
+            self.log("existing", 1.0)
+            return {"loss": F.cross_entropy(self.layer(x) * self.scale * self.temperature.exp(), y)}
+
+        def validation_step(self, batch):
+            self.log("existing_val", 2.0)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    class Bilevel(BilevelLightningModule, Existing):
+        def __init__(self):
+            super().__init__()
+            self.register_hyperparameter("temperature", torch.zeros(()))
+
+        def outer_loss(self, batch):
+            return F.cross_entropy(self.layer(batch[0]), batch[1])
+
+    module = Bilevel()
+    trainer = quiet_trainer(callbacks=[IFTHypergradient(2, outer_dataloader=loader(seed=1), on_failure="use")])
+    trainer.fit(module, loader(), loader(seed=2))
+    assert module.temperature != 0
+    assert {"existing", "existing_val"} <= trainer.callback_metrics.keys()
+
+
+def test_default_steps_log_both_losses():
+    _, trainer, _ = trained([])
+    assert {"inner_loss", "outer_loss"} <= trainer.callback_metrics.keys()
+
+
+def test_a_module_can_be_copied_and_pickled():
+    module = Classifier()
+    for clone in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert [n for n, _ in clone.named_hyperparameters()] == [n for n, _ in module.named_hyperparameters()]
+        with torch.no_grad():
+            clone.net[0].weight.add_(1.0)
+        assert clone.decay() > module.decay()
+
+
+def test_several_validation_loaders_and_any_step_signature():
+    class Several(Classifier):
+        def training_step(self, *arguments):
+            return self.inner_loss(arguments[0])
+
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            self.log(f"val_{dataloader_idx}", self.outer_loss(batch), add_dataloader_idx=False)
+
+        def val_dataloader(self):
+            return [loader(8), loader(8)]
+
+    _, trainer, _ = trained([IFTHypergradient(4)], Several)
+    assert {"val_0", "val_1"} <= trainer.callback_metrics.keys()
 
 
 class Empty(BilevelLightningModule, L.LightningModule):

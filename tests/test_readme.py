@@ -11,7 +11,7 @@ import pytest
 
 from lightning_ifthpo import ExactGeN, IFTHypergradient, SharpnessMonitor
 from tests.examples.test_all import load
-from tests.report import support
+from tests.helpers.report import support
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -1,10 +1,103 @@
-"""What WeightDecay itself checks before training starts."""
+"""Weight decay."""
+
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_ifthpo.hyperparameters import WeightDecay
+from lightning_ifthpo import IFTHypergradient
+from lightning_ifthpo.hyperparameters import IndexedDataset, SampleWeights, WeightDecay
+from tests.helpers.trainers import Classifier, quiet_trainer
+
+
+def net():
+    return nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+
+
+@pytest.mark.parametrize(("granularity", "count"), [("global", 1), ("tensor", 4), ("weight", 11)])
+def test_granularity(granularity, count):
+    module = net()
+    decay = WeightDecay(module, granularity, initial=0.02)
+    assert sum(p.numel() for p in decay.parameters()) == count
+    wanted = 0.01 * sum(p.square().sum() for p in module.parameters())
+    assert torch.allclose(decay(), wanted)
+    assert [d.expand(w.shape).shape for d, w in zip(decay.decays(), module.parameters(), strict=True)]
+
+
+def test_each_decay_acts_on_its_own_weight():
+    module = net()
+    decay = WeightDecay(module, "weight", initial=0.02)
+    decay.requires_grad_(True)
+    gradients = torch.autograd.grad(decay(), list(decay.parameters()))
+    for gradient, weight in zip(gradients, module.parameters(), strict=True):
+        # d(d)/dλ = d (1 − d/maximum)
+        assert torch.allclose(gradient, 0.02 * (1 - 0.02) * weight.square() / 2)
+
+
+def test_frozen_weights_are_not_decayed():
+    module = net()
+    module[0].requires_grad_(False)
+    assert torch.allclose(
+        WeightDecay(module, initial=0.5)(), 0.25 * sum(p.square().sum() for p in module[1].parameters())
+    )
+
+
+def test_decay_is_bounded_whatever_lambda_is():
+    decay = WeightDecay(net(), initial=0.1, maximum=0.7)
+    for value in (-100.0, 0.0, 5.0, 1e4):
+        with torch.no_grad():
+            decay.log_decay[0].fill_(value)
+        assert 0.0 <= decay.decays()[0].item() <= 0.7 * (1 + 1e-6)
+        assert math.isfinite(float(decay().detach()))
+
+
+@pytest.mark.parametrize("value", [-1e4, -100.0, 100.0, 1e4])
+def test_the_gradient_of_decay_is_finite_whatever_lambda_is(value):
+    decay = WeightDecay(net(), initial=0.1, maximum=0.7).requires_grad_(True)
+    with torch.no_grad():
+        decay.log_decay[0].fill_(value)
+    (gradient,) = torch.autograd.grad(decay(), list(decay.parameters()))
+    assert torch.isfinite(gradient)
+
+
+def test_weights_follow_the_module_and_are_not_parameters_of_the_decay():
+    module = net()
+    decay = WeightDecay(module, initial=0.1)
+    before = float(decay().detach())
+    module.double()
+    assert decay().dtype == torch.float64
+    with torch.no_grad():
+        module[0].weight.mul_(2.0)
+    assert float(decay().detach()) > before
+    assert {id(p) for p in decay.parameters()}.isdisjoint({id(p) for p in module.parameters()})
+
+
+def test_training_stays_finite_when_decay_is_driven_to_its_bound():
+    class Driven(Classifier):
+        def outer_loss(self, batch):
+            return super().outer_loss(batch) + 10 * sum(p.square().sum() for p in self.net.parameters())
+
+    module = Driven(lr=0.5, hyper_lr=5.0)
+    quiet_trainer(max_epochs=60, callbacks=[IFTHypergradient(1, on_failure="use")]).fit(module)
+    assert max(d.item() for d in module.decay.decays()) > 0.5
+    assert all(bool(p.isfinite().all()) for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: WeightDecay(net(), "layer"), ValueError, "granularity to be one of"),
+        (lambda: WeightDecay(net(), initial=0.0), ValueError, "0 < initial < maximum"),
+        (lambda: WeightDecay(net(), initial=2.0), ValueError, "0 < initial < maximum"),
+        (lambda: WeightDecay(nn.ReLU()), ValueError, "ReLU has no parameters"),
+        (lambda: SampleWeights(0), ValueError, "n to be an integer >= 1, got 0"),
+        (lambda: IndexedDataset(iter([1, 2])), TypeError, "map-style data set"),
+    ],
+)
+def test_refuses(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
 
 
 def test_training_is_accepted_up_to_the_stability_limit():

@@ -1,0 +1,487 @@
+"""ExactGeN in a real Trainer."""
+
+from itertools import pairwise
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    Callback,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_ifthpo import ExactGeN
+from tests.helpers.trainers import Classifier, ResumableLoader, classification_data, loader, quiet_trainer, trained
+
+
+class Plain(L.LightningModule):
+    """A module that has never heard of this package."""
+
+    def __init__(self, optimizer=torch.optim.SGD, scheduler=None, **options):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        self.make_optimizer, self.make_scheduler, self.options = optimizer, scheduler, {"lr": 0.1} | options
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.net(x), y)
+
+    def configure_optimizers(self):
+        optimizer = self.make_optimizer(self.parameters(), **self.options)
+        return optimizer if self.make_scheduler is None else ([optimizer], [self.make_scheduler(optimizer)])
+
+    def train_dataloader(self):
+        return loader()
+
+
+class Rates(Callback):
+    """Notes the rate of each step, at the moment the step has been made."""
+
+    def __init__(self):
+        self.rates, self.weights = [], []
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        self.weights.append([p.detach().clone() for p in pl_module.parameters()])
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.rates.append(float(trainer.optimizers[0].param_groups[0]["lr"]))
+
+
+def fit(module, callback, **options):
+    rates = options.pop("rates", Rates())
+    trainer = quiet_trainer(callbacks=[callback, rates], **({"max_epochs": 5} | options))
+    torch.manual_seed(3)
+    trainer.fit(module)
+    return trainer, rates
+
+
+def digits(seed):
+    images, labels = load_digits(return_X_y=True)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(123))
+    images, labels = torch.tensor(images, dtype=torch.float32)[order] / 16, torch.tensor(labels)[order]
+    generator = torch.Generator().manual_seed(seed)
+    data = DataLoader(TensorDataset(images[:1400], labels[:1400]), batch_size=100, shuffle=True, generator=generator)
+    return data, images[1400:], labels[1400:]
+
+
+class Digits(Plain):
+    def __init__(self, optimizer, **options):
+        super().__init__(optimizer, **options)
+        self.net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [(torch.optim.SGD, {}), (torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {})],
+    ids=["SGD", "momentum", "AdamW"],
+)
+def test_no_rate_has_to_be_given(optimizer, options):
+    """20 epochs of digits from any rate, bit for bit the same; one test image of 397 is 0.25 points."""
+    accuracies = []
+    for lr in (1e-6, 1.0):
+        torch.manual_seed(0)
+        module = Digits(optimizer, lr=lr, **options)
+        data, images, labels = digits(seed=0)
+        quiet_trainer(max_epochs=20, callbacks=[ExactGeN()]).fit(module, data)
+        accuracies.append((module.net(images).argmax(1) == labels).float().mean().item())
+    assert accuracies[0] == accuracies[1] >= 0.955
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        (lambda: Plain(momentum=0.9, nesterov=True), {}),
+        (lambda: Plain(torch.optim.AdamW, weight_decay=0.1), {"gradient_clip_val": 0.05}),
+        (lambda: Plain(torch.optim.RMSprop), {"accumulate_grad_batches": 2}),
+    ],
+    ids=["Nesterov", "AdamW, clipped", "RMSprop, accumulated"],
+)
+def test_only_the_length_of_the_step_is_changed(module, options):
+    """The rates it chose, replayed without it, give the same weights."""
+
+    class Replay(Callback):
+        def __init__(self, rates):
+            self.rates = list(rates)
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            optimizer.param_groups[0]["lr"] = self.rates.pop(0)
+
+    class Steps(Callback):
+        """The rate in the optimizer right after each step, before any scheduler moves on."""
+
+        def __init__(self):
+            self.rates = []
+
+        def on_train_start(self, trainer, pl_module):
+            note = lambda optimizer, *_: self.rates.append(optimizer.param_groups[0]["lr"])  # noqa: E731
+            trainer.optimizers[0].register_step_post_hook(note)
+
+    torch.manual_seed(1)
+    first, steps = module(), Steps()
+    quiet_trainer(max_epochs=5, callbacks=[ExactGeN(), steps], precision="64-true", **options).fit(first)
+    assert len(set(steps.rates)) > 5
+    torch.manual_seed(1)
+    second = module()
+    quiet_trainer(max_epochs=5, callbacks=[Replay(steps.rates)], precision="64-true", **options).fit(second)
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_nothing_else_is_disturbed():
+    """Dropout, BatchNorm, metrics and random state are those of the replay."""
+    with_callback, _, observed = trained([ExactGeN()])
+    rates = []
+
+    class Note(Callback):
+        def on_train_start(self, trainer, pl_module):
+            note = lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])  # noqa: E731
+            trainer.optimizers[0].register_step_post_hook(note)
+
+    class Replay(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            optimizer.param_groups[0]["lr"] = rates.pop(0)
+
+    trained([ExactGeN(), Note()])
+    without, _, plain = trained([Replay()])
+    for (_, _, modes, state, _), (_, _, other_modes, other_state, _) in zip(
+        observed.batches, plain.batches, strict=True
+    ):
+        assert modes == other_modes
+        assert torch.equal(state, other_state)
+    assert with_callback.evaluations == without.evaluations
+    for name, value in with_callback.state_dict().items():
+        # rounding of an update at rate one, where the rate is a thousandth: 1e-7 · 1e3 of the update
+        assert torch.allclose(value.double(), without.state_dict()[name].double(), rtol=1e-3, atol=1e-5), name
+
+
+def test_a_configured_scheduler_is_replaced_with_one_notice():
+    step = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.1)  # noqa: E731
+    with pytest.warns(UserWarning, match="ExactGeN takes the place of StepLR") as caught:
+        trainer, rates = fit(Plain(scheduler=step), ExactGeN(final_decay=0.0))
+    assert len([w for w in caught if "ExactGeN" in str(w.message)]) == 1
+    assert rates.rates[-1] > rates.rates[0]
+    assert type(trainer.lr_scheduler_configs[0].scheduler).__name__ == "ExactGeNLR"
+
+
+def test_metrics_and_the_rate_monitor_see_the_rate(tmp_path):
+    logger = CSVLogger(tmp_path)
+    callbacks = [ExactGeN(), LearningRateMonitor("step"), Rates()]
+    trainer = quiet_trainer(callbacks=callbacks, max_epochs=5, logger=logger)
+    trainer.fit(Plain())
+    metrics = trainer.callback_metrics
+    assert {"gen/lr", "gen/accepted", "gen/refused", "gen/directional_sharpness"} <= metrics.keys()
+    assert "gen/lr" in trainer.progress_bar_metrics
+    assert "ExactGeN" in (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()[0]
+
+
+def test_it_looks_on_every_batch_until_settled_and_then_rarely():
+    looks = []
+
+    class Spy(ExactGeN):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if self._scheduler.looks > len(looks):
+                looks.append(trainer.fit_loop.total_batch_idx)
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    fit(Plain(), Spy(every_n_batches=8), max_epochs=150)
+    assert looks[:50] == list(range(50))
+    assert len(looks) < 450
+    assert 8 in {later - earlier for earlier, later in pairwise(looks)}
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_resuming_is_exact_and_the_checkpoint_holds_no_module(tmp_path):
+    class Deterministic(Plain):
+        def train_dataloader(self):
+            return ResumableLoader(classification_data(32), batch_size=8)
+
+    def run(stop, resume=None):
+        torch.manual_seed(3)
+        module = Deterministic(momentum=0.9)
+        checkpoint = ModelCheckpoint(tmp_path / str(stop), filename="{step}", every_n_train_steps=1, save_top_k=-1)
+
+        class Stop(Callback):
+            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+                if trainer.global_step == stop:
+                    raise InterruptedError
+
+        callbacks = [ExactGeN(), Stop(), *([checkpoint] if stop > 0 else [])]
+        trainer = quiet_trainer(max_epochs=5, callbacks=callbacks, enable_checkpointing=stop > 0)
+        trainer.fit(module, ckpt_path=resume)
+        return list(module.parameters())
+
+    whole = run(stop=-1)
+    for stop in (1, 2, 5, 11):
+        with pytest.raises(InterruptedError):
+            run(stop)
+        path = tmp_path / str(stop) / f"step={stop}.ckpt"
+        state = torch.load(path, weights_only=True)["lr_schedulers"][0]
+        assert set(state) == {"last_epoch", "multipliers", "rules", "update", "applied"}
+        rest = run(stop=-2, resume=path)
+        assert all(torch.equal(one, other) for one, other in zip(whole, rest, strict=True)), stop
+
+
+def test_a_nan_batch_is_not_blamed_on_the_rate():
+    class Broken(Plain):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * torch.nan if self.trainer.fit_loop.total_batch_idx == 12 and torch.is_grad_enabled() else loss
+
+        def on_before_optimizer_step(self, optimizer):
+            for parameter in self.parameters():
+                parameter.grad.nan_to_num_(0.0)
+
+    trainer, rates = fit(Broken(), ExactGeN(final_decay=0.0))
+    assert trainer.callback_metrics["gen/refused"] >= 1
+    assert rates.rates[13] >= rates.rates[11] > 0
+
+
+def test_a_loss_without_curvature_keeps_growth_bounded():
+    class Linear(Plain):
+        def training_step(self, batch, batch_idx):
+            return self.net[0](batch[0]).mean()
+
+    _, rates = fit(Linear(), ExactGeN(final_decay=0.0))
+    assert all(later <= 1.09 * earlier for earlier, later in pairwise(rates.rates))
+
+
+def test_steps_skipped_by_the_loss_scaler_leave_no_trace():
+    """A scale of 1e38 overflows at once; the scaler halves it until steps are made."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    trainer, rates = fit(Plain(), ExactGeN(final_decay=0.0), plugins=[plugin], max_epochs=40)
+    assert 0 < max(rates.rates) < 10
+    assert rates.rates[0] != 1.0
+    assert float(trainer.callback_metrics["gen/lr"]) > 0
+
+
+def test_after_an_error_the_optimizer_has_no_hooks_left():
+    class Failing(Plain):
+        def training_step(self, batch, batch_idx):
+            if self.trainer.fit_loop.total_batch_idx == 3:
+                raise ArithmeticError("stop")
+            return super().training_step(batch, batch_idx)
+
+    trainer = quiet_trainer(callbacks=[ExactGeN()])
+    with pytest.raises(ArithmeticError):
+        trainer.fit(Failing())
+    optimizer = trainer.optimizers[0]
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+class TwoOptimizers(Plain):
+    def configure_optimizers(self):
+        return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (self.net[0], self.net[2])]
+
+
+class Manual(Plain):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class NoOptimizer(Plain):
+    def configure_optimizers(self):
+        return None
+
+
+class Complex(Plain):
+    def __init__(self):
+        super().__init__()
+        self.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+
+
+def test_weight_averaging_with_its_own_rates_is_refused():
+    trainer = quiet_trainer(callbacks=[ExactGeN(), StochasticWeightAveraging(swa_lrs=0.1)])
+    with pytest.raises(ValueError, match="use it or ExactGeN, not both"):
+        trainer.fit(Plain())
+
+
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (lambda: Plain(torch.optim.LBFGS), "LBFGS cannot"),
+        (lambda: Plain(torch.optim.Rprop), "linear in its learning rate, and that of Rprop is not"),
+        (NoOptimizer, "one optimizer, and there are 0"),
+        (Manual, "Manual optimizes manually, and ExactGeN needs the Trainer"),
+        (lambda: Plain(maximize=True), "this SGD maximizes"),
+        (Complex, "Complex has complex weights"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_before_the_first_batch(module, message):
+    with pytest.raises(ValueError, match=message):
+        fit(module(), ExactGeN())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every_n_batches": 0}, "every_n_batches"),
+        ({"rule": "magic"}, "rule"),
+        ({"probe": "tomorrow"}, "probe"),
+        ({"curvature": "fisher"}, "curvature"),
+        ({"lr_min": 1.0, "lr_max": 0.1}, "lr_min <= lr_max"),
+        ({"final_decay": -0.1}, "final_decay"),
+    ],
+    ids=str,
+)
+def test_the_constructor_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        ExactGeN(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rule": "published", "probe": "same_batch"},
+        {"rule": "published", "curvature": "hessian"},
+        {"curvature": "finite_difference"},
+        {"curvature": "hessian", "per_group": True},
+    ],
+    ids=str,
+)
+def test_other_rules_probes_and_curvatures_train_too(options):
+    trainer, rates = fit(Plain(), ExactGeN(**options))
+    assert max(rates.rates) > 1e-4
+    assert float(trainer.callback_metrics["gen/accepted"]) in (0.0, 1.0)
+
+
+def test_each_parameter_group_gets_its_rate_and_its_metrics():
+    class Grouped(Plain):
+        def configure_optimizers(self):
+            return torch.optim.SGD([{"params": self.net[i].parameters()} for i in (0, 2)], lr=1.0, momentum=0.9)
+
+    trainer, _ = fit(Grouped(), ExactGeN(per_group=True, final_decay=0.0))
+    metrics = trainer.callback_metrics
+    assert metrics["gen/lr/0"] != metrics["gen/lr/1"]
+    assert metrics["gen/lr"] == max(metrics["gen/lr/0"], metrics["gen/lr/1"]) > 1e-4
+    assert {"gen/directional_sharpness/0", "gen/directional_sharpness/1"} <= metrics.keys()
+
+
+def test_looks_are_made_and_logged_with_the_same_batch_too():
+    """Once at each look, not between them."""
+    logged = []
+
+    class Spy(ExactGeN):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            before = self._logged
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            logged.append(self._logged > before)
+
+    fit(Plain(), Spy(4, probe="same_batch", rule="published", final_decay=0.0), max_epochs=4)
+    assert logged == [i % 4 == 0 for i in range(16)]
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("32-true", "three_point"), ("bf16-true", "hessian")])
+def test_losses_in_half_precision_are_too_rough_for_differences(precision, kind):
+    callback = ExactGeN()
+    fit(Plain(), callback, precision=precision, max_epochs=1)
+    assert callback._kind == kind
+    if precision == "bf16-true":
+        with pytest.raises(ValueError, match="curvature='three_point' needs float32"):
+            fit(Plain(), ExactGeN(curvature="three_point"), precision=precision)
+
+
+def test_gauss_newton_serves_losses_that_mark_their_outputs():
+    _, rates = fit(Classifier(), ExactGeN(curvature="gauss_newton"))
+    assert max(rates.rates) > 1e-4
+
+
+@pytest.mark.parametrize("frozen_from_the_start", [True, False])
+def test_weights_may_be_frozen_and_thawed_during_training(frozen_from_the_start):
+    class Freeze(Callback):
+        batches = 0
+
+        def on_fit_start(self, trainer, pl_module):
+            pl_module.net[0].requires_grad_(not frozen_from_the_start)
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 2:
+                pl_module.net[0].requires_grad_(frozen_from_the_start)
+
+        def on_train_batch_end(self, *arguments):
+            self.batches += 1
+
+    watch = Freeze()
+    quiet_trainer(callbacks=[ExactGeN(), watch], max_epochs=5).fit(Plain())
+    assert watch.batches == 20
+
+
+@pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
+def test_groups_added_by_finetuning_are_taken_over():
+    class Backbone(Plain):
+        def __init__(self):
+            super().__init__()
+            self.backbone = nn.Linear(4, 4)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(self.backbone(batch[0])), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+    module = Backbone()
+    before = module.backbone.weight.detach().clone()
+    quiet_trainer(callbacks=[ExactGeN(), BackboneFinetuning(2, verbose=False)], max_epochs=5).fit(module)
+    assert not torch.equal(module.backbone.weight.detach(), before)
+
+
+def test_bounds_reach_the_rule():
+    _, rates = fit(Plain(), ExactGeN(lr_max=1e-3, final_decay=0.0), max_epochs=20)
+    assert max(rates.rates) == pytest.approx(1e-3)
+    _, rates = fit(Plain(), ExactGeN(lr_min=0.5, final_decay=0.0))
+    assert min(rates.rates) >= 0.5
+
+
+def test_each_look_draws_its_own_random_numbers_and_sees_the_batch_as_it_came():
+    seeds, sums = set(), []
+
+    class InPlace(Plain):
+        def training_step(self, batch, batch_idx):
+            seeds.add(torch.initial_seed())
+            sums.append(batch[0].sum().item())
+            loss = super().training_step(batch, batch_idx)
+            batch.clear()
+            return loss
+
+    fit(InPlace(), ExactGeN(final_decay=0.0), max_epochs=2)
+    assert len(seeds) >= 7  # one for each of seven steps, and that of training
+    assert 0.0 not in sums
+
+
+def test_the_rate_that_is_logged_is_the_one_in_use_under_accumulation():
+    pairs = []
+
+    class Compare(Callback):
+        def on_train_batch_end(self, trainer, *arguments):
+            if "gen/lr" in trainer.callback_metrics and trainer.callbacks[0]._scheduler.looks > len(pairs):
+                rate = trainer.optimizers[0].param_groups[0]["lr"]
+                pairs.append((float(trainer.callback_metrics["gen/lr"]), rate))
+
+    quiet_trainer(callbacks=[ExactGeN(), Compare()], max_epochs=5, accumulate_grad_batches=2).fit(Plain())
+    assert all(logged == pytest.approx(rate, rel=1e-6) for logged, rate in pairs)
+    assert len(pairs) > 4
+
+
+def test_a_callback_that_has_been_used_holds_no_data():
+    callback = ExactGeN()
+    fit(Plain(), callback)
+    assert callback._scheduler._loss is None
+    assert callback._scheduler._update is None
+
+
+def test_the_bilevel_mixin_and_its_losses_are_served():
+    trainer, rates = fit(Classifier(), ExactGeN())
+    assert max(rates.rates) > 1e-4
+    assert float(trainer.callback_metrics["gen/refused"]) == 0

@@ -1,0 +1,116 @@
+"""Gauss–Newton against its dense definition."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_ifthpo.curvature import (
+    GaussNewtonOperator,
+    HessianOperator,
+    mark_outputs,
+)
+from tests.helpers.networks import batch, functional
+from tests.helpers.problems import Net, relative_error
+
+
+def reference_gauss_newton(net, x, y, penalty):
+    """[Jᵀ I] ∇²L(z, w) [Jᵀ I]ᵀ from dense Jacobians."""
+    function, flat = functional(net, lambda model, _: model(x).reshape(-1))
+    z = function(flat)
+    jacobian = torch.func.jacrev(function)(flat)
+    extended = torch.cat([jacobian, torch.eye(flat.numel(), dtype=flat.dtype)])
+
+    def loss(joined):
+        outputs, weights = joined[: z.numel()], joined[z.numel() :]
+        return F.cross_entropy(outputs.view(len(x), -1), y) + penalty(outputs, weights)
+
+    curvature = torch.func.hessian(loss)(torch.cat([z, flat]))
+    return extended.T @ curvature @ extended
+
+
+PENALTIES = {
+    "none": lambda z, w: 0.0 * w.sum(),
+    "decay": lambda z, w: 0.1 * w.square().sum(),
+    "quartic": lambda z, w: 0.1 * (w**4).sum(),
+    "coupled to the outputs": lambda z, w: 0.1 * w.square().sum() * z.square().mean(),
+}
+
+
+@pytest.mark.parametrize("marking", ["marked", "returned", "both"])
+@pytest.mark.parametrize("name", PENALTIES)
+def test_gauss_newton_equals_its_dense_definition(name, marking):
+    """The penalty's Hessian is added exactly, whether outputs are marked or returned."""
+    x, y = batch()
+    net, penalty = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double(), PENALTIES[name]
+
+    def loss():
+        z = net(x)
+        z = z if marking == "returned" else mark_outputs(z)
+        flat = torch.cat([p.reshape(-1) for p in net.parameters()])
+        value = F.cross_entropy(z, y) + penalty(z.reshape(-1), flat)
+        return value if marking == "marked" else (value, z)
+
+    operator = GaussNewtonOperator(loss, list(net.parameters()))
+    assert relative_error(operator.to_dense(), reference_gauss_newton(net, x, y, penalty)) < 1e-12
+
+
+def test_gauss_newton_with_several_outputs():
+    x, y = batch()
+    net = nn.Linear(4, 6, dtype=torch.float64)
+
+    def loss():
+        first, second = net(x).split(3, dim=1)  # both come from one node of the graph
+        return F.cross_entropy(mark_outputs(first), y) + mark_outputs(second).square().mean()
+
+    hessian = HessianOperator(loss, list(net.parameters())).to_dense()
+    assert relative_error(GaussNewtonOperator(loss, list(net.parameters())).to_dense(), hessian) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "combine",
+    [
+        lambda first, second: first + second,
+        lambda first, second: first - second,
+        lambda first, second: first * second.detach() + 0.0 * second,
+        lambda first, second: first - 3.0 * second,
+    ],
+    ids=["sum", "difference", "product", "one from the other"],
+)
+def test_gauss_newton_with_outputs_whose_slopes_hang_together(combine):
+    weights = [torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([3.0, 1.0], requires_grad=True)]
+
+    def loss():
+        first, second = mark_outputs(2.0 * weights[0]), mark_outputs(3.0 * weights[1])
+        return combine(first, second).square().sum()
+
+    hessian = HessianOperator(loss, weights)
+    operator = GaussNewtonOperator(loss, weights)
+    assert torch.equal(operator.to_dense(), hessian.to_dense())  # the model is linear
+    assert torch.equal(operator.gradient, hessian.gradient)
+
+
+def test_gauss_newton_with_an_output_of_hyperparameters_alone():
+    weight, target = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor(3.0, requires_grad=True)
+
+    def loss():
+        return (mark_outputs(2.0 * weight) - mark_outputs(2.0 * target)).square().sum()
+
+    operator = GaussNewtonOperator(loss, [weight])
+    assert torch.equal(operator.to_dense(), torch.diag(torch.tensor([8.0, 8.0])))
+    (mixed,) = operator.mixed_product(torch.ones(2), [target])
+    assert float(mixed) == -16.0
+
+
+def test_gauss_newton_is_positive_semidefinite_where_the_hessian_is_not():
+    x, y = batch()
+    net = Net(dropout=0.0)
+
+    def loss():
+        return F.cross_entropy(mark_outputs(net(x)), y)
+
+    parameters = list(net.parameters())
+    gauss_newton = torch.linalg.eigvalsh(GaussNewtonOperator(loss, parameters).to_dense())
+    hessian = torch.linalg.eigvalsh(HessianOperator(loss, parameters).to_dense())
+    assert gauss_newton[0] > -1e-14
+    assert hessian[0] < -1e-3

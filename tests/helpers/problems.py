@@ -1,0 +1,151 @@
+"""Problems with known answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from lightning_ifthpo.core.space import ParameterSpace
+from lightning_ifthpo.curvature import MatrixOperator, mark_outputs
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    got, wanted = got.detach(), wanted.detach()
+    return float(torch.linalg.vector_norm(got - wanted) / torch.linalg.vector_norm(wanted))
+
+
+def spd_matrix(size: int, condition: float, *, dtype: torch.dtype = torch.float64, signs: bool = False) -> Tensor:
+    """A symmetric matrix with eigenvalues 1 … condition, geometrically spaced; with alternating signs if wanted."""
+    values = torch.logspace(0, torch.log10(torch.tensor(condition)).item(), size, dtype=torch.float64)
+    if signs:
+        values[::2] *= -1
+    basis, _ = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+    matrix = basis @ torch.diag(values) @ basis.T
+    return ((matrix + matrix.T) / 2).to(dtype)
+
+
+def digits_data() -> tuple[Tensor, Tensor]:
+    images, labels = load_digits(return_X_y=True)
+    return torch.tensor(images) / 16, torch.tensor(labels)
+
+
+@dataclass
+class SoftmaxRegression:
+    """Softmax regression on digits with one log decay for each of its 650 weights."""
+
+    weight: Tensor
+    bias: Tensor
+    log_decay: Tensor
+    training: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+
+    @classmethod
+    def at_optimum(cls) -> SoftmaxRegression:
+        images, labels = digits_data()
+        problem = cls(
+            weight=torch.zeros(10, 64, dtype=torch.float64, requires_grad=True),
+            bias=torch.zeros(10, dtype=torch.float64, requires_grad=True),
+            log_decay=torch.full((650,), -6.0, dtype=torch.float64),
+            training=(images[:900], labels[:900]),
+            validation=(images[900:], labels[900:]),
+        )
+        space = ParameterSpace(problem.parameters)
+        flat = space.values
+        for _ in range(8):  # Newton's method, which converges quadratically from zero
+            slope = torch.func.grad(problem.inner_loss_at)(flat)
+            flat = flat - torch.linalg.solve(torch.func.hessian(problem.inner_loss_at)(flat), slope)
+        assert torch.func.grad(problem.inner_loss_at)(flat).norm() < 1e-12
+        space.assign(flat)
+        return problem
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [self.weight, self.bias]
+
+    def logits(self, images: Tensor) -> Tensor:
+        return images @ self.weight.T + self.bias
+
+    def inner_loss(self) -> Tensor:
+        images, labels = self.training
+        flat = torch.cat([self.weight.reshape(-1), self.bias])
+        penalty = (self.log_decay.exp() * flat.square()).sum() / 2
+        return F.cross_entropy(mark_outputs(self.logits(images)), labels) + penalty
+
+    def inner_loss_at(self, flat: Tensor) -> Tensor:
+        """The inner loss as a function of the flat weights, [650]."""
+        images, labels = self.training
+        logits = images @ flat[:640].view(10, 64).T + flat[640:]
+        return F.cross_entropy(logits, labels) + (self.log_decay.exp() * flat.square()).sum() / 2
+
+    def outer_loss(self) -> Tensor:
+        images, labels = self.validation
+        return F.cross_entropy(self.logits(images), labels)
+
+    def exact_hypergradient(self) -> Tensor:
+        """By the dense Hessian of torch and its inverse; ∂²L_T/∂w∂λᵀ = diag(e^λ w)."""
+        values = torch.cat([self.weight.reshape(-1), self.bias]).detach()
+        hessian = torch.func.hessian(self.inner_loss_at)(values)
+        v = torch.cat([g.reshape(-1) for g in torch.autograd.grad(self.outer_loss(), self.parameters)])
+        return -self.log_decay.exp() * values * torch.linalg.solve(hessian, v)
+
+
+class Net(nn.Module):
+    """A small network with dropout and BatchNorm, both of which make naive products disagree."""
+
+    def __init__(self, *, dropout: float = 0.5, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(4, 6, dtype=dtype),
+            nn.BatchNorm1d(6, dtype=dtype),
+            nn.Tanh(),
+            nn.Dropout(dropout),
+            nn.Linear(6, 3, dtype=dtype),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def operator_of(values, seed=0):
+    """A dense operator with given eigenvalues, [n], in a random basis."""
+    generator = torch.Generator().manual_seed(seed)
+    basis, _ = torch.linalg.qr(torch.randn(len(values), len(values), dtype=torch.float64, generator=generator))
+    matrix = basis @ torch.diag(values.double()) @ basis.T
+    return MatrixOperator((matrix + matrix.T) / 2)
+
+
+SPECTRA = {
+    "flat": torch.linspace(-1, 3, 1000),
+    "bulk and outliers": torch.cat([0.05 * torch.linspace(-1, 1, 990) ** 3, torch.linspace(1, 5, 10)]),
+    "geometric": torch.logspace(-6, 0, 1000),
+    "two values": torch.cat([torch.zeros(600), torch.ones(400)]),
+}
+
+
+def quadratic(dtype=torch.float64):
+    matrix = spd_matrix(6, 20.0).to(dtype)
+    weight = nn.Parameter(torch.linspace(-1, 1, 6, dtype=dtype))
+    return weight, lambda: weight @ matrix @ weight / 2
+
+
+def ridge(dtype=torch.float64):
+    """w* = (XᵀX/n + dI)⁻¹ Xᵀy/n, so that dL_V/dlog d is known in closed form."""
+    x, y = torch.randn(20, 4, dtype=dtype), torch.randn(20, dtype=dtype)
+    xv, yv = torch.randn(20, 4, dtype=dtype), torch.randn(20, dtype=dtype)
+    log_decay = torch.tensor(-1.0, dtype=dtype)
+    gram = x.T @ x / 20 + log_decay.exp() * torch.eye(4, dtype=dtype)
+    optimum = torch.linalg.solve(gram, x.T @ y / 20)
+    closed_form = -(xv.T @ (xv @ optimum - yv) / 20) @ torch.linalg.solve(gram, log_decay.exp() * optimum)
+    w = optimum.clone().requires_grad_()
+
+    def inner():
+        return (x @ w - y).square().mean() / 2 + log_decay.exp() * w.square().sum() / 2
+
+    def outer():
+        return (xv @ w - yv).square().mean() / 2
+
+    return inner, outer, w, log_decay, closed_form

@@ -1,0 +1,46 @@
+"""The check of hypergradients: what passes, and what is shown."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lightning_ifthpo import (
+    HypergradientMismatchError,
+    check_hypergradient,
+)
+from lightning_ifthpo.solvers import (
+    Identity,
+)
+from tests.helpers.problems import ridge
+
+
+@pytest.mark.parametrize("reference", ["direct", "finite_difference"])
+def test_check_passes_what_is_right_and_shows_what_is_wrong(reference):
+    inner, outer, w, log_decay, _ = ridge()
+    assert check_hypergradient(inner, outer, [w], [log_decay], reference=reference, rtol=1e-5)
+    with pytest.raises(HypergradientMismatchError, match=r"(?s)more than rtol = 0.001.*got: .*expected: "):
+        check_hypergradient(inner, outer, [w], [log_decay], reference=reference, solver=Identity())
+    assert torch.equal(w, w.detach())
+    with pytest.raises(ValueError, match="reference"):
+        check_hypergradient(inner, outer, [w], [log_decay], reference="autograd")
+
+
+def test_check_by_finite_differences_is_independent_of_the_hessian(digits):
+    log_decay = torch.full((), -4.0, dtype=torch.float64)
+    w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    x, y = digits.training[0][:40, 20:23], (digits.training[1][:40] % 2).double()
+
+    def inner():
+        return F.binary_cross_entropy_with_logits(x @ w, y) + log_decay.exp() * w.square().sum() / 2
+
+    from lightning_ifthpo.core.space import ParameterSpace
+    from lightning_ifthpo.hypergradients.check import _minimize
+
+    _minimize(inner, ParameterSpace([w]))
+    assert check_hypergradient(inner, lambda: (x @ w).square().mean(), [w], [log_decay], reference="finite_difference")
+
+
+def test_check_says_when_the_inner_problem_has_no_minimum():
+    w, lam = torch.ones(1, dtype=torch.float64, requires_grad=True), torch.tensor(1.0, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="Newton's method did not solve"):
+        check_hypergradient(lambda: (lam * w.exp()).sum(), lambda: w.sum(), [w], [lam], reference="finite_difference")

@@ -1,0 +1,160 @@
+"""Unrolled hypergradients against backpropagation and repeated runs."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_ifthpo import (
+    implicit_hypergradient,
+    unrolled_hypergradient,
+)
+from lightning_ifthpo.optimizers.update_rule import UpdateRule
+from lightning_ifthpo.solvers import (
+    Neumann,
+)
+from tests.helpers.problems import relative_error, ridge
+
+
+@pytest.mark.parametrize("terms", [0, 1, 5, 20])
+def test_unrolled_steps_from_the_optimum_equal_neumann_terms(digits, terms):
+    before = digits.weight.detach().clone()
+    losses = (digits.inner_loss, digits.outer_loss, digits.parameters, [digits.log_decay])
+    unrolled = unrolled_hypergradient(*losses, steps=terms + 1, lr=0.5)
+    series = implicit_hypergradient(*losses, solver=Neumann(terms=terms, step_size=0.5))
+    assert relative_error(unrolled.gradients[0], series.gradients[0]) < 1e-12
+    assert unrolled.relative_residual == pytest.approx(series.relative_residual, rel=1e-9)
+    assert unrolled.products == series.products
+    assert torch.equal(digits.weight, before)
+
+
+def test_unrolled_equals_backpropagation_through_the_loop():
+    """Away from a stationary point, with a direct term, against autograd through the same steps."""
+    torch.manual_seed(1)
+    x, y = torch.randn(9, 3, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
+    w = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    h = torch.randn(3, dtype=torch.float64)
+
+    def inner(weights, hyper):
+        return (x @ weights - y).tanh().square().mean() + (hyper.exp() * weights.square()).sum()
+
+    def outer(weights, hyper):
+        return (x[:4] @ weights).square().mean() + hyper.sin().sum()
+
+    result = unrolled_hypergradient(lambda: inner(w, h), lambda: outer(w, h), [w], [h], steps=7, lr=0.1)
+    weights, hyper = w, h.clone().requires_grad_()
+    for _ in range(7):
+        (gradient,) = torch.autograd.grad(inner(weights, hyper), weights, create_graph=True)
+        weights = weights - 0.1 * gradient
+    (wanted,) = torch.autograd.grad(outer(weights, hyper), hyper)
+    assert relative_error(result.gradients[0], wanted) < 1e-12
+    assert not h.requires_grad
+
+
+def test_unrolled_draws_each_step_its_own_dropout_and_retraces_it():
+    x, y = torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 3
+    net, h = nn.Sequential(nn.Linear(4, 3, dtype=torch.float64), nn.Dropout(0.5)), torch.zeros((), dtype=torch.float64)
+
+    def inner():
+        return h.exp() * F.cross_entropy(net(x), y)
+
+    def outer():
+        return net[0](x).square().mean()
+
+    parameters = list(net.parameters())
+    torch.manual_seed(4)
+    result = unrolled_hypergradient(inner, outer, parameters, [h], steps=3, lr=0.3)
+    torch.manual_seed(4)
+    hyper, weights = h.clone().requires_grad_(), list(parameters)
+    for _ in range(3):
+        loss = hyper.exp() * F.cross_entropy(F.dropout(F.linear(x, *weights), 0.5), y)
+        weights = [
+            w - 0.3 * g for w, g in zip(weights, torch.autograd.grad(loss, weights, create_graph=True), strict=True)
+        ]
+    (wanted,) = torch.autograd.grad(F.linear(x, *weights).square().mean(), hyper)
+    assert relative_error(result.gradients[0], wanted) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("steps", "lr", "message"), [(0, 0.1, "steps"), (1, 0.0, "lr > 0"), (1, float("nan"), "lr > 0")]
+)
+def test_unrolled_refuses(steps, lr, message):
+    w = torch.ones(1, requires_grad=True)
+    with pytest.raises(ValueError, match=message):
+        unrolled_hypergradient(lambda: w.sum(), lambda: w.sum(), [w], [torch.tensor(1.0)], steps=steps, lr=lr)
+
+
+OPTIMIZERS = {
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.05, betas=(0.8, 0.9)),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.05, amsgrad=True, weight_decay=0.1),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.02, momentum=0.5, centered=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_unrolling_an_optimizer_equals_the_differences_of_runs_made_anew(name):
+    """With whatever it keeps, from the middle of a run, which is left as it was."""
+    inner, outer, w, log_decay, _ = ridge()
+    with torch.no_grad():
+        w.add_(torch.linspace(-1, 1, w.numel(), dtype=w.dtype).view_as(w))
+    optimizer = OPTIMIZERS[name]([w])
+
+    def train(steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            inner().backward()
+            optimizer.step()
+
+    train(3)
+    start, state = w.detach().clone(), copy.deepcopy(optimizer.state_dict())
+    result = unrolled_hypergradient(inner, outer, [w], [log_decay], steps=4, optimizer=optimizer)
+    assert torch.equal(w.detach(), start)
+    for before, after in zip(state["state"][0].values(), optimizer.state_dict()["state"][0].values(), strict=True):
+        assert torch.equal(torch.as_tensor(before), torch.as_tensor(after))
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            w.copy_(start)
+            log_decay.add_(sign * 1e-5)
+        optimizer.load_state_dict(copy.deepcopy(state))
+        train(4)
+        ends.append(outer().item())
+        with torch.no_grad():
+            log_decay.sub_(sign * 1e-5)
+    assert result.gradients[0].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6)
+
+
+def test_the_series_of_adam_equals_unrolled_adam_at_a_stationary_point():
+    """Where the gradient is zero, its square moves the second moment by nothing; β₂ close to one keeps it as it is."""
+    inner, outer, w, log_decay, _ = ridge()
+    optimizer = torch.optim.Adam([w], lr=0.03, betas=(0.0, 1 - 1e-13))
+    moment = torch.linspace(0.5, 2.0, w.numel(), dtype=w.dtype).view_as(w)
+    optimizer.state[w] = {
+        "step": torch.tensor(1e15), "exp_avg": torch.zeros_like(w), "exp_avg_sq": moment
+    }  # fmt: skip
+    unrolled = unrolled_hypergradient(inner, outer, [w], [log_decay], steps=8, optimizer=optimizer)
+    solver = Neumann(terms=7, step_size="optimizer").with_optimizer(UpdateRule.of([optimizer], [w]))
+    series = implicit_hypergradient(inner, outer, [w], [log_decay], solver=solver)
+    assert series.gradients[0].item() == pytest.approx(unrolled.gradients[0].item(), rel=1e-9)
+    identity = implicit_hypergradient(inner, outer, [w], [log_decay], solver=Neumann(terms=7, step_size=0.03))
+    assert series.gradients[0].item() != pytest.approx(identity.gradients[0].item(), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "either lr, for gradient descent, or the optimizer"),
+        ({"lr": 0.1, "optimizer": torch.optim.SGD([torch.ones(1, requires_grad=True)])}, "either lr"),
+        ({"optimizer": torch.optim.SGD([torch.ones(1, requires_grad=True)])}, "1 of 1 parameters do not belong"),
+        ({"optimizer": "LBFGS"}, "LBFGS does not take differentiable=True"),
+    ],
+)
+def test_unrolled_refuses_optimizers(options, message):
+    w = torch.ones(1, requires_grad=True)
+    if options.get("optimizer") == "LBFGS":
+        options = {"optimizer": torch.optim.LBFGS([w])}
+    with pytest.raises(ValueError, match=message):
+        unrolled_hypergradient(lambda: w.sum(), lambda: w.sum(), [w], [torch.tensor(1.0)], steps=1, **options)

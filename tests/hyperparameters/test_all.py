@@ -1,0 +1,252 @@
+"""What all ready-made hyperparameters promise."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+from lightning_ifthpo import IFTHypergradient
+from lightning_ifthpo.hyperparameters import AugmentationNetwork, InputNoise, LabelSmoothing, LossWeights
+from tests.helpers.hyperparameters import EXTREMES, disturb, fill, float64, small_augmentation
+from tests.helpers.trainers import Classifier, quiet_trainer
+
+CASES = {
+    "LossWeights": (lambda: LossWeights(3), lambda: float64(3)),
+    "LabelSmoothing": (lambda: LabelSmoothing(3, initial=0.1), lambda: torch.tensor([0, 2, 2, 1])),
+    "LabelSmoothing per class": (lambda: LabelSmoothing(3, per_class=True), lambda: torch.tensor([0, 2, 2, 1])),
+    "InputNoise": (lambda: InputNoise(initial=0.3), lambda: float64(5, 4)),
+    "InputNoise per feature": (lambda: InputNoise((4,)), lambda: float64(5, 4)),
+    "AugmentationNetwork": (small_augmentation, lambda: float64(2, 1, 3, 5)),
+}
+
+
+def loss_of(module, value, w):
+    """A loss that depends on the weights w: [4, 3] and on the hyperparameters, and on both at once."""
+    if isinstance(module, LossWeights):
+        return module(value * w.sin().sum(0))
+    if isinstance(module, LabelSmoothing):
+        return F.cross_entropy(w, module(value))
+    features = module(value)
+    if features.ndim == 4:
+        features = features.flatten(1)[:, :4]
+    return (features @ w).tanh().square().mean()
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    make, value = CASES[request.param]
+    return make, value()
+
+
+# What all of them promise
+
+
+def test_parameters_start_frozen_and_all_receive_a_gradient(case):
+    make, value = case
+    module = disturb(make().double())
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+    module.requires_grad_(True)
+    gradients = torch.autograd.grad(loss_of(module, value, float64(4, 3)), list(module.parameters()))
+    assert all(bool(gradient.any()) for gradient in gradients)
+
+
+def test_gradients_and_mixed_derivatives(case):
+    make, value = case
+    module = disturb(make().double())
+    names = [name for name, _ in module.named_parameters()]
+    inputs = [p.detach().clone().requires_grad_() for p in (*module.parameters(), float64(4, 3))]
+
+    def loss(*tensors):
+        torch.manual_seed(1)
+        wrapped = Wrapped(module)
+        parameters = {f"module.{name}": tensor for name, tensor in zip(names, tensors[:-1], strict=True)}
+        return functional_call(wrapped, parameters, (value, tensors[-1]))
+
+    # fast mode compares along random directions: one network has hundreds of parameters
+    assert torch.autograd.gradcheck(loss, inputs, fast_mode=len(inputs) > 2)
+    assert torch.autograd.gradgradcheck(loss, inputs, fast_mode=len(inputs) > 2)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, value, w):
+        return loss_of(self.module, value, w)
+
+
+def test_the_mixed_derivative_is_not_zero(case):
+    make, value = case
+    module = disturb(make().double()).requires_grad_(True)
+    w = float64(4, 3).requires_grad_()
+    (gradient,) = torch.autograd.grad(loss_of(module, value, w), w, create_graph=True)
+    mixed = torch.autograd.grad((gradient * float64(4, 3)).sum(), list(module.parameters()))
+    assert all(bool(block.any()) for block in mixed)
+
+
+@pytest.mark.parametrize("extreme", EXTREMES)
+def test_loss_and_derivatives_are_finite_whatever_the_hyperparameters_are(case, extreme):
+    make, value = case
+    module = make().requires_grad_(True)
+    value = value.float() if value.is_floating_point() else value
+    fill(module, extreme)
+    w = torch.randn(4, 3, requires_grad=True)
+    loss = loss_of(module, value, w)
+    by_weights, *direct = torch.autograd.grad(loss, [w, *module.parameters()], create_graph=True)
+    mixed = torch.autograd.grad((by_weights * torch.randn(4, 3)).sum(), list(module.parameters()))
+    assert all(bool(tensor.isfinite().all()) for tensor in (loss, by_weights, *direct, *mixed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_output_has_the_dtype_of_the_module(case, dtype):
+    make, value = case
+    value = value.to(dtype) if value.is_floating_point() else value
+    assert make().to(dtype)(value).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "meta",
+        pytest.param(
+            "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+        ),
+    ],
+)
+def test_output_is_on_the_device_of_the_module(case, device):
+    make, value = case
+    assert make().double().to(device)(value.to(device)).device.type == device
+
+
+def test_state_dict_round_trip(case):
+    make, value = case
+    saved, loaded = disturb(make().double()), make().double()
+    loaded.load_state_dict(saved.state_dict())
+    outputs = []
+    for module in (saved, loaded):
+        torch.manual_seed(2)
+        outputs.append(module(value))
+    assert torch.equal(*outputs)
+
+
+# Bad arguments
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: LossWeights(1), ValueError, "at least two terms, got 1"),
+        (lambda: LossWeights(["a"]), ValueError, "at least two terms, got 1"),
+        (lambda: LossWeights(["a", "a"]), ValueError, "distinct names"),
+        (lambda: LossWeights("ab"), TypeError, "a list of names, got 'ab'"),
+        (lambda: LossWeights(2)(torch.ones(3)), ValueError, r"expected 2 scalar losses, got shape \(3,\)"),
+        (lambda: LossWeights(2)(torch.tensor(1.0)), ValueError, r"expected 2 scalar losses, got shape \(\)"),
+        (lambda: LossWeights(2)([torch.ones(3)] * 2), ValueError, r"expected 2 scalar losses, got shape \(2, 3\)"),
+        (lambda: LossWeights(["a", "b"])({"a": torch.tensor(1.0)}), ValueError, r"named \('a', 'b'\), got \('a',\)"),
+        (lambda: LossWeights(2)({"a": torch.tensor(1.0)}), ValueError, r"named \(\), got \('a',\)"),
+        (lambda: LabelSmoothing(1), ValueError, "classes to be an integer >= 2, got 1"),
+        (lambda: LabelSmoothing(3, initial=0.0), ValueError, "0 < initial < maximum <= 1"),
+        (lambda: LabelSmoothing(3, initial=0.5), ValueError, "0 < initial < maximum <= 1"),
+        (lambda: LabelSmoothing(3, maximum=1.5), ValueError, "0 < initial < maximum <= 1"),
+        (lambda: LabelSmoothing(3)(torch.zeros(2, 2).long()), ValueError, r"shape \[B\], got \(2, 2\)"),
+        (lambda: InputNoise(initial=0.0), ValueError, "0 < initial < maximum < inf"),
+        (lambda: InputNoise(initial=1.0), ValueError, "0 < initial < maximum < inf"),
+        (lambda: InputNoise(maximum=math.inf), ValueError, "0 < initial < maximum < inf"),
+        (lambda: InputNoise((3, 0)), ValueError, "positive sizes"),
+        (lambda: InputNoise((3,))(torch.ones(2, 1)), ValueError, r"\(3,\) do not broadcast .* \(2, 1\)"),
+        (lambda: InputNoise((1, 3))(torch.ones(3)), ValueError, r"\(1, 3\) do not broadcast .* \(3,\)"),
+        (lambda: InputNoise()(torch.ones(3).byte()), TypeError, "floating-point input, got torch.uint8"),
+        (lambda: AugmentationNetwork(0), ValueError, "channels to be an integer >= 1, got 0"),
+        (lambda: AugmentationNetwork(1, width=1), ValueError, "width to be an integer >= 2, got 1"),
+        (lambda: AugmentationNetwork(1, depth=0), ValueError, "depth to be an integer >= 1, got 0"),
+        (lambda: AugmentationNetwork(1, noise_channels=-1), ValueError, "noise_channels to be an integer >= 0, got -1"),
+        (lambda: AugmentationNetwork(1, maximum=0.0), ValueError, "0 < maximum < inf, got 0.0"),
+        (lambda: AugmentationNetwork(1)(torch.ones(2, 3, 4, 4)), ValueError, r"\[B, 1, H, W\], got \(2, 3, 4, 4\)"),
+        (lambda: AugmentationNetwork(1)(torch.ones(1, 4, 4)), ValueError, r"\[B, 1, H, W\], got \(1, 4, 4\)"),
+    ],
+)
+def test_refuses(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+# In a Trainer
+
+
+class WithLossWeights(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.register_hyperparameter("own", self.tuned())
+
+    def inner_loss(self, batch):
+        return self.loss(*batch) + self.decay()
+
+    def configure_hyper_optimizer(self):
+        return torch.optim.Adam(self.own.parameters(), lr=self.hyper_lr)
+
+    def tuned(self):
+        return LossWeights(["right", "wrong"])
+
+    def loss(self, x, y):
+        logits = self.mark_outputs(self.net(x))
+        return self.own({"right": F.cross_entropy(logits, y), "wrong": F.cross_entropy(logits, (y + 1) % 3)})
+
+
+class WithLabelSmoothing(WithLossWeights):
+    def tuned(self):
+        return LabelSmoothing(3, per_class=True)
+
+    def loss(self, x, y):
+        return F.cross_entropy(self.mark_outputs(self.net(x)), self.own(y))
+
+
+class WithInputNoise(WithLossWeights):
+    def tuned(self):
+        return InputNoise((4,))
+
+    def loss(self, x, y):
+        return F.cross_entropy(self.mark_outputs(self.net(self.own(x))), y)
+
+
+class WithAugmentationNetwork(WithLossWeights):
+    def tuned(self):
+        return small_augmentation()
+
+    def loss(self, x, y):
+        images = self.own(x.view(-1, 1, 2, 2))
+        return F.cross_entropy(self.mark_outputs(self.net(images.flatten(1))), y)
+
+
+MODULES = [WithLossWeights, WithLabelSmoothing, WithInputNoise, WithAugmentationNetwork]
+
+
+@pytest.mark.parametrize("make", MODULES)
+def test_a_module_trains_and_every_hyperparameter_moves(make):
+    module = make()
+    before = {name: parameter.clone() for name, parameter in module.own.named_parameters()}
+    trainer = quiet_trainer(max_epochs=2, callbacks=[IFTHypergradient(1, on_failure="raise")])
+    trainer.fit(module)
+    assert trainer.callback_metrics["hypergrad/skipped"] == 0
+    for name, parameter in module.own.named_parameters():
+        assert bool((parameter != before[name]).any()), name
+        assert not parameter.requires_grad
+    assert all(bool(parameter.isfinite().all()) for parameter in module.parameters())
+
+
+def test_the_weight_of_a_wrong_term_falls():
+    module = WithLossWeights()
+    quiet_trainer(max_epochs=5, callbacks=[IFTHypergradient(1)]).fit(module)
+    right, wrong = module.own.weights().tolist()
+    assert wrong < 0.8 < 1.2 < right
+
+
+@pytest.mark.parametrize("make", MODULES)
+def test_training_stays_finite_whatever_the_hyper_optimizer_does(make):
+    module = make()
+    module.hyper_lr = 1e3
+    quiet_trainer(max_epochs=5, callbacks=[IFTHypergradient(1, on_failure="use")]).fit(module)
+    assert all(bool(parameter.isfinite().all()) for parameter in module.parameters())

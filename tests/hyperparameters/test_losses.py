@@ -1,0 +1,92 @@
+"""Loss weights and label smoothing."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lightning_ifthpo.hyperparameters import LabelSmoothing, LossWeights
+from tests.helpers.hyperparameters import EXTREMES, disturb, fill
+
+
+@pytest.mark.parametrize("make", [lambda: LossWeights(3), lambda: LabelSmoothing(3)], ids=["weights", "smoothing"])
+def test_what_belongs_to_the_loss_does_not_depend_on_the_mode(make):
+    module, value = make(), torch.tensor([0, 1, 2])
+    assert torch.equal(module.train()(value), module.eval()(value))
+
+
+# LossWeights
+
+
+def test_loss_weights_start_at_one():
+    assert LossWeights(3).weights().tolist() == pytest.approx([1.0, 1.0, 1.0])
+    assert float(LossWeights(3)(torch.tensor([1.0, 2.0, 4.0]))) == pytest.approx(7.0)
+
+
+def test_loss_weights_are_a_softmax_that_sums_to_their_number():
+    weights = LossWeights(3)
+    with torch.no_grad():
+        weights.logits.copy_(torch.tensor([1.0, 2.0, 4.0]).log())
+    assert weights.weights().tolist() == pytest.approx([3 / 7, 6 / 7, 12 / 7])
+    assert float(weights(torch.tensor([1.0, 10.0, 100.0]))) == pytest.approx((3 + 60 + 1200) / 7)
+
+
+@pytest.mark.parametrize("extreme", EXTREMES)
+def test_loss_weights_stay_between_zero_and_their_number(extreme):
+    weights = LossWeights(3)
+    with torch.no_grad():
+        weights.logits[1] = extreme
+    values = weights.weights()
+    assert bool((values >= 0).all())
+    assert values.sum().item() == pytest.approx(3.0)
+
+
+def test_a_common_factor_of_all_terms_is_no_hyperparameter():
+    weights, losses = LossWeights(3).requires_grad_(True), torch.tensor([1.0, 2.0, 6.0])
+    (gradient,) = torch.autograd.grad(weights(losses), weights.logits)
+    assert gradient.tolist() == pytest.approx([-2.0, -1.0, 3.0])  # each loss less their mean
+    with torch.no_grad():
+        weights.logits.add_(5.0)
+    assert weights.weights().tolist() == pytest.approx([1.0, 1.0, 1.0])
+
+
+def test_losses_may_be_a_vector_a_sequence_or_named():
+    weights = disturb(LossWeights(["a", "b"]))
+    a, b = torch.tensor(2.0), torch.tensor(5.0)
+    wanted = weights(torch.stack([a, b]))
+    assert torch.equal(weights([a, b]), wanted)
+    assert torch.equal(weights((a, b)), wanted)
+    assert torch.equal(weights({"b": b, "a": a}), wanted)
+    assert weights.names == ("a", "b")
+    assert wanted.shape == ()
+
+
+# LabelSmoothing
+
+
+def test_label_smoothing_is_that_of_cross_entropy():
+    logits, targets = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 3, 1])
+    wanted = F.cross_entropy(logits, targets, label_smoothing=0.2)
+    assert torch.allclose(F.cross_entropy(logits, LabelSmoothing(4, initial=0.2)(targets)), wanted)
+
+
+def test_label_smoothing_of_each_class():
+    smoothing = LabelSmoothing(3, per_class=True, initial=0.1, maximum=0.4)
+    with torch.no_grad():
+        smoothing.logits[2] = 0.0  # half of the maximum
+    wanted = [[0.9 + 0.1 / 3, 0.1 / 3, 0.1 / 3], [0.2 / 3, 0.2 / 3, 0.8 + 0.2 / 3]]
+    assert torch.allclose(smoothing(torch.tensor([0, 2])), torch.tensor(wanted))
+    assert smoothing.smoothing().tolist() == pytest.approx([0.1, 0.1, 0.2])
+    assert LabelSmoothing(3).smoothing().tolist() == pytest.approx([0.01])
+
+
+@pytest.mark.parametrize("extreme", EXTREMES)
+@pytest.mark.parametrize("maximum", [0.3, 1.0])
+def test_smoothed_targets_stay_distributions(extreme, maximum):
+    smoothing = LabelSmoothing(3, maximum=maximum)
+    fill(smoothing, extreme)
+    targets = smoothing(torch.tensor([0, 1, 2]))
+    assert targets.sum(1).tolist() == pytest.approx([1.0] * 3)
+    assert bool((targets >= 0).all())
+    assert bool((targets.diagonal() >= 1 - maximum + maximum / 3 - 1e-6).all())
+    if extreme == 1e4:
+        assert float(smoothing.smoothing()) == pytest.approx(maximum)

@@ -1,0 +1,84 @@
+"""Small gradients in float16."""
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import nn
+
+from lightning_ifthpo import BilevelLightningModule, IFTHypergradient
+from lightning_ifthpo.solvers import ConjugateGradient, Direct
+from tests.helpers.trainers import loader, quiet_trainer
+
+
+class Tiny(BilevelLightningModule, L.LightningModule):
+    """Gradients too small for float16; a temperature is tuned."""
+
+    def __init__(self, size=1e-6):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        self.register_hyperparameter("temperature", torch.tensor(0.3))
+        self.size = size
+
+    def inner_loss(self, batch):
+        logits = self.mark_outputs(self.net(batch[0])) * self.temperature.exp()
+        return self.size * F.cross_entropy(logits, batch[1])
+
+    def outer_loss(self, batch):
+        return self.size * F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.inner_parameters(), lr=0.1 / self.size)
+
+    def configure_hyper_optimizer(self):
+        return torch.optim.SGD(self.hyperparameters(), lr=0.0)
+
+    def train_dataloader(self):
+        return loader()
+
+    def val_dataloader(self):
+        return loader(20, batch_size=20, seed=1)
+
+    outer_dataloader = val_dataloader
+
+
+def in_float16(callback, size=1e-6):
+    """Trains for one step, and returns the hypergradient and the scale of the Trainer's own scaler."""
+    torch.manual_seed(0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    trainer = quiet_trainer(
+        callbacks=[callback],
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
+        limit_val_batches=0,
+        max_steps=1,
+    )
+    trainer.fit(Tiny(size))
+    return float(trainer.callback_metrics["hypergrad/norm"]), scaler.get_scale()
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+def test_small_gradients_survive_float16_by_a_loss_scale_of_our_own(curvature, monkeypatch):
+    solver = ConjugateGradient(5, damping="horizon", horizon=2)
+    exact, _ = in_float16(IFTHypergradient(1, curvature=curvature, solver=solver))
+    scaled, trainers = in_float16(IFTHypergradient(1, curvature=curvature, solver=solver, precision="inherit"))
+    assert scaled == pytest.approx(exact, rel=0.02)
+    assert trainers == 2.0**12  # whose scaler is not touched
+    monkeypatch.setattr("lightning_ifthpo.callbacks.hyper_step.FIRST_LOSS_SCALE", 1.0)
+    unscaled, _ = in_float16(IFTHypergradient(1, curvature=curvature, solver=solver, precision="inherit"))
+    assert unscaled != pytest.approx(exact, rel=0.1)
+
+
+def test_a_loss_scale_that_overflows_is_lowered_and_kept():
+    callback = IFTHypergradient(1, precision="inherit")
+    exact, _ = in_float16(IFTHypergradient(1), size=10.0)
+    scaled, _ = in_float16(callback, size=10.0)
+    assert scaled == pytest.approx(exact, rel=0.02)
+    assert callback.skipped == 0
+    assert callback.state_dict()["stepper"]["loss_scale"] < 2.0**16
+
+
+@pytest.mark.parametrize(("curvature", "message"), [("gradient_outer_product", "float16"), ("kfac", "needs float32")])
+def test_what_cannot_be_scaled_is_refused(curvature, message):
+    with pytest.raises(ValueError, match=message):
+        in_float16(IFTHypergradient(1, curvature=curvature, solver=Direct(damping=1.0), precision="inherit"))

@@ -1,0 +1,62 @@
+"""Conjugate gradients and minimum residual."""
+
+import pytest
+import torch
+
+from lightning_ifthpo.curvature import MatrixOperator
+from lightning_ifthpo.solvers import (
+    ConjugateGradient,
+    MinimumResidual,
+    Nystrom,
+    Status,
+)
+from tests.helpers.problems import relative_error, spd_matrix
+from tests.helpers.systems import named, right_hand_side
+
+
+@pytest.mark.parametrize("solver", [ConjugateGradient(max_iterations=1), MinimumResidual(max_iterations=1)], ids=named)
+def test_a_warm_start_is_used(solver):
+    matrix, b = spd_matrix(12, 50.0), right_hand_side(12)
+    near = torch.linalg.solve(matrix, b) + 1e-3 * right_hand_side(12)
+    cold = solver.solve(MatrixOperator(matrix), b)
+    warm = solver.solve(MatrixOperator(matrix), b, near)
+    assert warm.relative_residual < 0.05 * cold.relative_residual
+    assert warm.products == cold.products + 1
+
+
+@pytest.mark.parametrize("family", [ConjugateGradient, MinimumResidual])
+@pytest.mark.parametrize("condition", [1e4, 1e6])
+def test_the_residual_is_the_true_one_after_a_long_recursion_in_float32(family, condition):
+    matrix, b = spd_matrix(200, condition).float(), right_hand_side(200).float()
+    result = family(max_iterations=3000, rtol=1e-5).solve(MatrixOperator(matrix), b)
+    true = float((matrix @ result.x - b).norm() / b.norm())
+    # a product in float32 is itself known to some eps · ‖A‖‖x‖, a few percent of these residuals
+    assert result.relative_residual == pytest.approx(true, rel=0.1)
+    assert (result.status is Status.CONVERGED) == (true <= 2e-5)
+
+
+def test_tolerance_ends_the_iteration_and_is_kept():
+    operator, b = MatrixOperator(spd_matrix(30, 1e3)), right_hand_side(30)
+    for family in (ConjugateGradient, MinimumResidual):
+        loose, tight = (family(max_iterations=500, rtol=rtol).solve(operator, b) for rtol in (1e-2, 1e-8))
+        assert loose.relative_residual <= 1e-2
+        assert tight.relative_residual <= 1e-8
+        assert loose.products < tight.products
+        few = family(max_iterations=3, rtol=1e-8).solve(operator, b)
+        assert (few.status, few.products) == (Status.MAX_ITERATIONS, 3)
+        assert family(max_iterations=3).solve(operator, b).status is Status.COMPLETE
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-3])
+def test_a_preconditioner_pays_where_few_eigenvalues_stand_out(damping):
+    """Sixty large ones, geometrically spaced, and 240 at one."""
+    values = torch.cat([torch.logspace(2, 6, 60, dtype=torch.float64), torch.ones(240, dtype=torch.float64)])
+    basis = torch.linalg.qr(torch.randn(300, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(5))).Q
+    matrix, b = basis @ torch.diag(values) @ basis.T, right_hand_side(300)
+    operator = MatrixOperator((matrix + matrix.T) / 2)
+    options = {"max_iterations": 500, "rtol": 1e-8, "damping": damping}
+    plain = ConjugateGradient(**options).solve(operator, b)
+    conditioned = ConjugateGradient(preconditioner=Nystrom(rank=80), **options).solve(operator, b)
+    assert plain.status is conditioned.status is Status.CONVERGED
+    assert conditioned.products < 100 < plain.products
+    assert relative_error(conditioned.x, plain.x) < 1e-4

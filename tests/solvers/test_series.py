@@ -1,0 +1,83 @@
+"""The identity and the Neumann series against partial sums."""
+
+import pytest
+import torch
+
+from lightning_ifthpo.curvature import MatrixOperator
+from lightning_ifthpo.optimizers.update_rule import UpdateRule
+from lightning_ifthpo.solvers import (
+    Identity,
+    LinearSystem,
+    Neumann,
+    Status,
+)
+from lightning_ifthpo.solvers.diagnosis import diagnose
+from tests.helpers.problems import relative_error, spd_matrix
+from tests.helpers.systems import right_hand_side
+
+
+@pytest.mark.parametrize("terms", [0, 1, 2, 7])
+def test_neumann_is_the_partial_sum(terms):
+    matrix, b = spd_matrix(9, 30.0), right_hand_side(9)
+    step = 0.9 / 30
+    contraction = torch.eye(9, dtype=torch.float64) - step * matrix
+    wanted = step * sum(torch.linalg.matrix_power(contraction, j) @ b for j in range(terms + 1))
+    result = Neumann(terms=terms, step_size=step).solve(MatrixOperator(matrix), b)
+    assert relative_error(result.x, wanted) < 1e-13
+    assert (result.products, result.status) == (terms, Status.COMPLETE)
+
+
+def test_neumann_measures_its_step_and_reports_it():
+    matrix, b = spd_matrix(40, 1e3), right_hand_side(40)
+    result = Neumann(terms=50).solve(MatrixOperator(matrix), b)
+    assert result.step_size == pytest.approx(1e-3, rel=0.05)
+    assert result.status is Status.COMPLETE
+    assert 0 < result.extra_products <= 11
+
+
+def test_neumann_with_too_long_a_step_stops_and_names_the_cause():
+    matrix, b = spd_matrix(9, 30.0), right_hand_side(9)
+    operator = MatrixOperator(matrix)
+    result = Neumann(terms=500, step_size=1.0).solve(operator, b)
+    assert result.status is Status.DIVERGED
+    assert result.x.norm() < 1e3 * b.norm()
+    message = diagnose(LinearSystem(operator), result)
+    assert "step is too long" in message
+    assert "λ_max = 30" in message
+    assert "2/η = 2" in message
+    reckless = Neumann(terms=50, step_size=1.0, safeguard=False).solve(operator, b)
+    assert reckless.x.norm() > 1e60
+
+
+def test_neumann_without_safeguard_that_overflows_is_not_returned():
+    result = Neumann(terms=5000, step_size=1.0, safeguard=False).solve(
+        MatrixOperator(spd_matrix(9, 30.0)), right_hand_side(9)
+    )
+    assert result.status is Status.NONFINITE
+    assert result.x.abs().max() == 0.0
+
+
+def test_a_learning_rate_of_zero_moves_no_series():
+    solver = Neumann(terms=2, step_size="optimizer").with_optimizer(UpdateRule(0.0))
+    result = solver.solve(MatrixOperator(torch.eye(2)), torch.ones(2))
+    assert result.status is Status.COMPLETE
+    assert not bool(result.x.any())
+
+
+def test_the_series_of_an_adaptive_optimizer_is_preconditioned():
+    matrix, b, terms = spd_matrix(6, 10.0), right_hand_side(6), 9
+    step = torch.linspace(0.01, 0.1, 6, dtype=torch.float64)
+    result = (
+        Neumann(terms=terms, step_size="optimizer").with_optimizer(UpdateRule(step)).solve(MatrixOperator(matrix), b)
+    )
+    contraction = torch.eye(6, dtype=torch.float64) - torch.diag(step) @ matrix
+    wanted = sum(torch.linalg.matrix_power(contraction, j) for j in range(terms + 1)) @ (step * b)
+    assert relative_error(result.x, wanted) < 1e-13
+    assert result.step_size is None
+    with pytest.raises(ValueError, match="'optimizer' needs the inner optimizer"):
+        Neumann(step_size="optimizer").solve(MatrixOperator(matrix), b)
+
+
+def test_identity_is_the_scaled_right_hand_side():
+    b = right_hand_side(4)
+    assert torch.allclose(Identity(scale=0.25).solve(MatrixOperator(spd_matrix(4, 2.0)), b).x, 0.25 * b)

@@ -1,0 +1,41 @@
+"""The trace and its error."""
+
+from statistics import median
+
+import pytest
+import torch
+
+from lightning_ifthpo.curvature import MatrixOperator
+from lightning_ifthpo.spectrum import spectral_density, trace
+from tests.helpers.problems import SPECTRA, operator_of
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("products", [30, 90])
+def test_the_error_of_the_trace_is_what_it_is_said_to_be(name, products):
+    """The median error of a normal distribution is 0.67 standard errors; with ten samples a little more."""
+    values = SPECTRA[name].double()
+    operator = operator_of(values)
+    errors = []
+    for seed in range(100):
+        result = trace(operator, products=products, generator=torch.Generator().manual_seed(seed))
+        errors.append(abs(result.trace - float(values.sum())) / result.standard_error)
+        assert result.products == products
+    assert 0.4 < median(errors) < 1.0
+
+
+def test_dominant_eigenvalues_do_not_blur_the_trace():
+    """What Hutch++ is for: outliers of 1e6 beside a bulk of one."""
+    values = torch.cat([torch.full((5,), 1e6), torch.ones(995)]).double()
+    result = trace(operator_of(values), products=60, rtol=1e-3)
+    assert result.trace == pytest.approx(float(values.sum()), rel=1e-6)
+    assert result.converged
+    assert not trace(operator_of(SPECTRA["flat"]), products=60, rtol=1e-6).converged
+
+
+def test_density_and_trace_say_when_the_operator_is_not_finite():
+    operator = MatrixOperator(torch.eye(100))
+    operator.matrix = torch.full((100, 100), torch.nan)
+    assert not spectral_density(operator).converged
+    assert not trace(operator).converged
+    assert not trace(operator, products=100).converged

@@ -1,0 +1,254 @@
+"""Slope and curvature along a direction."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_ifthpo.curvature import GaussNewtonOperator
+from lightning_ifthpo.step_size import (
+    AveragedRule,
+    Parabola,
+    exact_parabola,
+    fitted_parabola,
+    three_point_parabola,
+)
+from tests.helpers.problems import quadratic
+
+
+class OneLayer:
+    """ŷ = σ(Wx + b) with half the mean squared norm of the error, and the closed forms of its optimal rate."""
+
+    def __init__(self, examples, slope, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(examples, 4, dtype=torch.float64, generator=generator)
+        self.y = torch.randn(examples, 3, dtype=torch.float64, generator=generator)
+        self.weight = torch.randn(3, 4, dtype=torch.float64, generator=generator).requires_grad_()
+        self.bias = torch.randn(3, dtype=torch.float64, generator=generator).requires_grad_()
+        self.slope = slope
+
+    @property
+    def parameters(self):
+        return [self.weight, self.bias]
+
+    def loss(self):
+        outputs = nn.functional.leaky_relu(self.x @ self.weight.T + self.bias, self.slope)
+        return (outputs - self.y).square().sum() / (2 * len(self.x))
+
+    def gradient(self):
+        return torch.autograd.grad(self.loss(), self.parameters)
+
+    def closed_form(self):
+        """Numerator Σᵢⱼ (1 + xᵢᵀxⱼ) eᵢᵀΔᵢΔⱼeⱼ / M² and denominator Σᵢ ‖Δᵢ(∇W xᵢ + ∇b)‖² / M."""
+        z = self.x @ self.weight.T + self.bias
+        derivative = torch.where(z > 0, 1.0, self.slope)
+        pulled = derivative * (torch.where(z > 0, z, self.slope * z) - self.y)
+        m = len(self.x)
+        numerator = ((1 + self.x @ self.x.T) * (pulled @ pulled.T)).sum() / m**2
+        slopes = [pulled.T @ self.x / m, pulled.mean(0)]
+        denominator = (derivative * (self.x @ slopes[0].T + slopes[1])).square().sum() / m
+        return (numerator / denominator).item()
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.125], ids=["ReLU", "leaky ReLU"])
+@pytest.mark.parametrize("examples", [1, 2, 8, 50])
+@pytest.mark.parametrize("curvature", ["hessian", "finite_difference"])
+def test_the_closed_form_of_a_single_layer(slope, examples, curvature):
+    """Inside one linear region the loss is a parabola; differences leave third derivatives, here zero, and rounding."""
+    problem = OneLayer(examples, slope)
+    model = exact_parabola(problem.loss, problem.parameters, problem.gradient(), curvature=curvature)
+    tolerance = 1e-12 if curvature == "hessian" else 1e-7
+    assert model.optimal_step == pytest.approx(problem.closed_form(), rel=tolerance)
+
+
+def test_one_example_has_the_rate_of_its_length():
+    """1 / (1 + xᵀx), whatever the weights, when all units are alive."""
+    problem = OneLayer(1, slope=1.0)
+    model = exact_parabola(problem.loss, problem.parameters, problem.gradient())
+    assert model.optimal_step == pytest.approx(1 / (1 + problem.x.square().sum().item()), rel=1e-12)
+
+
+def test_a_dead_network_is_recognized_and_not_divided():
+    problem = OneLayer(4, slope=0.0)
+    with torch.no_grad():
+        problem.bias.fill_(-100.0)
+    model = exact_parabola(problem.loss, problem.parameters, problem.gradient())
+    assert (model.slope, model.curvature, model.optimal_step, model.sharpness) == (0.0, 0.0, None, 0.0)
+
+
+def test_a_loss_without_a_lowest_point_has_no_optimal_step():
+    w = torch.tensor([1.0], requires_grad=True)
+    assert exact_parabola(lambda: -w.square().sum(), [w], [torch.ones(1)]).optimal_step is None
+    assert exact_parabola(lambda: w.sum(), [w], [torch.ones(1)]).optimal_step is None
+
+
+@pytest.mark.parametrize("steps", [[-0.1, 0.0, 0.1], [-0.2, -0.1, 0.0, 0.1, 0.2], [0.0, 0.05, 0.1, 0.2]], ids=str)
+def test_fits_are_exact_on_a_parabola(steps):
+    model = fitted_parabola(lambda step: 3.0 - 2.0 * step + 4.0 * step**2 / 2, steps, squared_length=2.0)
+    assert (model.slope, model.curvature) == pytest.approx((2.0, 4.0), rel=1e-9)
+    assert model.sharpness == pytest.approx(2.0)
+
+
+def test_a_fit_knows_when_rounding_drowns_the_curvature():
+    """In float32 a second difference below four units in the last place of the losses is nothing; in float64 it is."""
+
+    def loss_at(step):
+        return 3.0 - 2.0 * step + 4.0 * step**2 / 2
+
+    rough, fine = (
+        fitted_parabola(loss_at, [-1e-4, 0.0, 1e-4], dtype=dtype) for dtype in (torch.float32, torch.float64)
+    )
+    assert (rough.curvature, rough.optimal_step) == (0.0, None)
+    assert rough.slope == pytest.approx(2.0, rel=1e-9)
+    assert fine.curvature == pytest.approx(4.0, rel=1e-4)
+
+
+def test_a_fit_needs_three_points_and_finite_losses():
+    with pytest.raises(ValueError, match="three different steps"):
+        fitted_parabola(abs, [0.1, 0.1, -0.1])
+    assert not fitted_parabola(lambda step: math.inf if step > 0 else 1.0, [-0.1, 0.0, 0.1]).is_finite
+
+
+def test_three_points_are_exact_on_a_parabola_and_leave_no_trace():
+    weight, loss = quadratic()
+    unused = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    omega = torch.linspace(1, 2, 6, dtype=torch.float64)
+    before, exact = weight.detach().clone(), exact_parabola(loss, [weight], [omega])
+    for step in (0.0, 0.3, 5.0):
+        model = three_point_parabola(loss, [weight, unused], [omega, None], step=step)
+        # a step of zero is lengthened until second differences are worth six digits
+        assert (model.slope, model.curvature) == pytest.approx((exact.slope, exact.curvature), rel=1e-6)
+        assert model.squared_length == pytest.approx(exact.squared_length)
+        assert torch.equal(weight, before)
+
+
+def test_three_points_lie_at_the_ends_of_the_step():
+    """Where the loss is no parabola, that makes a difference: |w| from 1 seen over a step of 2 has curvature 1/2."""
+    w = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+    assert three_point_parabola(lambda: w.abs().sum(), [w], [torch.ones(1)], step=2.0).curvature == pytest.approx(0.5)
+    assert three_point_parabola(lambda: w.abs().sum(), [w], [torch.ones(1)], step=0.5).curvature == 0.0
+
+
+def test_three_points_lengthen_a_step_that_float32_cannot_resolve():
+    """At 1e-6 of the weights the second difference is a thousandth of the rounding error."""
+    weight, loss = quadratic(torch.float32)
+    exact = exact_parabola(loss, [weight], [torch.ones(6)])
+    model = three_point_parabola(loss, [weight], [torch.ones(6)], step=1e-6)
+    assert (model.slope, model.curvature) == pytest.approx((exact.slope, exact.curvature), rel=0.05)
+
+
+def test_three_points_know_the_roughest_dtype():
+    """A float64 scale among float32 weights does not make their losses any finer."""
+    torch.manual_seed(0)
+    net, scale = nn.Linear(4, 3), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    x, y = torch.randn(16, 4), torch.arange(16) % 3
+    parameters = [*net.parameters(), scale]
+
+    def loss():
+        return nn.functional.cross_entropy(net(x) * scale.float(), y)
+
+    direction = torch.autograd.grad(loss(), parameters)
+    exact = exact_parabola(loss, parameters, direction)
+    assert three_point_parabola(loss, parameters, direction).curvature == pytest.approx(exact.curvature, rel=0.05)
+
+
+def test_three_points_without_a_step_look_farther_until_curvature_shows():
+    """A constant ten thousand times as large drowns what is seen nearby."""
+    w = torch.linspace(-1, 1, 50, requires_grad=True)
+    model = three_point_parabola(lambda: 100.0 + (w**2).sum() / 50, [w], [torch.ones(50) / 50])
+    assert model.curvature == pytest.approx(2 / 50**2, rel=0.1)
+    assert three_point_parabola(lambda: 100.0 + w.sum() / 50, [w], [torch.ones(50) / 50]).curvature == 0.0
+
+
+def test_three_points_draw_the_same_random_numbers():
+    w = torch.ones(1000, requires_grad=True)
+    torch.manual_seed(0)
+    model = three_point_parabola(lambda: nn.functional.dropout(w, 0.5).mean(), [w], [torch.ones(1000)], step=0.1)
+    assert model.curvature == 0.0
+    assert 0.8 < model.slope < 1.2
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_three_points_along_nothing_or_to_nowhere(value):
+    w = torch.ones(2, requires_grad=True)
+    assert three_point_parabola(lambda: w.sum(), [w], [None]) == Parabola(0.0, 0.0, 0.0)
+    assert not three_point_parabola(lambda: w.sum(), [w], [torch.full((2,), value)]).is_finite
+    assert torch.equal(w.detach(), torch.ones(2))
+
+
+def test_a_failing_loss_leaves_the_weights_where_they_were():
+    w = torch.ones(2, requires_grad=True)
+    with pytest.raises(ZeroDivisionError):
+        three_point_parabola(lambda: w.sum() * (1 / 0), [w], [torch.ones(2)], step=0.1)
+    assert torch.equal(w.detach(), torch.ones(2))
+
+
+class Net(nn.Module):
+    """Two layers, a penalty beside the outputs and a weight that nothing depends on."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.BatchNorm1d(5), nn.Linear(5, 4))
+        self.unused = nn.Parameter(torch.ones(2))
+
+    def loss(self, activation=torch.clone):
+        x, y = torch.linspace(-1, 1, 24).view(8, 3).double(), torch.arange(8) % 4
+        outputs = activation(self.layers(x))
+        return nn.functional.cross_entropy(outputs, y) + self.layers[0].weight.pow(4).sum(), outputs
+
+
+class Untold(torch.autograd.Function):
+    """Has no derivative in forward mode."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.clone()
+
+
+@pytest.mark.parametrize("activation", [torch.clone, Untold.apply], ids=["forward mode", "without"])
+def test_gauss_newton_along_a_direction_is_that_of_the_operator(activation):
+    torch.manual_seed(0)
+    net = Net().double()
+    parameters = list(net.parameters())
+    omega = [torch.randn_like(parameter) for parameter in parameters]
+    before = [parameter.detach().clone() for parameter in parameters]
+    model = exact_parabola(lambda: net.loss(activation), parameters, omega, curvature="gauss_newton")
+    operator = GaussNewtonOperator(lambda: net.loss(), parameters)
+    flat = torch.cat([part.reshape(-1) for part in omega])
+    assert model.slope == pytest.approx((operator.gradient @ flat).item(), rel=1e-10)
+    assert model.curvature == pytest.approx(operator.quadratic(flat).item(), rel=1e-10)
+    assert all(torch.equal(one, other) for one, other in zip(before, parameters, strict=True))
+    with pytest.raises(ValueError, match="mark_outputs"):
+        exact_parabola(lambda: net.loss()[0], parameters, omega, curvature="gauss_newton")
+
+
+def test_gauss_newton_along_a_direction_takes_one_forward_pass_and_no_backward_pass():
+    net = Net().double()
+    calls = {"forward": 0, "backward": 0}
+
+    def count(layer, inputs, output):
+        calls["forward"] += 1
+        output.register_hook(lambda gradient: calls.update(backward=calls["backward"] + (gradient is not None)))
+
+    net.layers[0].register_forward_hook(count)
+    parameters = list(net.parameters())
+    exact_parabola(net.loss, parameters, [torch.ones_like(p) for p in parameters], curvature="gauss_newton")
+    assert calls == {"forward": 1, "backward": 0}
+
+
+def test_units_at_their_kink_are_recognized_and_not_divided():
+    """Where all pre-activations are exactly zero, torch takes both derivatives for zero: 0/0."""
+    problem = OneLayer(4, slope=0.0)
+    with torch.no_grad():
+        problem.weight.zero_()
+        problem.bias.zero_()
+    model = exact_parabola(problem.loss, problem.parameters, problem.gradient())
+    assert (model.slope, model.curvature, model.optimal_step) == (0.0, 0.0, None)
+    assert not AveragedRule().observe(model)

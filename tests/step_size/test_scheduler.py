@@ -1,0 +1,275 @@
+"""ExactGeNLR in plain loops."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_ifthpo.step_size import (
+    ExactGeNLR,
+    exact_parabola,
+)
+from tests.helpers.problems import quadratic, spd_matrix
+
+
+def test_groups_keep_the_relation_of_their_rates():
+    weights = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]
+    optimizer = torch.optim.SGD([{"params": weights[:1], "lr": 3e-5}, {"params": weights[1:], "lr": 1e-5}])
+    scheduler = ExactGeNLR(optimizer)
+    for _ in range(20):
+        scheduler.probe(lambda: sum(weight.square().sum() for weight in weights))
+        optimizer.zero_grad()
+        sum(weight.square().sum() for weight in weights).backward()
+        optimizer.step()
+        scheduler.step()
+    first, second = (group["lr"] for group in optimizer.param_groups)
+    assert first == pytest.approx(3 * second)
+    moved = [1 - weight.detach() for weight in weights]
+    assert moved[0][0] > 2 * moved[1][0] > 0
+
+
+def two_groups(per_group, curvature="three_point", steps=300):
+    """Noisy targets; the second group is a hundred times as steep, and both act on each other."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [nn.Parameter(torch.full((3,), 5.0, dtype=torch.float64)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": [weight], "lr": 1.0} for weight in weights])
+    scheduler = ExactGeNLR(optimizer, per_group=per_group, curvature=curvature, final_decay=0.0)
+    for _ in range(steps):
+        targets = [0.1 * torch.randn(3, generator=generator).double() for _ in weights]
+
+        def loss(targets=targets):
+            first, second = (weight - target for weight, target in zip(weights, targets, strict=True))
+            return (first.square().sum() + 100 * second.square().sum() + first @ second) / 2
+
+        scheduler.probe(loss)
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        scheduler.step()
+    return scheduler, [group["lr"] for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("curvature", ["three_point", "hessian"])
+def test_each_group_finds_its_own_rate(curvature):
+    scheduler, (first, second) = two_groups(per_group=True, curvature=curvature)
+    assert 0.2 < first < 2.0
+    assert 0.003 < second < 0.02
+    assert len(scheduler.parabolas) == 2
+    _, (first, second) = two_groups(per_group=False, curvature=curvature)
+    assert first == second < 0.02
+
+
+def test_plain_gradient_descent_with_the_published_rule_is_exact_line_search():
+    """Without smoothing; the Kantorovich bound on each step: a factor ((κ − 1) / (κ + 1))²."""
+    matrix = spd_matrix(8, 20.0)
+    weight = nn.Parameter(torch.ones(8, dtype=torch.float64))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scheduler = ExactGeNLR(
+        optimizer,
+        rule="published",
+        probe="same_batch",
+        curvature="hessian",
+        every_n_steps=1,
+        final_decay=0.0,
+        lr_max=100.0,
+    )
+    scheduler.rules[0].smoothing = 0.0
+
+    def loss():
+        return weight @ matrix @ weight / 2
+
+    for _ in range(30):
+        before = loss().item()
+        gradient = matrix @ weight.detach()
+        scheduler.probe(loss)
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        scheduler.step()
+        assert loss().item() <= before * (19 / 21) ** 2 * (1 + 1e-9)
+        # an exact line search ends where the new gradient is orthogonal to the old
+        assert abs(gradient @ matrix @ weight.detach()) < 1e-9 * gradient.norm() ** 2
+
+
+def test_probing_on_the_next_batch_agrees_with_probing_at_the_start():
+    """On a quadratic the slope where a step ends says what it was where the step began."""
+    weight, loss = quadratic()
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scheduler = ExactGeNLR(optimizer)
+    for _ in range(12):
+        start = weight.detach().clone()
+        scheduler.probe(loss)
+        optimizer.zero_grad()
+        loss().backward()
+        gradient = weight.grad.clone()
+        optimizer.step()
+        scheduler.step()
+    scheduler.probe(loss)
+    with torch.no_grad():
+        weight.copy_(start)
+    expected = exact_parabola(loss, [weight], [gradient])
+    assert scheduler.parabolas[0].slope == pytest.approx(expected.slope, rel=1e-9)
+    assert scheduler.parabolas[0].curvature == pytest.approx(expected.curvature, rel=1e-9)
+
+
+def loop(optimizer, scheduler, loss, steps):
+    for _ in range(steps):
+        scheduler.probe(loss)
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        scheduler.step()
+
+
+def test_the_relation_of_groups_survives_a_warm_up_that_is_replaced():
+    weights = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]
+    optimizer = torch.optim.SGD([{"params": weights[:1], "lr": 3e-4}, {"params": weights[1:], "lr": 1e-4}])
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 10))
+    scheduler = ExactGeNLR(optimizer)
+    loop(optimizer, scheduler, lambda: sum(weight.square().sum() for weight in weights), 5)
+    first, second = scheduler.get_lr()
+    assert first == pytest.approx(3 * second) != 0.0
+
+
+def test_groups_that_come_later_are_taken_over():
+    weights = [nn.Parameter(torch.full((2,), 3.0)), nn.Parameter(torch.full((2,), 3.0))]
+    loss = lambda: sum(weight.square().sum() for weight in weights)  # noqa: E731
+    for per_group in (False, True):
+        optimizer = torch.optim.SGD(weights[:1], lr=1.0)
+        scheduler = ExactGeNLR(optimizer, per_group=per_group)
+        loop(optimizer, scheduler, loss, 10)
+        optimizer.add_param_group({"params": weights[1:], "lr": float(scheduler.get_lr()[0]) / 4})
+        loop(optimizer, scheduler, loss, 1)
+        first, second = scheduler.get_lr()
+        assert second == pytest.approx(first / 4) or per_group
+        loop(optimizer, scheduler, loss, 10)
+        assert all(rate > 0.0 for rate in scheduler.get_lr())
+        assert len(scheduler.get_lr()) == 2
+
+
+@pytest.mark.parametrize("what", ["no gradient", "frozen"])
+def test_a_group_that_does_not_move_holds_up_no_other(what):
+    weights = [nn.Parameter(torch.full((2,), 3.0)), nn.Parameter(torch.ones(2), requires_grad=what == "no gradient")]
+    optimizer = torch.optim.SGD([{"params": [weight]} for weight in weights], lr=1.0)
+    scheduler = ExactGeNLR(optimizer, per_group=True)
+    loop(optimizer, scheduler, lambda: weights[0].square().sum(), 30)
+    assert scheduler.looks == 30  # once a step: the first on its own batch, the others on the next
+    assert scheduler.get_lr()[0] > 0.0
+    assert torch.equal(weights[1].detach(), torch.ones(2))
+
+
+def test_states_of_others_are_refused():
+    make = lambda **options: ExactGeNLR(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=1.0), **options)  # noqa: E731
+    with pytest.raises(ValueError, match="state of another scheduler"):
+        make().load_state_dict({"last_epoch": 3})
+    with pytest.raises(ValueError, match=r"state of \['PublishedRule'\], .* rules \['AveragedRule'\]"):
+        make().load_state_dict(make(rule="published").state_dict())
+
+
+@pytest.mark.parametrize(
+    ("curvature", "forward", "backward"),
+    [("three_point", 3, 0), ("hessian", 1, 3), ("finite_difference", 2, 2), ("gauss_newton", 1, 0)],
+)
+def test_looks_take_the_passes_of_their_curvature(curvature, forward, backward):
+    net = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    scheduler = ExactGeNLR(optimizer, curvature=curvature)
+    calls = {"forward": 0, "backward": 0}
+
+    def loss():
+        calls["forward"] += 1
+        features = net(torch.ones(4, 3))
+        features.register_hook(lambda gradient: calls.update(backward=calls["backward"] + (gradient is not None)))
+        outputs = 2 * features
+        return outputs.square().mean(), outputs
+
+    scheduler.probe(loss)
+    loss()[0].backward()
+    optimizer.step()
+    scheduler.step()
+    calls.update(forward=0, backward=0)
+    scheduler.probe(loss)
+    assert calls["forward"] == forward
+    assert (calls["backward"] > 0) == (backward > 0)
+
+
+def test_the_final_decay_ends_at_zero():
+    weight, loss = quadratic()
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scheduler = ExactGeNLR(optimizer, total_steps=100, final_decay=0.5)
+    rates = []
+    for _ in range(100):
+        scheduler.probe(loss)
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        scheduler.step()
+        rates.append(scheduler.get_last_lr()[0] / scheduler.rules[0].lr)
+    assert rates[48] == 1.0
+    assert rates[74] == pytest.approx(0.5)
+    assert rates[-1] == 0.0
+
+
+@pytest.mark.parametrize("per_group", [False, True])
+def test_the_scheduler_goes_on_from_its_state(tmp_path, per_group):
+    matrix = spd_matrix(6, 20.0).float()
+
+    def train(steps, resume=None):
+        weights = [nn.Parameter(torch.linspace(-1, 1, 3)), nn.Parameter(torch.linspace(2, 1, 3))]
+        optimizer = torch.optim.SGD([{"params": [weight]} for weight in weights], lr=1.0, momentum=0.9)
+        scheduler = ExactGeNLR(optimizer, total_steps=40, per_group=per_group)
+
+        def loss():
+            return torch.cat(weights) @ matrix @ torch.cat(weights) / 2
+
+        if resume is not None:
+            state = torch.load(resume, weights_only=True)
+            with torch.no_grad():
+                for weight, value in zip(weights, state["weights"], strict=True):
+                    weight.copy_(value)
+            optimizer.load_state_dict(state["optimizer"])
+            scheduler.load_state_dict(state["scheduler"])
+        for _ in range(scheduler.last_epoch, steps):
+            scheduler.probe(loss)
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+            scheduler.step()
+        values = [weight.detach() for weight in weights]
+        state = {"weights": values, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+        torch.save(state, tmp_path / f"{steps}.pt")
+        return torch.cat(values)
+
+    whole = train(40)
+    for steps in (1, 7, 23):
+        train(steps)
+        assert torch.equal(train(40, resume=tmp_path / f"{steps}.pt"), whole)
+
+
+def test_a_loss_is_needed():
+    weight, loss = quadratic()
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    ExactGeNLR(optimizer)
+    loss().backward()
+    with pytest.raises(RuntimeError, match=r"call probe\(loss\) before optimizer.step"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"total_steps": 0}, "total_steps to be an integer >= 1"),
+        ({"per_group": "no"}, "per_group to be True or False"),
+        ({"every_n_steps": 0}, "every_n_steps"),
+        ({"rule": "magic"}, "expected rule to be one of"),
+        ({"probe": "none"}, "expected probe to be one of"),
+        ({"lr_min": 1.0, "lr_max": 0.1}, "0 < lr_min <= lr_max"),
+        ({"lr_min": 0.0}, "0 < lr_min"),
+        ({"final_decay": 2.0}, "0 <= final_decay <= 1"),
+        ({"curvature": "kfac"}, "expected curvature to be one of"),
+        ({"per_group": True, "probe": "same_batch"}, "per_group=True needs probe='next_batch'"),
+    ],
+    ids=str,
+)
+def test_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        ExactGeNLR(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), **options)
