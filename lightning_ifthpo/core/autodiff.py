@@ -19,8 +19,8 @@ def vjp(
 ) -> list[Tensor | None]:
     """Returns cotangentᵀ ∂outputs/∂inputs, one tensor for each input; `None` if no graph connects it to an output.
 
-    Outputs that are `None` or constant, and inputs that do not require a gradient, give zero blocks, on which
-    `torch.autograd.grad` raises. The graph is kept for further products.
+    Outputs that are `None` or constant, and inputs that do not require a gradient, count as zero blocks;
+    `torch.autograd.grad` would raise on them. The graph is kept for further products.
 
     Args:
         outputs: Tensors of any shape.
@@ -34,13 +34,13 @@ def vjp(
         for output, cotangent in zip(outputs, cotangents, strict=True)
         if output is not None and output.requires_grad
     ]
-    wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    if not live or not wanted:
+    differentiable_inputs = [tensor for tensor in inputs if tensor.requires_grad]
+    if not live or not differentiable_inputs:
         return [None] * len(inputs)
     gradients = iter(
         torch.autograd.grad(
             [output for output, _ in live],
-            wanted,
+            differentiable_inputs,
             [cotangent for _, cotangent in live],
             retain_graph=True,
             create_graph=create_graph,

@@ -16,7 +16,7 @@ class Cadence:
 
     It fires every n batches, after a first number of batches without firing; inside an accumulation window it waits for
     the optimizer step. With a budget it fires as rarely as needed to keep its own time below a fraction of the training
-    time. The first firing does not count: its cost includes set-up, and would delay all others. With a budget the
+    time. The first firing does not count: its cost is not known before, and would delay all others. With a budget the
     firings depend on the clock, so that a run cannot be repeated exactly.
 
     Args:

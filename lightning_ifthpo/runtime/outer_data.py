@@ -93,12 +93,12 @@ class OuterData:
         self.consumed = consumed
         self._device = device
         self._pending: list[Any] = []
-        rebuilt = _endless_loader(source, seed, rank, world_size, consumed)
-        if rebuilt is None:
+        endless = _endless_loader(source, seed, rank, world_size, consumed)
+        if endless is None:
             _warn_if_inexact(consumed, world_size)
         self._own_seed = seed + PROCESS_STRIDE * rank
         with isolated(device, self._own_seed):
-            self._batches: Iterator[Any] = _cycle(source, skip=consumed) if rebuilt is None else iter(rebuilt)
+            self._batches: Iterator[Any] = _cycle(source, skip=consumed) if endless is None else iter(endless)
 
     def close(self) -> None:
         """Ends the worker processes; after that there are no more batches."""

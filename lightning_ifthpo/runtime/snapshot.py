@@ -75,7 +75,7 @@ def _contents_restorer(container: Any) -> Callable[[], object]:
 
 
 def _tensor_restorer(tensor: Tensor) -> Callable[[], object]:
-    if tensor.is_meta or tensor.is_inference() or nn.parameter.is_lazy(tensor):
+    if tensor.is_meta or tensor.is_inference() or nn.parameter.is_lazy(tensor):  # no storage, or read-only
         return lambda: None
     # .data bypasses autograd: the graph and the version counter do not see the copy
     storage, values, flag = tensor.data, tensor.data.clone(), tensor.requires_grad

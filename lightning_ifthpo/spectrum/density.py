@@ -116,7 +116,7 @@ def _pool(quadratures: list[_Quadrature]) -> tuple[Tensor, Tensor]:
 def _sampling_error(values: Tensor, weights: Tensor, size: int, probes: int) -> float:
     """Returns the expected Wasserstein-1 error of the mean over probes.
 
-    A random unit vector has squared weight F on the eigenvalues below a point in the mean, with variance 2F(1 − F)/n.
+    The squared weight of a random unit vector on the eigenvalues below a point has mean F and variance 2F(1 − F)/n.
     """
     below = weights.cumsum(0)[:-1].clamp(0.0, 1.0)
     return float(((2 * below * (1 - below) / (size * probes)).sqrt() * values.diff()).sum())

@@ -23,7 +23,7 @@ class ExtremeEigenvalues:
         products: Products with the operator.
         converged: Whether each bound is at most rtol · max(|λ_max|, |λ_min|). False for a non-finite operator; its
             eigenvalues are NaN.
-        largest_vectors: [k, n]; unit eigenvectors of `largest`; None unless they were asked for.
+        largest_vectors: [k, n]; unit eigenvectors of `largest`; None without `vectors`.
         smallest_vectors: [k, n]; the same for `smallest`.
     """
 

@@ -87,10 +87,10 @@ def power_iteration(
         converged = bound <= rtol * scale
         if not math.isfinite(length):
             return Eigenpair(math.nan, vector, math.nan, products, converged=False)
-        settled = bound == 0.0 or (converged and products >= min_iterations)
-        if products >= max_iterations or (settled and direct):
+        finished = bound == 0.0 or (converged and products >= min_iterations)
+        if products >= max_iterations or (finished and direct):
             return Eigenpair(sign * value, vector, bound, products, converged)
-        if settled:  # the product is a sum of earlier ones, with their rounding: confirm by a direct one
+        if finished:  # the product is a sum of earlier ones, with their rounding: confirm by a direct one
             product, direct = sign * operator.matvec(vector), True
         elif which == "magnitude":
             vector = product / length

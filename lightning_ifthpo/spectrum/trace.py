@@ -71,7 +71,7 @@ def trace(
     dominant = sum(float(operator.quadratic(column)) for column in basis.T)
     samples = torch.tensor(
         [
-            float(operator.quadratic(_outside(basis, random_vector(operator, generator).sign())))
+            float(operator.quadratic(_project_out(basis, random_vector(operator, generator).sign())))
             for _ in range(products - 2 * third)
         ],
         dtype=torch.float64,
@@ -81,5 +81,5 @@ def trace(
     return TraceEstimate(estimate, error, products, error <= rtol * abs(estimate))
 
 
-def _outside(basis: Tensor, vector: Tensor) -> Tensor:
+def _project_out(basis: Tensor, vector: Tensor) -> Tensor:
     return vector - basis @ (basis.T @ vector)

@@ -34,7 +34,7 @@ class AveragedRule:
     - The slope at the end is positive by one standard error: η grows by up to 8 % per probe, 1 % once it is settled. It
       grows more slowly near mean(n)/mean(d), and never beyond.
     - The gain is negative by two standard errors: η shrinks by a fifth, and the probes are discarded. If the curvature
-      is not the cause, because −n is as large as ηd/2, it shrinks to a quarter of the highest rate at most. This
+      is not the cause, because −n is at least ηd/2, it shrinks to a quarter of the highest rate at most. This
       happens with very few batches, where the next batch was used shortly before.
     - Otherwise η recovers by 1 % per probe towards the highest rate so far. This is the stationary state of noisy
       descent: the gain is zero at every rate, so that a rule that follows n/d would collapse or explode.
@@ -47,7 +47,7 @@ class AveragedRule:
 
     Attributes:
         lr: The rate; None before the first probe.
-        settled: Whether the rate has grown by at most 1 % at each of eight probes in a row.
+        settled: Whether the rate once grew by at most 1 % at each of eight probes in a row.
         refused: Probes that were not finite, and were not used.
     """
 
