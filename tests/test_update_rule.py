@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_ifthpo.optimizers.update_rule import UpdateRule, is_known
+from lightning_ifthpo.optimizers import UpdateRule, is_known
 from tests.problems import relative_error
 
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_ifthpo import BilevelLightningModule, ExactGeN, IFTHypergradient, SharpnessMonitor
-from lightning_ifthpo.core.space import whole
+from lightning_ifthpo.core.space import full_tensor
 from lightning_ifthpo.hyperparameters import WeightDecay
 from lightning_ifthpo.solvers import ConjugateGradient, Nystrom
 from tests.trainers import OWN_METRICS, L, classification_data, quiet_trainer
@@ -130,7 +130,7 @@ def fit(case, rank, folder):
         trainer.fit(module, data, data)
     except ValueError as raised:
         error = str(raised)
-    state = {name: whole(value).detach().clone() for name, value in module.state_dict().items()}
+    state = {name: full_tensor(value).detach().clone() for name, value in module.state_dict().items()}
     assert any(isinstance(weight, DTensor) for weight in module.parameters()) == (case.sharded and rank is not None)
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(OWN_METRICS)}
     return {"state": state, "metrics": metrics, "error": error}
