@@ -1,4 +1,4 @@
-"""Pictures of curvature; needs matplotlib (`pip install 'lightning_ifthpo[plots]'`)."""
+"""Plots of curvature; they need matplotlib (`pip install 'lightning_ifthpo[plots]'`)."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ _LINES: tuple[tuple[str, str, dict[str, Any]], ...] = (
 
 
 def plot_spectral_density(density: SpectralDensity, *, bins_per_decade: int = 6) -> Figure:
-    """Returns a histogram of all eigenvalues, in which a few large and many tiny ones can be seen at once.
+    """Returns a histogram of all eigenvalues, with a few large and many tiny ones visible at once.
 
-    Both axes are logarithmic. Eigenvalues within a thousandth of the largest magnitude of zero share one grey bin;
-    beyond it, negative ones are red.
+    Both axes are logarithmic. Eigenvalues of magnitude below a thousandth of the largest share one grey bin around
+    zero; negative ones beyond it are red, positive ones blue.
 
     Args:
-        density: As `spectral_density` returns it.
-        bins_per_decade: How fine the bins are.
+        density: Result of `spectral_density`.
+        bins_per_decade: Number of bins per factor of ten.
 
     Raises:
         ValueError: If the density is not finite.
     """
     values, weights = density.eigenvalues, density.weights
     if not bool(values.isfinite().all()):
-        raise ValueError("the spectral density is not finite; look at the loss and the weights it was measured at")
+        raise ValueError("the spectral density is not finite; check that the loss and the weights were finite")
     smallest, largest = float(values[0]), float(values[-1])
-    tiny = max(-smallest, largest) / 1000 or 1e-30
+    tiny = max(-smallest, largest) / 1000 or 1.0  # if all eigenvalues are zero, any width shows it
     powers = torch.arange(3 * bins_per_decade + 2, dtype=values.dtype) / bins_per_decade
     edges = tiny * torch.cat([-(10**powers).flip(0), 10**powers])
     heights = torch.zeros(len(edges) - 1, dtype=weights.dtype)
@@ -69,13 +69,13 @@ def plot_sharpness(
     """Draws λ_max, λ_min and the stability edge over a run; `axes.figure.savefig(path)` saves it.
 
     Args:
-        metrics_csv: The metrics.csv that a `CSVLogger` wrote while a `SharpnessMonitor` was at work.
-        axes: Where to draw; a new figure where not given.
-        name: As the monitor was called.
-        log: Draw curvature on a logarithmic scale, for an edge that a schedule moves far away.
+        metrics_csv: The metrics.csv that a `CSVLogger` wrote in a run with a `SharpnessMonitor`.
+        axes: Axes to draw on; a new figure if None.
+        name: The `name` of the monitor.
+        log: Draw curvature on a logarithmic scale, for an edge that is far above λ_max.
 
     Raises:
-        ValueError: If the file holds no such measurements.
+        ValueError: If the file has no such measurements.
     """
     with Path(metrics_csv).open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get(f"{name}/lambda_max")]
@@ -92,7 +92,7 @@ def plot_sharpness(
             axes.plot(*zip(*values, strict=True), label=label, **style)
     if log:
         largest = max(float(row[f"{name}/lambda_max"]) for row in rows)
-        axes.set_yscale("symlog", linthresh=max(abs(largest), 1e-30) / 100)
+        axes.set_yscale("symlog", linthresh=(abs(largest) or 1.0) / 100)
     axes.set(xlabel="step", ylabel="curvature")
     axes.legend(fontsize=8)
     return axes

@@ -1,4 +1,4 @@
-"""The curvature at which an optimizer stops being stable; see `lightning_ifthpo.optimizers`."""
+"""The curvature at which an optimizer becomes unstable; see `lightning_ifthpo.optimizers`."""
 
 from lightning_ifthpo.optimizers import StabilityEdge, has_edge
 

@@ -1,4 +1,4 @@
-"""Derivatives that survive what real modules do: unused, frozen and linearly entering tensors."""
+"""Derivatives that also work for unused and frozen tensors, and for tensors that enter a loss linearly."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def vjp(
     *,
     create_graph: bool = False,
 ) -> list[Tensor | None]:
-    """Returns cotangentᵀ ∂outputs/∂inputs, one tensor for each input, `None` where it is zero by structure.
+    """Returns cotangentᵀ ∂outputs/∂inputs, one tensor for each input; `None` if no graph connects it to an output.
 
-    Outputs that are `None` or constant and inputs without gradient count as zero blocks; `torch.autograd.grad` raises
-    on them. The graph is kept, so that many products can be taken.
+    Outputs that are `None` or constant, and inputs that do not require a gradient, count as zero blocks;
+    `torch.autograd.grad` would raise on them. The graph is kept for further products.
 
     Args:
         outputs: Tensors of any shape.
         inputs: Tensors of any shape.
-        cotangents: One for each output, of its shape; ones for a scalar output where not given.
+        cotangents: One for each output, of its shape; None stands for 1, for a scalar output.
         create_graph: Make the result differentiable.
     """
     cotangents = [None] * len(outputs) if cotangents is None else cotangents
@@ -34,13 +34,13 @@ def vjp(
         for output, cotangent in zip(outputs, cotangents, strict=True)
         if output is not None and output.requires_grad
     ]
-    wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    if not live or not wanted:
+    differentiable_inputs = [tensor for tensor in inputs if tensor.requires_grad]
+    if not live or not differentiable_inputs:
         return [None] * len(inputs)
     gradients = iter(
         torch.autograd.grad(
             [output for output, _ in live],
-            wanted,
+            differentiable_inputs,
             [cotangent for _, cotangent in live],
             retain_graph=True,
             create_graph=create_graph,
@@ -52,12 +52,12 @@ def vjp(
 
 @contextmanager
 def tangents(tensors: Sequence[Tensor], directions: Sequence[Tensor]) -> Iterator[None]:
-    """Makes all that is computed from the tensors inside the block carry its derivative along the directions.
+    """Turns on forward mode: results computed from the tensors in the block carry derivatives along the directions.
 
-    Forward mode, for losses that refer to the tensors themselves and cannot be given others; see `tangent`.
+    For losses that use the tensors themselves, so that no copies can be passed; `tangent` reads the derivatives.
 
     Args:
-        tensors: Tensors of any shape; their values stay as they are.
+        tensors: Tensors of any shape; their values do not change.
         directions: One for each, of its shape.
     """
     with forward_ad.dual_level():
@@ -68,21 +68,21 @@ def tangents(tensors: Sequence[Tensor], directions: Sequence[Tensor]) -> Iterato
 
 
 def tangent(tensor: Tensor) -> Tensor:
-    """Returns the derivative that a tensor carries inside a block of `tangents`, zeros where it carries none."""
+    """Returns the derivative that a tensor carries in a block of `tangents`, zeros if it carries none."""
     carried: Tensor | None = forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call]
     return torch.zeros_like(tensor) if carried is None else carried
 
 
 @contextmanager
 def gradients_on() -> Iterator[None]:
-    """Records graphs inside the block, wherever it stands."""
+    """Records graphs in the block, even inside `torch.no_grad` or `torch.inference_mode`."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
 
 @contextmanager
 def differentiable(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Turns on gradients (modes and flags) for leaf tensors inside the block, and restores the flags after it."""
+    """Records graphs in the block and makes the leaf tensors require gradients; restores their flags after it."""
     frozen = [tensor for tensor in tensors if not tensor.requires_grad]
     try:
         for tensor in frozen:
@@ -95,5 +95,5 @@ def differentiable(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 
 def add(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Returns the sums of two lists of tensors in which `None` stands for zero."""
+    """Returns the elementwise sum of two lists of tensors; `None` stands for zero."""
     return [b if a is None else a if b is None else a + b for a, b in zip(left, right, strict=True)]

@@ -1,4 +1,4 @@
-"""Several tensors seen as one flat vector, and back."""
+"""Several tensors as one flat vector, and back."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.distributed.tensor import DTensor
 class ParameterSpace:
     """The flat vector space of a sequence of real tensors.
 
-    Tensors of different floating dtypes share the widest of them. Memory layout does not matter: entries are taken in
-    the logical (row-major) order of each tensor, so channels-last weights are handled like any other.
+    The dtype of the vector is the widest of the tensors' floating dtypes. Entries are in the logical (row-major) order
+    of each tensor, whatever its memory layout (channels-last, for example).
 
     Args:
         tensors: The tensors, each of any shape; together they have n entries.
 
     Raises:
-        ValueError: If there is no tensor, one appears twice, or they lie on several devices.
+        ValueError: If there is no tensor, one appears twice, or they are on several devices.
         TypeError: If one is not a real floating-point tensor.
 
     >>> space = ParameterSpace([torch.zeros(2, 3), torch.zeros(4)])
@@ -40,7 +40,7 @@ class ParameterSpace:
             self.dtype = torch.promote_types(self.dtype, tensor.dtype)
 
     def flatten(self, tensors: Iterable[Tensor | None]) -> Tensor:
-        """Returns [n]: the tensors (shaped like the space's) in order, `None` standing for zeros; detached."""
+        """Returns a detached vector [n]: tensors shaped like the space's, in order; `None` stands for zeros."""
         parts = [
             torch.zeros(like.numel(), dtype=self.dtype, device=self.device)
             if tensor is None
@@ -50,14 +50,14 @@ class ParameterSpace:
         return torch.cat(parts)
 
     def split(self, vector: Tensor) -> list[Tensor]:
-        """Returns one tensor for each of the space's, of its shape and dtype, from a vector [n]."""
+        """Returns a vector [n] as a list of tensors with the shapes and dtypes of the space's."""
         self.check(vector)
         parts = torch.split(vector, [tensor.numel() for tensor in self.tensors])
         return [part.view(like.shape).to(like.dtype) for part, like in zip(parts, self.tensors, strict=True)]
 
     @property
     def values(self) -> Tensor:
-        """The present values of the tensors, [n]; a copy."""
+        """A copy of the tensors' current values, [n]."""
         return self.flatten(self.tensors)
 
     def assign(self, vector: Tensor) -> None:
@@ -84,7 +84,7 @@ class ParameterSpace:
 
 
 def check_real(tensor: Tensor, name: str) -> None:
-    """Raises TypeError unless the tensor is a real floating-point one; only those can be differentiated here."""
+    """Raises TypeError unless this is a real floating-point tensor; complex ones are not supported."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
@@ -92,7 +92,7 @@ def check_real(tensor: Tensor, name: str) -> None:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Returns a tensor, put together if it is spread over processes."""
+    """Returns a tensor; if it is spread over processes, all of its parts as one tensor (a collective)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

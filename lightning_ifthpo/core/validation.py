@@ -1,4 +1,4 @@
-"""Checks of arguments that many constructors share; none of them lets a wrong type pass."""
+"""Checks of arguments that many constructors share; a value of a wrong type fails each of them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from numbers import Integral, Real
 
 
 def is_number(value: object) -> bool:
-    """Returns whether the value is a real number; NaN is one, and truth values are none."""
+    """True for real numbers, NaN included; False for bools."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def is_ascending(*values: object) -> bool:
-    """Returns whether the values are numbers, each larger than the one before it."""
+    """True if all values are numbers and each is larger than the one before; False with a NaN."""
     return all(map(is_number, values)) and all(left < right for left, right in pairwise(values))  # type: ignore[operator]
 
 
 def require_at_least(name: str, value: int, minimum: int) -> None:
-    """Raises ValueError unless the value is an integer that is large enough."""
+    """Raises ValueError unless the value is an integer >= minimum."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"expected {name} to be an integer >= {minimum}, got {value!r}")
 
@@ -42,6 +42,6 @@ def require_fraction(name: str, value: float | None) -> None:
 
 
 def require_shape(name: str, value: Iterable[int]) -> None:
-    """Raises ValueError unless the value is a tuple or a list of positive integers, empty for a scalar."""
+    """Raises ValueError unless the value is a tuple or a list of positive integers; it may be empty."""
     if not isinstance(value, (tuple, list)) or not all(isinstance(size, int) and size >= 1 for size in value):
         raise ValueError(f"expected {name} to be a tuple of positive sizes, got {value!r}")

@@ -10,15 +10,10 @@ from lightning_ifthpo.core.validation import is_ascending
 
 
 class Bounded(nn.Module):
-    """Base of the modules whose values lie in (0, maximum).
-
-    Args:
-        initial: Each value at the start.
-        maximum: Upper bound of the values.
-        limit: What `maximum` may be at most.
+    """Base of modules with values maximum · σ(λ), all equal to `initial` at the start.
 
     Raises:
-        ValueError: Unless 0 < initial < maximum <= limit, all but the limit finite.
+        ValueError: Unless 0 < initial < maximum <= limit, with a finite maximum.
     """
 
     def __init__(self, initial: float, maximum: float, limit: float = math.inf) -> None:

@@ -83,14 +83,11 @@ class WeightDecay(Bounded):
         return torch.stack(penalties).sum() / 2
 
     def check_training(self, parameters: Iterable[Tensor], lr: float | Tensor) -> None:
-        """Raises ValueError if training with this decay cannot work: its weights are replaced, or it may diverge.
+        """Raises ValueError if a weight is not among the parameters any more, or if lr · maximum >= 2.
 
         Args:
             parameters: All parameters of the module that is trained.
             lr: The learning rate of its optimizer.
-
-        Raises:
-            ValueError: If a weight is not among the parameters, or lr · maximum >= 2.
         """
         lr = float(lr)
         present = {id(parameter) for parameter in parameters}

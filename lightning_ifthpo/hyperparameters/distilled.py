@@ -71,13 +71,13 @@ class DistilledData(nn.Module):
         if not isinstance(generator, torch.Generator | None):
             raise TypeError(f"expected generator to be a torch.Generator or None, got {generator!r}")
         self.bounds = bounds
-        wanted = (classes * per_class, *shape)
+        full_shape = (classes * per_class, *shape)
         if isinstance(initial, Tensor):
-            start = self._unbounded(_validated_copy(initial, wanted))
+            start = self._unbounded(_validated_copy(initial, full_shape))
         else:
             if not (is_number(initial) and 0.0 <= initial < math.inf):
                 raise ValueError(f"expected initial >= 0, a standard deviation, got {initial!r}")
-            start = initial * torch.randn(wanted, generator=generator)
+            start = initial * torch.randn(full_shape, generator=generator)
         self.images = nn.Parameter(start, requires_grad=False)
         labels = torch.arange(classes, device=start.device).repeat_interleave(per_class)
         self.register_buffer("labels", labels)

@@ -18,7 +18,7 @@ class LossWeights(nn.Module):
     The weights always sum to K, as in GradNorm (Chen et al. 2018). A common factor of all terms is left out: it only
     rescales the learning rate, and the minimum does not depend on it. A fixed sum also keeps training stable: no weight
     exceeds K. Every ratio of weights can still be reached, so that a useless term can fade. Pass all terms, the
-    main one too; an L2 penalty may stay outside. The outer loss should not use the weights: it would reward small ones.
+    main one too; an L2 penalty may stay outside. Leave the weights out of the outer loss: it would favour easy terms.
 
     Args:
         terms: Number of terms K, or their names.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -101,8 +101,21 @@ def is_known(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, tuple(_TABLE))
 
 
-def response(optimizer: Optimizer, group: _Dict, parameter: Tensor) -> Response:
-    """Returns how an optimizer answers the gradients of a parameter of a group; gradient descent if it is not known."""
+def responses(optimizers: Iterable[Optimizer], parameters: Iterable[Tensor]) -> list[Response]:
+    """Returns how the optimizers answer the gradients of each parameter.
+
+    An unknown optimizer counts as gradient descent, and without any optimizer a parameter does not move.
+    """
+    found = {
+        id(parameter): _response(optimizer, group, parameter)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    return [found.get(id(parameter), Response(0.0, preconditioner=0.0)) for parameter in parameters]
+
+
+def _response(optimizer: Optimizer, group: _Dict, parameter: Tensor) -> Response:
     plain = Response(float(group["lr"]))
     for kind in type(optimizer).__mro__:
         if kind in _TABLE:

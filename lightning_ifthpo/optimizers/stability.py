@@ -1,4 +1,4 @@
-"""The curvature at which an optimizer stops being stable."""
+"""The curvature at which an optimizer becomes unstable."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ifthpo.core.space import ParameterSpace
-from lightning_ifthpo.optimizers.known import Response, is_known
-from lightning_ifthpo.optimizers.update_rule import concatenate_or_scalar, iter_parameters
+from lightning_ifthpo.optimizers.known import Response, is_known, responses
+from lightning_ifthpo.optimizers.update_rule import concatenate_or_scalar
 
 
 @dataclass(frozen=True)
@@ -62,25 +62,19 @@ class StabilityEdge:
             optimizers: The optimizer that trains the parameters, or several.
             parameters: The tensors w, together [n]; those that no optimizer holds do not move, and have p = 0.
         """
-        rates: dict[int, float] = {}
-        metrics: dict[int, float | Tensor] = {}
-        decays: dict[int, float] = {}
         parameters = list(parameters)
         optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         if not all(map(has_edge, optimizers)):
             return None
-        for parameter, answer in iter_parameters(optimizers):
-            rates[id(parameter)] = _alternating_step(answer)
-            metrics[id(parameter)] = answer.preconditioner
-            decays[id(parameter)] = 0.0 if answer.decoupled else answer.weight_decay
-        highest = max((rates.get(id(p), 0.0) for p in parameters), default=0.0)
-        if highest == 0.0:  # then the edge is infinite, and the metric the preconditioner alone
-            rates = dict.fromkeys(rates, 1.0)
+        answers = responses(optimizers, parameters)
+        rates = [_alternating_step(answer) for answer in answers]
+        highest = max(rates, default=0.0)
+        relative = [rate / highest if highest else 1.0 for rate in rates]  # at a rate of zero the edge is infinite
         space = ParameterSpace(parameters)
         metric = concatenate_or_scalar(
-            space, [metrics.get(id(p), 0.0) * (rates.get(id(p), 0.0) / (highest or 1.0)) for p in parameters]
+            space, [answer.preconditioner * rate for answer, rate in zip(answers, relative, strict=True)]
         )
-        decay = concatenate_or_scalar(space, [decays.get(id(p), 0.0) for p in parameters])
+        decay = concatenate_or_scalar(space, [0.0 if answer.decoupled else answer.weight_decay for answer in answers])
         plain = not isinstance(metric, Tensor) and metric == 1.0
         vector = torch.as_tensor(metric, dtype=space.dtype, device=space.device).expand(space.size)
         return cls(2.0 / highest if highest else math.inf, None if plain else vector, metric * decay)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ifthpo.core.space import ParameterSpace
-from lightning_ifthpo.optimizers.known import Response, response
+from lightning_ifthpo.optimizers.known import Response, responses
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,11 @@ class UpdateRule:
             optimizers: The optimizers that train the parameters.
             parameters: The tensors w, together [n]; those that no optimizer holds do not move.
         """
-        steps: dict[int, float | Tensor] = {}
-        decays: dict[int, float | Tensor] = {}
-        for parameter, answer in iter_parameters(optimizers):
-            step = answer.learning_rate * answer.total_gain * answer.preconditioner
-            steps[id(parameter)] = step
-            decays[id(parameter)] = _decay(answer, step)
+        answers = responses(optimizers, parameters)
+        steps = [answer.learning_rate * answer.total_gain * answer.preconditioner for answer in answers]
+        decays = [_decay(answer, step) for answer, step in zip(answers, steps, strict=True)]
         space = ParameterSpace(parameters)
-        step, decay = (concatenate_or_scalar(space, [d.get(id(p), 0.0) for p in parameters]) for d in (steps, decays))
-        return cls(step, decay)
+        return cls(concatenate_or_scalar(space, steps), concatenate_or_scalar(space, decays))
 
 
 def concatenate_or_scalar(space: ParameterSpace, values: Sequence[float | Tensor]) -> float | Tensor:
@@ -71,14 +67,6 @@ def concatenate_or_scalar(space: ParameterSpace, values: Sequence[float | Tensor
         return first
     pairs = zip(values, space.tensors, strict=True)
     return space.flatten([value if isinstance(value, Tensor) else torch.full_like(p, value) for value, p in pairs])
-
-
-def iter_parameters(optimizers: Iterable[Optimizer]) -> Iterator[tuple[Tensor, Response]]:
-    """Yields each parameter that optimizers hold, and how its optimizer answers a gradient."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                yield parameter, response(optimizer, group, parameter)
 
 
 def _decay(answer: Response, step: float | Tensor) -> float | Tensor:

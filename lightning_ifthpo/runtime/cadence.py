@@ -1,4 +1,4 @@
-"""When a callback fires: counted batches, whole accumulation windows, a budget of time."""
+"""When a callback fires: every n batches, after an optimizer step, within a budget of time."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from lightning_ifthpo.core.validation import is_number, require_at_least
 class Cadence:
     """Decides after each training batch whether to fire.
 
-    Fires every n batches, once a given number has passed; inside an accumulation window it waits for the optimizer
-    step. With a budget it fires as rarely as needed for its own time to stay below a fraction of the training time,
-    but for the first firing, whose cost nobody knows beforehand, and which would delay all others. When it fires then
-    depends on the clock, so that such a run cannot be repeated exactly.
+    It fires every n batches, after a first number of batches without firing; inside an accumulation window it waits for
+    the optimizer step. With a budget it fires as rarely as needed to keep its own time below a fraction of the training
+    time. The first firing does not count: its cost is not known before, and would delay all others. With a budget the
+    firings depend on the clock, so that a run cannot be repeated exactly.
 
     Args:
-        every_n_batches: Training batches between two firings, at least 1.
+        every_n_batches: Training batches from one firing to the next, at least 1.
         start_after_batches: Training batches before the first.
-        max_overhead: Own time allowed per training time; None for no limit.
-        clock: Seconds, for tests.
+        max_overhead: Own time over training time, at most; None for no limit.
+        clock: Returns seconds; replaced in tests.
 
     Attributes:
-        postponed: Batches after which there would have been a firing, had the budget allowed it.
+        postponed: Number of batches after which it was due and the budget did not allow it.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -58,21 +58,21 @@ class Cadence:
         self.postponed = 0
 
     def begin(self, broadcast: Callable[[bool], bool] = bool) -> None:
-        """Starts the clock of the budget; to be called when training starts.
+        """Starts the clock of the budget; call it when training starts.
 
         Args:
-            broadcast: Returns what all processes decide, given what this one would, whose clock is its own.
+            broadcast: Returns the first process's decision on every process, because their clocks differ.
         """
         self._broadcast = broadcast
         self._began = self._clock()
         self._own_seconds = 0.0
 
     def optimizer_stepped(self) -> None:
-        """Tells that the weights have moved during the present batch."""
+        """Records that the optimizer has stepped during the current batch."""
         self._stepped = True
 
     def may_fire(self, *, last_chance: bool = False) -> bool:
-        """Returns whether the batch that begins may be followed by a firing."""
+        """Returns whether it may fire after the batch that starts now."""
         waited = self._since_last + 1 >= self._every and self._batches >= self._start_after
         return (last_chance or waited) and self._affordable()
 
@@ -90,7 +90,7 @@ class Cadence:
 
     @contextmanager
     def firing(self, synchronize: Callable[[], None]) -> Iterator[None]:
-        """Measures what a firing costs; the device is synchronized only where a budget needs to know."""
+        """Measures the time of a firing; synchronizes the device only if there is a budget."""
         self._since_last = 0
         first, self._fired = not self._fired, True
         if first:
@@ -106,7 +106,7 @@ class Cadence:
 
     @contextmanager
     def off_budget(self, synchronize: Callable[[], None]) -> Iterator[None]:
-        """Keeps what happens inside the block out of the budget, and out of the training time."""
+        """Counts the time of the block neither as own time nor as training time."""
         began = self._now(synchronize)
         try:
             yield
@@ -134,7 +134,7 @@ class Cadence:
 
 
 def synchronization(device: torch.device) -> Callable[[], None]:
-    """Returns what waits until the device has done its work."""
+    """Returns a function that waits until the device has finished its work."""
     if device.type == "cpu":
         return lambda: None
     return torch.accelerator.synchronize

@@ -1,4 +1,4 @@
-"""Writing a callback's metrics and figures where a person looks for them."""
+"""Writes metrics and figures of a callback to the loggers, `callback_metrics` and the progress bar."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def log_metrics(trainer: L.Trainer, module: L.LightningModule, metrics: Mapping[str, float], *, headline: str) -> None:
-    """Sends metrics to all loggers, to `trainer.callback_metrics` and, the headline one, to the progress bar.
+    """Writes metrics to all loggers and `trainer.callback_metrics`, and the headline one to the progress bar.
 
-    `self.log` would write a value that is measured now and then again at every step that logs, and at the step of that
-    moment; loggers get it once, at the step of the batch it belongs to.
+    `self.log` repeats the last value at every logging step, under the wrong step. Here loggers get a value once, at the
+    step of its batch.
     """
     step = _step(trainer)
     for logger in trainer.loggers:
@@ -36,7 +36,7 @@ def takes_figures(logger: Any) -> bool:
 
 
 def log_figure(trainer: L.Trainer, name: str, figure: Figure) -> None:
-    """Sends a figure to all loggers that take figures: TensorBoard, Weights & Biases, MLflow and their likes."""
+    """Writes a figure to all loggers that accept figures, such as TensorBoard, Weights & Biases and MLflow."""
     step = _step(trainer)
     loggers: list[Any] = list(trainer.loggers)
     for logger in loggers:
@@ -50,9 +50,10 @@ def log_figure(trainer: L.Trainer, name: str, figure: Figure) -> None:
 
 
 def _step(trainer: L.Trainer) -> int:
-    """Returns the x axis on which Lightning puts what the same batch logs; LearningRateMonitor reads it too.
+    """Returns the step under which `self.log` writes the values of the same batch.
 
-    Optimizer steps differ from it where a batch makes several.
+    Lightning has no public name for it; its own LearningRateMonitor reads the private one too. It counts batches that
+    stepped: `global_step` counts optimizer steps, and a batch may make several of those.
     """
     return getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step - 1)
 

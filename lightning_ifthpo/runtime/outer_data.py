@@ -14,17 +14,17 @@ from lightning_ifthpo.core.random_state import PROCESS_STRIDE, isolated
 
 
 class EndlessBatchSampler(Sampler[list[int]]):
-    """Batches of indices without end: shuffled epochs joined together, so that no batch is ever short.
+    """An endless stream of batches of indices: shuffled epochs one after the other, so that every batch is full.
 
-    Batch k is a function of (seed, k, rank) alone. Ranks draw disjoint parts of one stream.
+    Batch k depends on (seed, k, rank) alone. Ranks draw disjoint parts of one stream.
 
     Args:
         size: Number of examples.
         batch_size: Examples per batch and rank; more than `size` counts as `size`.
-        seed: Of the shuffling.
-        rank: This process among world_size.
+        seed: Seed of the shuffling.
+        rank: Index of this process.
         world_size: Number of processes.
-        first: Number of the batch to begin with.
+        first: Number of the first batch.
 
     >>> batches = iter(EndlessBatchSampler(size=3, batch_size=2, seed=0))
     >>> sorted(next(batches) + next(batches) + next(batches))
@@ -58,23 +58,23 @@ class EndlessBatchSampler(Sampler[list[int]]):
 
 
 class OuterData:
-    """The batches that the outer loss sees, one at a time, for as long as training lasts.
+    """The batches of the outer loss, one at a time, without end.
 
-    A map-style DataLoader with the usual sampler is rebuilt around an `EndlessBatchSampler`, and so is shuffled, split
-    among ranks and resumable. Anything else (iterable data sets, samplers of one's own, lists of batches) is cycled as
-    it is.
+    A map-style DataLoader with a standard sampler is rebuilt around an `EndlessBatchSampler`: it is shuffled, split
+    among ranks and resumable. Anything else (iterable data sets, custom samplers, lists of batches) is iterated as it
+    is, again and again.
 
     Args:
-        source: DataLoader, or any iterable of batches that can be iterated again and again.
-        device: Whose random state fetching must not touch.
-        seed: Of the shuffling and of random transforms in this process.
-        consumed: Batches that were already used, to resume after them.
-        rank: This process among world_size.
+        source: DataLoader, or any iterable of batches that can be iterated repeatedly.
+        device: Device with a random state that fetching must not change.
+        seed: Seed of the shuffling and of random transforms in this process.
+        consumed: Number of batches already used; the stream resumes after them.
+        rank: Index of this process.
         world_size: Number of processes.
 
     Raises:
-        TypeError: If the source cannot be iterated again and again, or yields no batches.
-        ValueError: If the source holds no batch.
+        TypeError: If the source cannot be iterated repeatedly, or does not yield batches.
+        ValueError: If the source has no batch.
     """
 
     def __init__(
@@ -89,25 +89,25 @@ class OuterData:
     ) -> None:
         check_batches(source)
         if _length(source) == 0:
-            raise ValueError("the outer data loader is empty: Check its data set, and drop_last beside batch_size")
+            raise ValueError("the outer data loader is empty: check its data set, and drop_last with batch_size")
         self.consumed = consumed
         self._device = device
         self._pending: list[Any] = []
-        rebuilt = _endless_loader(source, seed, rank, world_size, consumed)
-        if rebuilt is None:
+        endless = _endless_loader(source, seed, rank, world_size, consumed)
+        if endless is None:
             _warn_if_inexact(consumed, world_size)
         self._own_seed = seed + PROCESS_STRIDE * rank
         with isolated(device, self._own_seed):
-            self._batches: Iterator[Any] = _cycle(source, skip=consumed) if rebuilt is None else iter(rebuilt)
+            self._batches: Iterator[Any] = _cycle(source, skip=consumed) if endless is None else iter(endless)
 
     def close(self) -> None:
-        """Ends worker processes; no batch can be had after that."""
+        """Ends the worker processes; after that there are no more batches."""
         self._batches = iter(())
 
     def peek(self) -> Any:
-        """Returns the next batch without using it up."""
+        """Returns the next batch and keeps it for `next`."""
         if not self._pending:
-            # Random transforms in this process draw from a seed of their own for each batch, and disturb nobody.
+            # random transforms in this process: one seed per batch, and the global random state is restored
             with isolated(self._device, self._own_seed + self.consumed):
                 self._pending.append(next(self._batches))
         return self._pending[0]
@@ -121,14 +121,14 @@ class OuterData:
 
 
 def check_batches(source: object) -> None:
-    """Raises TypeError unless the source yields batches, and does so again and again."""
+    """Raises TypeError unless the source yields batches and can be iterated repeatedly."""
     hint = None
     if isinstance(source, Dataset):
         hint = "; wrap it in a DataLoader"
     elif isinstance(source, (list, tuple)) and any(isinstance(item, DataLoader) for item in source):
         hint = " of loaders"
     elif isinstance(source, tuple) and any(isinstance(item, Tensor) for item in source):
-        hint = " of tensors; a single batch goes into a list"
+        hint = " of tensors; put a single batch into a list"
     elif isinstance(source, Iterator) or not isinstance(source, Iterable):
         hint = ""
     if hint is not None:
@@ -136,7 +136,7 @@ def check_batches(source: object) -> None:
 
 
 def _length(source: Iterable[Any]) -> int | None:
-    """Returns the number of batches, None where it is not known; a DataLoader of a stream raises when asked."""
+    """Returns the number of batches, None if unknown; `len` of a DataLoader over a stream raises TypeError."""
     try:
         return len(source) if isinstance(source, Sized) else None
     except TypeError:
@@ -146,7 +146,7 @@ def _length(source: Iterable[Any]) -> int | None:
 def _endless_loader(
     source: Iterable[Any], seed: int, rank: int, world_size: int, consumed: int
 ) -> DataLoader[Any] | None:
-    """Returns the loader around an endless sampler; None where that would change what the user asked for."""
+    """Returns the loader with an endless sampler; None if that would change the user's choice of examples."""
     if type(source) is not DataLoader or source.batch_size is None:
         return None
     if not _draws_all(source.sampler, source.dataset, world_size):
@@ -169,7 +169,7 @@ def _endless_loader(
 
 
 def _draws_all(sampler: Any, dataset: Any, world_size: int) -> bool:
-    """Whether a sampler draws each example once, and nothing else; in all processes together."""
+    """Returns whether a sampler draws each example exactly once, in all processes together."""
     if isinstance(sampler, DistributedSampler):
         return sampler.dataset is dataset and sampler.num_replicas == world_size
     if not isinstance(sampler, (RandomSampler, SequentialSampler)) or getattr(sampler, "replacement", False):

@@ -1,4 +1,4 @@
-"""Models whose weights are spread over processes by `fully_shard` (FSDP2), put together for a while."""
+"""Full tensors, for the time of a block, of models that `fully_shard` (FSDP2) spreads over processes."""
 
 from __future__ import annotations
 
@@ -14,36 +14,37 @@ from lightning_ifthpo.core.space import full_tensor
 
 @contextmanager
 def unsharded(module: nn.Module) -> Iterator[None]:
-    """Makes a module inside the block what it would be on one device: its parameters whole, without FSDP's hooks.
+    """Gives a module, inside the block, full parameters and no FSDP hooks, as on one device.
 
-    Those have no second derivative. What becomes of the weights inside the block is lost. In a module without sharded
-    parameters nothing changes.
+    FSDP's hooks have no second derivative. Changes of the weights inside the block are discarded. A module without
+    sharded parameters stays as it is.
 
-    Cost: one collective for each sharded parameter, and the memory of all of them.
+    Cost: one collective for each sharded parameter, and the memory of all full parameters.
     """
     gathered: dict[int, nn.Parameter] = {}  # a parameter may be shared
     with ExitStack() as stack:
         for submodule in module.modules():
-            for name, parameter in list(submodule._parameters.items()):
+            for name, parameter in list(submodule.named_parameters(recurse=False, remove_duplicate=False)):
                 if isinstance(parameter, DTensor):
                     if id(parameter) not in gathered:
                         gathered[id(parameter)] = nn.Parameter(full_tensor(parameter).detach(), parameter.requires_grad)
-                    stack.callback(submodule._parameters.__setitem__, name, parameter)
-                    submodule._parameters[name] = gathered[id(parameter)]
+                    stack.callback(setattr, submodule, name, parameter)
+                    setattr(submodule, name, gathered[id(parameter)])
         for submodule in module.modules() if gathered else ():
+            # private: torch offers no public list of the hooks of a module
             for hooks in (submodule._forward_pre_hooks, submodule._forward_hooks):
                 stack.enter_context(_without_sharding(hooks))
         yield
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Returns whether each process holds a part of a tensor only."""
+    """Returns whether a tensor is spread over processes, so that each holds only a part."""
     return isinstance(tensor, DTensor)
 
 
 @contextmanager
 def _without_sharding(hooks: dict[int, Any]) -> Iterator[None]:
-    """Takes out the hooks that gather and spread weights around a forward pass; the order stays."""
+    """Removes the hooks that gather and release weights around a forward pass; restores all hooks, in order, after."""
     before = hooks.copy()
     for key, hook in before.items():
         if type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed."):

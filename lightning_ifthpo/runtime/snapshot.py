@@ -1,4 +1,4 @@
-"""Putting a module back into the state it was found in, bit for bit."""
+"""Restores a module to its earlier state, bit for bit."""
 
 from __future__ import annotations
 
@@ -13,17 +13,15 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-_TENSORS = ("_parameters", "_buffers", "_modules")
-
 
 @contextmanager
 def restored(module: nn.Module) -> Iterator[None]:
-    """Puts back what the block does to a module and its submodules.
+    """Undoes, after the block, what the block changed in a module and its submodules, bit for bit.
 
-    That is: attributes that are rebound; the contents of lists, dicts, sets and deques; tensors that are changed in
-    place, parameters, buffers and metric states among them; random generators; train/eval modes and requires_grad.
-    Inside the block buffers and metric states are copies, because a graph made there may still need them. What lies
-    deeper (a list in a list, an object of one's own, what a hook writes elsewhere) is out of reach.
+    Restored are: attributes; the contents of lists, dicts, sets and deques; the values of tensors (parameters, buffers,
+    metric states, others); random generators; train/eval modes and requires_grad. Inside the block buffers and metric
+    states are copies, because a graph recorded there may still need them. Deeper state is not restored: a list in a
+    list, an object of the user's own class, what a hook writes elsewhere.
 
     Cost: a copy of all tensors of the module.
     """
@@ -38,19 +36,13 @@ def restored(module: nn.Module) -> Iterator[None]:
 
 
 def _restorers(module: nn.Module) -> Iterator[Callable[[], object]]:
-    """Yields functions that put one module back; contents first, and last the attributes that hold them."""
-    if isinstance(module, torch.jit.ScriptModule):  # whose attributes live elsewhere
-        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-            yield _tensor_restorer(tensor)
-        return
-    yield _attributes_restorer(module)
-    for name, value in vars(module).items():
-        if name in _TENSORS:
-            yield _contents_restorer(value)
-            for tensor in value.values():
-                if isinstance(tensor, Tensor):
-                    yield _tensor_restorer(tensor)
-        elif isinstance(value, Tensor):
+    """Yields functions that restore one module. They run in reverse: first contents, last the attributes."""
+    if not isinstance(module, torch.jit.ScriptModule):  # its attributes live in C++
+        yield _attributes_restorer(module)
+    for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+        yield _tensor_restorer(tensor)
+    for value in () if isinstance(module, torch.jit.ScriptModule) else vars(module).values():
+        if isinstance(value, Tensor):
             yield _tensor_restorer(value)
         elif isinstance(value, (list, dict, set, deque)):
             yield _contents_restorer(value)
@@ -83,9 +75,9 @@ def _contents_restorer(container: Any) -> Callable[[], object]:
 
 
 def _tensor_restorer(tensor: Tensor) -> Callable[[], object]:
-    if tensor.is_meta or tensor.is_inference() or nn.parameter.is_lazy(tensor):  # nothing there, or never changed
+    if tensor.is_meta or tensor.is_inference() or nn.parameter.is_lazy(tensor):  # no storage, or read-only
         return lambda: None
-    # through .data, which no graph and no version counter sees
+    # .data bypasses autograd: the graph and the version counter do not see the copy
     storage, values, flag = tensor.data, tensor.data.clone(), tensor.requires_grad
 
     def restore() -> None:
@@ -109,11 +101,11 @@ def _generator_restorer(generator: torch.Generator | np.random.Generator | rando
 
 
 def _exchange_state(module: nn.Module, copies: dict[int, Tensor]) -> None:
-    """Gives a module copies of its buffers and metric states to work on."""
+    """Replaces a module's buffers and metric states by copies."""
     if isinstance(module, torch.jit.ScriptModule):
         return
     for name, buffer in list(module.named_buffers(recurse=False)):
-        module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
+        setattr(module, name, copies.setdefault(id(buffer), buffer.clone()))
     if isinstance(module, Metric):
         for name, state in module.metric_state.items():
             vars(module)[name] = state.clone() if isinstance(state, Tensor) else list(state)

@@ -1,4 +1,4 @@
-"""Eigenvalues, trace and density of the spectrum of a curvature operator from a few products."""
+"""Eigenvalues, trace and spectral density of a curvature operator, from a few products."""
 
 from lightning_ifthpo.spectrum.density import SpectralDensity, spectral_density
 from lightning_ifthpo.spectrum.lanczos import ExtremeEigenvalues, lanczos

@@ -1,4 +1,4 @@
-"""An orthonormal basis of a Krylov space, and the operator as a small tridiagonal matrix in it."""
+"""An orthonormal basis of a Krylov space, in which the operator is a small tridiagonal matrix."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class RitzPairs:
 
     Attributes:
         values: [size], ascending.
-        bounds: [size]; some eigenvalue of the operator lies within this distance of each value: ‖Ay − θy‖ = β|s|, with
-            β the next off-diagonal entry and s the last entry of the eigenvector (Paige 1971), plus rounding.
+        bounds: [size]; an eigenvalue of the operator lies within this distance of each value: ‖Ay − θy‖ = β|s|, with β
+            the next off-diagonal entry and s the last entry of the eigenvector (Paige 1971), plus rounding.
         weights: [size]; squared cosine of each Ritz vector with the first basis vector; they sum to one.
-        coefficients: [size, size]; the Ritz vectors in the basis, one a column.
+        coefficients: [size, size]; the columns are the Ritz vectors in the basis.
     """
 
     values: Tensor
@@ -32,19 +32,21 @@ class RitzPairs:
 class KrylovBasis:
     """Lanczos vectors of a symmetric operator, fully reorthogonalized.
 
-    Without reorthogonalization ghost copies of λ_max appear; with it the work beside the products is O(n · size²), and
-    the memory size · n. When the Krylov space is exhausted a random direction outside of it continues the basis.
+    Without reorthogonalization ghost copies of λ_max appear. When the Krylov space is exhausted, a random direction
+    orthogonal to it continues the basis.
+
+    Cost: one product per vector, O(n · size²) operations to orthogonalize, and memory size · n.
 
     Args:
         operator: A, symmetric, on vectors [n].
-        start: First vector, [n]; a random one where not given, or zero.
+        start: First vector, [n]; a random one if it is None or zero.
         generator: CPU generator of the random vectors, so that every device draws the same.
 
     Attributes:
-        products: Products with the operator that were spent, one for each basis vector.
-        finite: False once a product held a NaN or an infinity.
-        exhausted: Whether the space spanned so far is invariant, up to rounding.
-        fresh: Vectors since the last exhaustion; what came before spans an invariant space.
+        products: Products with the operator so far, one for each basis vector.
+        finite: False after a product with a NaN or an infinity.
+        exhausted: Whether the basis spans an invariant space, up to rounding.
+        fresh: Vectors since the last exhaustion; those before them span an invariant space.
     """
 
     def __init__(self, operator: CurvatureOperator, start: Tensor | None, generator: torch.Generator) -> None:
@@ -61,7 +63,7 @@ class KrylovBasis:
         self.fresh = 0
 
     def extend(self) -> None:
-        """Adds one vector, by one product."""
+        """Adds one vector; takes one product."""
         vector = self._next
         if vector is None:
             vector = self._orthogonalize(random_vector(self._operator, self._generator))
@@ -72,15 +74,15 @@ class KrylovBasis:
         diagonal, norm, length = torch.stack([vector @ product, length_of(residual), length_of(product)]).tolist()
         self.finite = math.isfinite(length)
         self._scale = max(self._scale, length)
-        # below this the residual is rounding
         self.fresh = 1 if self.exhausted else self.fresh + 1
+        # ten rounding errors of the largest product: a smaller residual is taken for rounding
         self.exhausted = norm <= 10 * torch.finfo(residual.dtype).eps * self._scale
         self._diagonal.append(diagonal)
         self._off_diagonal.append(0.0 if self.exhausted else norm)
         self._next = None if self.exhausted else residual
 
     def ritz(self, first: int = 0, last: int | None = None) -> RitzPairs:
-        """Returns the eigenvalues of the tridiagonal matrix of the vectors from `first` to before `last`."""
+        """Returns the eigenvalues of the tridiagonal matrix of the vectors `first` to `last` − 1."""
         diagonal, off_diagonal = self._diagonal[first:last], self._off_diagonal[first:last]
         size = len(diagonal)
         if not self.finite:
@@ -91,7 +93,7 @@ class KrylovBasis:
             off = torch.tensor(off_diagonal[:-1], dtype=torch.float64)
             matrix += torch.diag(off, 1) + torch.diag(off, -1)
         values, vectors = torch.linalg.eigh(matrix)
-        rounding = torch.finfo(self._rows.dtype).eps * float(values.abs().amax())  # of the products themselves
+        rounding = torch.finfo(self._rows.dtype).eps * float(values.abs().amax())  # error of the products
         bounds = off_diagonal[-1] * vectors[-1].abs() + rounding
         return RitzPairs(values, bounds, vectors[0].square(), vectors)
 
@@ -100,7 +102,7 @@ class KrylovBasis:
         return coefficients.T.to(self._rows) @ self._rows[: self.products]
 
     def _append(self, vector: Tensor) -> None:
-        if self.products == len(self._rows):  # doubled, so that appending copies each row about once
+        if self.products == len(self._rows):  # doubling: each row is copied about once
             longer = self._rows.new_empty(min(max(4, 2 * len(self._rows)), self._operator.size), self._operator.size)
             longer[: len(self._rows)] = self._rows
             self._rows = longer
@@ -115,7 +117,7 @@ class KrylovBasis:
 
 
 def length_of(vector: Tensor) -> Tensor:
-    """Returns the Euclidean norm, a scalar, without underflow or overflow of squares."""
+    """Returns the Euclidean norm, a scalar; it scales first, so that no square underflows or overflows."""
     largest = vector.abs().amax()
     scale = torch.where(largest > 0, largest, 1.0)
     norm: Tensor = torch.linalg.vector_norm(vector / scale) * scale
@@ -123,11 +125,11 @@ def length_of(vector: Tensor) -> Tensor:
 
 
 def random_vector(operator: CurvatureOperator, generator: torch.Generator) -> Tensor:
-    """Returns standard normal numbers, [n], from a CPU generator, on the operator's device."""
+    """Returns standard normal numbers, [n], drawn on the CPU, on the operator's device and in its dtype."""
     vector = torch.randn(operator.size, dtype=torch.float64, generator=generator)
     return vector.to(operator.device, operator.dtype)
 
 
 def generator_or_default(generator: torch.Generator | None) -> torch.Generator:
-    """Returns the generator, or one with a fixed seed, so that the global random state is left alone."""
+    """Returns the generator, or one with seed 0; the global random state is not used."""
     return torch.Generator().manual_seed(0) if generator is None else generator

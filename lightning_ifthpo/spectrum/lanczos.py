@@ -1,4 +1,4 @@
-"""Both ends of a spectrum."""
+"""The largest and smallest eigenvalues."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lightning_ifthpo.spectrum.basis import KrylovBasis, RitzPairs, generator_or
 
 @dataclass(frozen=True)
 class ExtremeEigenvalues:
-    """Both ends of a spectrum.
+    """The largest and smallest eigenvalues of an operator.
 
     Attributes:
         largest: [k], descending; largest[0] is λ_max.
         smallest: [k], ascending; smallest[0] is λ_min.
         largest_bounds: [k]; an eigenvalue lies within this distance of each of `largest`.
         smallest_bounds: [k]; the same for `smallest`.
-        products: Products with the operator that were spent.
-        converged: Whether each bound is at most rtol · max(|λ_max|, |λ_min|). Never true for a non-finite operator,
-            whose eigenvalues are reported as NaN.
-        largest_vectors: [k, n]; unit vectors that belong to `largest`, where they were asked for.
+        products: Products with the operator.
+        converged: Whether each bound is at most rtol · max(|λ_max|, |λ_min|). False for a non-finite operator; its
+            eigenvalues are NaN.
+        largest_vectors: [k, n]; unit eigenvectors of `largest`; None without `vectors`.
         smallest_vectors: [k, n]; the same for `smallest`.
     """
 
@@ -57,20 +57,21 @@ def lanczos(
 ) -> ExtremeEigenvalues:
     """Returns the k largest and the k smallest eigenvalues, by Lanczos with full reorthogonalization.
 
-    Ritz values lie inside the spectrum, so that a negative one proves negative curvature; each comes with a residual
-    bound, within which there is some eigenvalue. A Krylov space holds one vector for each distinct eigenvalue, and so
-    finds a repeated one once. The sum of old eigenvectors is a good start for a nearby operator.
-    Cost beside the products: O(n · iterations²), and memory iterations · n.
+    Ritz values lie inside the spectrum, so that a negative one proves negative curvature. Within the residual bound of
+    each lies some eigenvalue. A Krylov space has one vector per distinct eigenvalue, so that a repeated one is found
+    once. The sum of old eigenvectors is a good start for a nearby operator.
+
+    Cost: the products, O(n · iterations²) other operations, and memory iterations · n.
 
     Args:
         operator: A, symmetric, on vectors [n].
-        k: Eigenvalues wanted at each end; at most n.
-        min_iterations: Products to spend at least, which sharpen an end that is near zero beside the other.
-        max_iterations: Products to spend at most.
+        k: Number of eigenvalues at each end, at most n.
+        min_iterations: Products at least; more of them resolve an end that is much nearer to zero than the other.
+        max_iterations: Products at most.
         rtol: Stop when all bounds are below rtol times the largest magnitude.
-        start: First vector, [n]; a random one where not given.
+        start: First vector, [n]; a random one if None.
         vectors: Return the eigenvectors too.
-        generator: CPU generator that draws the random vectors; a fixed seed where not given.
+        generator: CPU generator that draws the random vectors; one with seed 0 if None.
 
     Raises:
         ValueError: If k does not lie in 1 … n, or max_iterations is less than k or min_iterations.
@@ -90,15 +91,14 @@ def lanczos(
     while True:
         basis.extend()
         ritz = basis.ritz()
-        # What a given start spans may be invariant, and know nothing of the rest of the spectrum: then what follows it
-        # must settle by itself; roughly, because all that is asked of it is whether it goes beyond.
+        # A given start may span an invariant space, which shows nothing of the rest of the spectrum. Then the vectors
+        # after it must converge too; to 1e-2 only, because they need only show whether an eigenvalue lies beyond.
         latest = ritz if basis.fresh == basis.products else basis.ritz(basis.products - basis.fresh)
         blind = start is not None and basis.exhausted and basis.fresh == basis.products < operator.size
         scale = float(ritz.values.abs().amax())
         enough = basis.products >= max(k, min(min_iterations, operator.size)) and not blind
-        converged = (
-            enough and _bounds_within(ritz, k, rtol * scale) and _bounds_within(latest, 1, max(rtol, 1e-2) * scale)
-        )
+        close = _bounds_within(ritz, k, rtol * scale) and _bounds_within(latest, 1, max(rtol, 1e-2) * scale)
+        converged = enough and close
         if converged or not basis.finite or basis.products >= min(max_iterations, operator.size):
             break
     return ExtremeEigenvalues(

@@ -1,4 +1,4 @@
-"""One eigenvalue with the memory of four vectors."""
+"""One eigenvalue, in the memory of four vectors."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Which: TypeAlias = Literal["magnitude", "largest", "smallest"]
 
 @dataclass(frozen=True)
 class Eigenpair:
-    """One eigenvalue and its vector.
+    """One eigenvalue and its eigenvector.
 
     Attributes:
         value: The eigenvalue θ, a Rayleigh quotient; NaN for a non-finite operator.
         vector: y, [n], of unit length.
         bound: ‖Ay − θy‖; some eigenvalue lies within this distance of θ.
-        products: Products with the operator that were spent.
-        converged: Whether the bound is at most rtol times the largest ‖Av‖ / ‖v‖ seen.
+        products: Products with the operator.
+        converged: Whether the bound is at most rtol times the largest ‖Av‖ / ‖v‖ so far.
     """
 
     value: float
@@ -46,22 +46,22 @@ def power_iteration(
 ) -> Eigenpair:
     """Returns the eigenvalue of largest magnitude, or the algebraically largest or smallest, by power iteration.
 
-    For an algebraic end it is v ← (A − μI) v with the shift μ that moves the Rayleigh quotient farthest, found by
-    a 2 × 2 eigenvalue problem; a fixed shift may keep it between the ends for ever. By magnitude, a pair ±λ
-    never settles, and `converged` says so. `lanczos` needs fewer products, and keeps all vectors.
+    For "largest" and "smallest" the step is v ← (A − μI) v. A 2 × 2 eigenvalue problem gives the shift μ that moves the
+    Rayleigh quotient farthest; with a fixed shift v may stay between the ends forever. For "magnitude" a pair ±λ never
+    converges, and `converged` is False. `lanczos` needs fewer products, but keeps all vectors.
 
     Args:
         operator: A, symmetric, on vectors [n].
         which: "magnitude" for the eigenvalue of largest |λ|, "largest" for λ_max, "smallest" for λ_min.
-        min_iterations: Products to spend at least.
-        max_iterations: Products to spend at most, at least 1.
-        rtol: Stop when the residual is below rtol times the largest ‖Av‖ seen.
-        start: First vector, [n]; a random one where not given, or zero. In exact arithmetic the iteration never leaves
-            an invariant subspace it starts in.
-        generator: CPU generator that draws the random vector; a fixed seed where not given.
+        min_iterations: Products at least.
+        max_iterations: Products at most; 1 or more.
+        rtol: Stop when the residual is below rtol times the largest ‖Av‖ so far.
+        start: First vector, [n]; a random one if it is None or zero. In exact arithmetic the iteration never leaves an
+            invariant subspace that contains the start.
+        generator: CPU generator that draws the random vector; one with seed 0 if None.
 
     Raises:
-        ValueError: If `which` is none of the three, or max_iterations is less than 1 or min_iterations.
+        ValueError: If `which` is not one of the three, or max_iterations is less than 1 or min_iterations.
 
     >>> from lightning_ifthpo.curvature import MatrixOperator
     >>> operator = MatrixOperator(torch.diag(torch.tensor([1.0, -2.0, 0.5])))
@@ -73,10 +73,9 @@ def power_iteration(
     if max_iterations < max(1, min_iterations):
         raise ValueError(f"expected max_iterations >= 1 and >= min_iterations = {min_iterations}, got {max_iterations}")
     sign = -1.0 if which == "smallest" else 1.0
-    vector = (
-        random_vector(operator, generator_or_default(generator)) if start is None or not bool(start.any()) else start
-    )
-    vector = vector.to(operator.device, operator.dtype)
+    if start is None or not bool(start.any()):
+        start = random_vector(operator, generator_or_default(generator))
+    vector = start.to(operator.device, operator.dtype)
     vector = vector / length_of(vector)
     product = sign * operator.matvec(vector)
     products, scale, direct = 1, 0.0, True
@@ -88,16 +87,16 @@ def power_iteration(
         converged = bound <= rtol * scale
         if not math.isfinite(length):
             return Eigenpair(math.nan, vector, math.nan, products, converged=False)
-        settled = bound == 0.0 or (converged and products >= min_iterations)
-        if products >= max_iterations or (settled and direct):
+        finished = bound == 0.0 or (converged and products >= min_iterations)
+        if products >= max_iterations or (finished and direct):
             return Eigenpair(sign * value, vector, bound, products, converged)
-        if settled:  # by a product that was combined of others: look whether a direct one agrees
+        if finished:  # the product is a sum of earlier ones, with their rounding: confirm by a direct one
             product, direct = sign * operator.matvec(vector), True
         elif which == "magnitude":
             vector = product / length
             product = operator.matvec(vector)
         else:
-            other = residual - (vector @ residual) * vector  # which rounding has kept from being orthogonal
+            other = residual - (vector @ residual) * vector  # removes what rounding left
             other = other / length_of(other)
             other_product = sign * operator.matvec(other)
             c, s = _top_of(value, bound, float(other @ other_product))
@@ -108,6 +107,6 @@ def power_iteration(
 
 
 def _top_of(a: float, b: float, d: float) -> tuple[float, float]:
-    """Returns the unit eigenvector of [[a, b], [b, d]] that belongs to its larger eigenvalue."""
+    """Returns the unit eigenvector of the larger eigenvalue of [[a, b], [b, d]]."""
     angle = math.atan2(2.0 * b, a - d) / 2.0
     return math.cos(angle), math.sin(angle)

@@ -1,4 +1,4 @@
-"""Following a spectrum through time."""
+"""The ends of a spectrum that changes slowly."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from lightning_ifthpo.spectrum.power_iteration import power_iteration
 
 Method: TypeAlias = Literal["lanczos", "power_iteration"]
 
-# Along 2,000 steps of full-batch gradient descent with λ_min about −λ_max/500, five products from such a start give
-# λ_min its right sign in 95 % of all measurements; two, which settle λ_max to 1e-3, in 18 %; five from a start with ten
-# times the noise, in 32 %.
+# Measured along 2,000 steps of full-batch gradient descent with λ_min about −λ_max/500: five products from such a start
+# give λ_min the right sign in 95 % of the measurements; two, enough for λ_max to 1e-3, in 18 %; five from a start with
+# ten times the noise, in 32 %.
 _LEAST_PRODUCTS = 5
 _NOISE = 0.03
 
 
 class SpectrumTracker:
-    """Measures both ends of the spectrum of an operator that changes slowly, each time from where it was last.
+    """Measures both ends of the spectrum of an operator that changes slowly, each time from the last eigenvectors.
 
-    Each start is the last eigenvectors and a little noise, without which an eigenvalue that overtakes would not be seen
-    as long as its vector is orthogonal to the old ones; even so one may be noticed late, by power iteration more than
-    by Lanczos. Residual bounds say that an eigenvalue is near, not that none lies beyond. At least five products are
-    taken, for the sake of a small λ_min beside a large λ_max.
+    The start is their sum plus 3 % noise. Without noise, an eigenvalue that overtakes would be missed as long as its
+    vector is orthogonal to the old ones; with it, it may still be found late, by power iteration later than by Lanczos.
+    A residual bound says that an eigenvalue is near, not that none lies beyond. At least five products are taken, to
+    resolve a λ_min that is small compared with λ_max.
 
     Args:
         method: "lanczos", which keeps a basis of up to max_iterations vectors; or "power_iteration", which keeps four
             and needs more products.
-        k: Eigenvalues wanted at each end; one with power iteration. At most n are found.
-        max_iterations: Products to spend at most, for each end with power iteration.
-        rtol: Residual bound to stop at, relative to max(|λ_max|, |λ_min|).
+        k: Number of eigenvalues at each end, at most n; 1 for power iteration.
+        max_iterations: Products at most; for power iteration, at each end.
+        rtol: Residual bound at which to stop, relative to max(|λ_max|, |λ_min|).
 
     Attributes:
-        measurements: How many there were.
+        measurements: Number of measurements so far.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -56,7 +56,7 @@ class SpectrumTracker:
         require_at_least("k", k, 1)
         require_at_least("max_iterations", max_iterations, k + 1)
         if k > 1 and method == "power_iteration":
-            raise ValueError(f"power iteration finds one eigenvalue at each end, and {k} are asked for; use 'lanczos'")
+            raise ValueError(f"power iteration finds one eigenvalue at each end, got k={k}; use method='lanczos'")
         if not is_ascending(0.0, rtol, math.inf):
             raise ValueError(f"expected 0 < rtol < infinity, got {rtol!r}")
         self.method = method
@@ -67,7 +67,7 @@ class SpectrumTracker:
         self._last: Tensor | None = None
 
     def measure(self, operator: CurvatureOperator) -> ExtremeEigenvalues:
-        """Returns both ends of the spectrum, with eigenvectors; in place of NaN the next start is forgotten."""
+        """Returns both ends of the spectrum, with eigenvectors; after NaN the next start is random."""
         generator = torch.Generator().manual_seed(self.measurements)
         self.measurements += 1
         if self._last is not None and self._last.shape[1] != operator.size:
@@ -85,11 +85,11 @@ class SpectrumTracker:
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what the next measurement starts from: vectors [1 or 2, n], and a counter."""
+        """Returns the start of the next measurement, vectors [1 or 2, n], and the number of measurements."""
         return {"measurements": self.measurements, "last": self._last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a state."""
+        """Restores a state from `state_dict`."""
         self.measurements, self._last = state["measurements"], state["last"]
 
     def _lanczos(
@@ -140,5 +140,5 @@ class SpectrumTracker:
 
 def _perturb(vector: Tensor, operator: CurvatureOperator, generator: torch.Generator) -> Tensor:
     noise = random_vector(operator, generator)
-    renewed: Tensor = vector / length_of(vector) + _NOISE * noise / length_of(noise)
-    return renewed
+    start: Tensor = vector / length_of(vector) + _NOISE * noise / length_of(noise)
+    return start

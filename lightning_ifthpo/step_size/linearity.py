@@ -1,4 +1,4 @@
-"""Whether the update of an optimizer is proportional to its learning rate."""
+"""A check that the update of an optimizer is proportional to its learning rate."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 def check_linear_in_lr(optimizer: Optimizer) -> None:
     """Raises ValueError unless an optimizer's update is proportional to its learning rate.
 
-    Tried out on a small matrix, by an optimizer of the same class with the same options: the third step is made at two
-    rates, one of them that at which updates are read off. No list of names is needed.
+    An optimizer of the same class and options makes a third step on a 2 × 2 matrix, at the learning rates 0.01 and 1;
+    at 1 ExactGeN reads updates. So no list of optimizers is needed.
     """
     name = type(optimizer).__name__
     if any(group.get("maximize") for group in optimizer.param_groups):
@@ -29,12 +29,12 @@ def check_linear_in_lr(optimizer: Optimizer) -> None:
     if not torch.allclose(100 * small, full, rtol=1e-6, atol=1e-12) or not bool(small.any()):
         raise ValueError(
             f"ExactGeN needs an optimizer whose update is linear in its learning rate, and that of {name} is not: "
-            "use SGD, Adam, AdamW or their likes"
+            "use SGD, Adam, AdamW or a similar one"
         )
 
 
 def _third_update(optimizer: Optimizer, rate: float) -> Tensor:
-    """Returns the third update of a twin of the optimizer, the last step made at a given rate."""
+    """Returns the third update, at the given rate, of a new optimizer of the same class and options."""
     weight = torch.linspace(0.5, 1.5, 4, dtype=torch.float64).view(2, 2).requires_grad_()
     accepted = inspect.signature(type(optimizer).__init__).parameters
     rejected = ("lr", "params", "fused", "foreach", "capturable", "differentiable")

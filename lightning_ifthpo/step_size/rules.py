@@ -1,4 +1,4 @@
-"""From noisy parabolas to a learning rate."""
+"""Rules that turn noisy slopes and curvatures into a learning rate."""
 
 from __future__ import annotations
 
@@ -9,32 +9,35 @@ from typing import Any
 
 from lightning_ifthpo.step_size.parabola import Parabola
 
-_START = 0.003  # of the smallest optimal step seen: from ten times as much, some networks lose units for good
-_FIRST = 3  # probes that decide on the start; a single one is off by a factor of five now and then
-_WINDOW = 16  # probes
-_RESTED = 8  # probes without growth that make a rate settled
-_GROWTH = (
-    1.08  # per probe, one at each step: slower than curvature answers (some ten steps), also through momentum of 0.9
-)
+# First rate, as a part of the smallest optimal step so far. Starting 10× higher kills ReLU units permanently in some
+# networks.
+_START = 0.003
+_FIRST = 3  # probes that set the first rate; a single one is sometimes off by a factor of five
+_WINDOW = 16  # probes in the means
+_RESTED = 8  # probes in a row without growth after which the rate is settled
+# Growth per probe, before the rate is settled, with one probe per step. It is slow enough for the curvature to follow:
+# that takes some ten steps, also with momentum 0.9.
+_GROWTH = 1.08
 _SHRINKAGE = 1.25
-_FLOOR = 0.25  # of the highest rate, where a shorter step is no better
-_ENOUGH = 4  # probes to judge a rate by, after it has shrunk
-# per probe, and growth of a settled rate: more than what shrinking by mistake takes away (4 % of the windows)
+_FLOOR = 0.25  # lowest rate, as a part of the highest, where the slope and not the curvature makes the gain negative
+_ENOUGH = 4  # probes that judge a rate after it has shrunk
+# Growth per probe of a settled rate, and of recovery. It outweighs the shrinking by mistake, in 4 % of the windows.
 _RECOVERY = 1.01
 
 
 class AveragedRule:
-    """Grows the rate while a longer step would have been better, shrinks it when steps make the loss worse.
+    """Grows the learning rate η while a longer step would be better, and shrinks it when steps increase the loss.
 
-    The slope n and curvature d along each probed update are seen on a batch that did not produce it. Over the last
-    sixteen probes, the mean of n − ηd is the slope where the step of length η ends, and the mean of ηn − η²d/2 what the
-    step gains. The rate grows while the slope at the end is positive by one standard error, by 8 % a probe until it has
-    settled and by 1 % from then on, and the slower the nearer it is to mean(n)/mean(d), which it never passes; it
-    shrinks by a fifth, and forgets what it saw, when the gain is negative by two. Where the curvature is not to blame,
-    because the slope alone is as negative (as with very few batches, of which the next knows the last one), it shrinks
-    to a quarter of its highest rate at most. Between the two it rests, and recovers by 1 % a probe towards the highest
-    rate it has had: there lies the stationary state of noisy descent, in which the gain is zero whatever the rate, so
-    that any rule that follows n/d must collapse or explode. Probes are weighed by 1/‖ω‖².
+    A probe is the slope n and the curvature d along an update, both over ‖ω‖², on a batch that did not produce the
+    update. Over the last 16 probes, the mean of n − ηd is the slope at the end of a step, and the mean of ηn − η²d/2 is
+    the decrease of the loss, the gain of the step.
+    - The slope at the end is positive by one standard error: η grows by up to 8 % per probe, 1 % once it is settled. It
+      grows more slowly near mean(n)/mean(d), and never beyond.
+    - The gain is negative by two standard errors: η shrinks by a fifth, and the probes are discarded. If the curvature
+      is not the cause, because −n is at least ηd/2, it shrinks to a quarter of the highest rate at most. This
+      happens with very few batches, where the next batch was used shortly before.
+    - Otherwise η recovers by 1 % per probe towards the highest rate so far. This is the stationary state of noisy
+      descent: the gain is zero at every rate, so that a rule that follows n/d would collapse or explode.
 
     The first rate is 0.003 of the smallest n/d of three probes; no rate has to be given.
 
@@ -44,7 +47,7 @@ class AveragedRule:
 
     Attributes:
         lr: The rate; None before the first probe.
-        settled: Whether eight probes in a row have asked for no growth to speak of.
+        settled: Whether the rate once grew by at most 1 % at each of eight probes in a row.
         refused: Probes that were not finite, and were not used.
     """
 
@@ -60,7 +63,7 @@ class AveragedRule:
         self.settled = False
 
     def observe(self, parabola: Parabola) -> bool:
-        """Changes the rate by what a probe shows, slope and curvature along an update; returns whether it was used."""
+        """Updates the rate with a look, slope and curvature along an update; returns whether it was used."""
         if not parabola.is_finite:
             self.refused += 1
         if not parabola.is_finite or parabola.squared_length == 0.0:
@@ -75,7 +78,7 @@ class AveragedRule:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns all that changes, as plain numbers."""
+        """Returns the state, as plain numbers."""
         return {
             "lr": self.lr,
             "refused": self.refused,
@@ -88,7 +91,7 @@ class AveragedRule:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a state."""
+        """Restores a state from `state_dict`."""
         self.lr, self.refused, self._count = state["lr"], state["refused"], state["count"]
         self._smallest, self._highest = state["smallest"], state["highest"]
         self._resting, self.settled = state["resting"], state["settled"]
@@ -134,17 +137,17 @@ class AveragedRule:
 class PublishedRule:
     """The rule of the paper: a moving average of the optimal step, η ← γη + (1 − γ) slope / curvature (Bu and Xu 2024).
 
-    Where the parabola has no lowest point ahead, the rate stays as it is. Safe for plain gradient descent; with
-    momentum or Adam accuracy falls to chance, because single estimates are noise.
+    If the parabola has no minimum at a positive step, the rate does not change. Safe for plain gradient descent only:
+    single estimates are noise, and with momentum or Adam the accuracy falls to chance.
 
     Args:
         lr_min: Lower bound of the rate.
         lr_max: Upper bound of the rate.
-        smoothing: γ.
+        smoothing: γ, in [0, 1).
 
     Attributes:
         lr: The rate; None before the first probe.
-        settled: Always true: it refreshes at regular intervals.
+        settled: Always true: probes come at regular intervals.
         refused: Probes that were not used.
     """
 
@@ -157,7 +160,7 @@ class PublishedRule:
         self.smoothing = smoothing
 
     def observe(self, parabola: Parabola) -> bool:
-        """Changes the rate by what a probe shows, and returns whether it was used."""
+        """Updates the rate with a look; returns whether it was used."""
         step = parabola.optimal_step
         low, high = self._bounds
         if step is None or step <= 0.0 or not parabola.is_finite:
@@ -169,11 +172,11 @@ class PublishedRule:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns all that changes, as plain numbers."""
+        """Returns the state, as plain numbers."""
         return {"lr": self.lr, "refused": self.refused}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a state."""
+        """Restores a state from `state_dict`."""
         self.lr, self.refused = state["lr"], state["refused"]
 
 

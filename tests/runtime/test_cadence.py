@@ -26,7 +26,7 @@ def test_it_waits_for_the_optimizer_step():
 
 
 def test_a_hurry_takes_the_first_step():
-    assert fired(Cadence(100), 2, step_every=2, hurry=True) == [2]
+    assert fired(Cadence(100), 2, step_every=2, last_chance=True) == [2]
 
 
 def test_resuming_goes_on_counting():
