@@ -149,7 +149,7 @@ class Estimator(NamedTuple):
 def make_estimators(lr: float) -> dict[str, Estimator]:
     """Returns what is compared, by name; Gauss–Newton unless the name says otherwise."""
     return {
-        "`Identity(lr)`": Estimator(Identity(scale=lr)),
+        "`Identity(lr)`": Estimator(Identity(step_size=lr)),
         "`Neumann(20, lr)` on the Hessian": Estimator(Neumann(terms=20, step_size=lr), "hessian"),
         "`Neumann(20, lr)`": Estimator(Neumann(terms=20, step_size=lr)),
         "CG 20, cold, undamped Hessian": Estimator(ConjugateGradient(max_iterations=20), "hessian"),

@@ -116,8 +116,8 @@ def methods(problem: Problem) -> dict[str, Callable[[], Hypergradient]]:
     solve = problem.hypergradient
     damped = {"curvature": "gauss_newton"}
     named: dict[str, Callable[[], Hypergradient]] = {
-        "identity": partial(solve, solver=Identity(scale=0.5)),
-        "first order": partial(solve, solver=Identity(scale=0.5), curvature="finite_difference"),
+        "identity": partial(solve, solver=Identity(step_size=0.5)),
+        "first order": partial(solve, solver=Identity(step_size=0.5), curvature="finite_difference"),
         **{f"Neumann {k}": partial(solve, solver=Neumann(k, step_size=0.5)) for k in (5, 20, 100)},
         **{f"unroll {k}": partial(problem.unrolled, k) for k in (5, 20, 100)},
         **{f"CG {k}": partial(solve, solver=ConjugateGradient(k)) for k in (5, 20, 100)},

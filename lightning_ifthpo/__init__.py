@@ -1,6 +1,7 @@
 """Hyperparameters by implicit differentiation, inside one Lightning training run."""
 
 from lightning_ifthpo.callbacks import ExactGeN, IFTHypergradient, SharpnessMonitor
+from lightning_ifthpo.core.loss import Loss
 from lightning_ifthpo.hypergradients import (
     Hypergradient,
     HypergradientMismatchError,
@@ -18,6 +19,7 @@ __all__ = [
     "HypergradientMismatchError",
     "IFTHypergradient",
     "LinearBestResponse",
+    "Loss",
     "SharpnessMonitor",
     "check_hypergradient",
     "implicit_hypergradient",

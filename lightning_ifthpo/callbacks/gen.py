@@ -113,7 +113,7 @@ class ExactGeN(L.Callback):
         if scheduler.wants_loss:
             # a look after the step needs a copy, because the training step may change the batch
             kept = batch if scheduler.is_pending else copied(batch)
-            session = partial(self._losses.session, scheduler.last_epoch, self._kind)
+            session = partial(self._losses.session, self._kind, step=scheduler.last_epoch)
             scheduler.probe(self._losses.inner(kept, session=session))
 
     def on_train_batch_end(

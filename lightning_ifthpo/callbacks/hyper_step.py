@@ -68,14 +68,14 @@ class HyperStepper:
         self._losses = ModuleLosses(trainer, module, self.ranks, precision)
         # torch's initial seed is the user's, if the user set one, and reading it draws no random number
         self._seed = self.ranks.broadcast_int(torch.initial_seed() % 2**31)
-        self._estimate: Tensor | None = None
+        self._x0: Tensor | None = None
         self._loss_scale = FIRST_LOSS_SCALE if passes_through_float16(trainer, precision) else 1.0
         consumed = 0
         if state:
             self.optimizer.load_state_dict(state["optimizer"])
             self.steps, self._seed, consumed = state["steps"], state["seed"], state["consumed"]
-            estimate = state["estimate"]
-            self._estimate = None if estimate is None else estimate.to(module.device)
+            x0 = state["x0"]
+            self._x0 = None if x0 is None else x0.to(module.device)
             self._loss_scale = state["loss_scale"]
         self._outer_data = OuterData(
             source,
@@ -107,8 +107,8 @@ class HyperStepper:
         """Returns the hypergradient for a training batch and the next outer batch."""
         outer_batch = self._prepared(self._outer_data.next())
         weights = trainable(self._module)
-        if self._estimate is not None and self._estimate.numel() != sum(weight.numel() for weight in weights):
-            self._estimate = None  # weights were frozen or unfrozen
+        if self._x0 is not None and self._x0.numel() != sum(weight.numel() for weight in weights):
+            self._x0 = None  # weights were frozen or unfrozen
         solver = self._solver.with_optimizer(UpdateRule.of(self._trainer.optimizers, weights))
         with self._session():
             self.steps += 1  # counts also if memory runs out
@@ -140,7 +140,7 @@ class HyperStepper:
             "steps": self.steps,
             "seed": self._seed,
             "consumed": self._outer_data.consumed,
-            "estimate": self._estimate,
+            "x0": self._x0,
             "loss_scale": self._loss_scale,
         }
 
@@ -155,7 +155,7 @@ class HyperStepper:
             self._hyperparameters,
             curvature=self._curvature,
             solver=solver,
-            x0=self._estimate,
+            x0=self._x0,
             allow_unused=True,
             diagnosed=diagnosed,
         )
@@ -163,15 +163,15 @@ class HyperStepper:
     def _remember(self, solution: SolveResult) -> None:
         """Keeps the solution as the first iterate of the next solve."""
         if solution.status in (Status.NEGATIVE_CURVATURE, Status.DIVERGED):
-            self._estimate = None  # it has grown for a wrong reason
+            self._x0 = None  # it has grown for a wrong reason
         elif solution.status is not Status.NONFINITE and (solution.products or solution.extra_products):
-            self._estimate = solution.x  # a bad batch, or a flat outer loss, says nothing about the estimate
+            self._x0 = solution.x  # a bad batch, or a flat outer loss, says nothing about the estimate
 
     def _session(self) -> AbstractContextManager[None]:
-        return self._losses.session(self._seed + self.steps, self._curvature)
+        return self._losses.session(self._curvature, seed=self._seed, step=self.steps)
 
     def _prepared(self, batch: Any) -> Any:
-        return prepared(self._trainer, self._module, batch, self._seed + self.steps)
+        return prepared(self._trainer, self._module, batch, seed=self._seed, step=self.steps)
 
     def _check_influence(self, unused: set[int]) -> None:
         """Raises unless each registered hyperparameter, a module as a whole, has an influence."""

@@ -17,8 +17,9 @@ from lightning_ifthpo.core.validation import require_choice, require_flag
 from lightning_ifthpo.curvature.kinds import OPERATORS, Curvature
 from lightning_ifthpo.hypergradients import Hypergradient
 from lightning_ifthpo.module import BilevelLightningModule
+from lightning_ifthpo.runtime.outer_data import find_outer_data
 from lightning_ifthpo.runtime.precision import CurvaturePrecision
-from lightning_ifthpo.runtime.requirements import check_module, check_precision, find_outer_data
+from lightning_ifthpo.runtime.requirements import check_module, check_precision
 from lightning_ifthpo.solvers import Amortized, Solver, Status
 
 _CURVATURES = ("auto", *OPERATORS)

@@ -26,9 +26,6 @@ from lightning_ifthpo.runtime.requirements import check_observed, check_precisio
 from lightning_ifthpo.spectrum import SpectrumTracker, spectral_density
 from lightning_ifthpo.spectrum.tracking import Method
 
-# One seed for all measurements: dropout masks are the same in each, so that its values can be compared.
-_SEED = 0
-
 
 class SharpnessMonitor(PeriodicCallback):
     """Logs both ends of the spectrum of the training loss's curvature, and how far training is from instability.
@@ -165,7 +162,7 @@ class SharpnessMonitor(PeriodicCallback):
         self._check_optimizers(trainer)
         self._ranks = Ranks(trainer)
         if self.dataloader is not None:
-            self._examples = FixedBatches(self.dataloader, pl_module.device, self._ranks, _SEED)
+            self._examples = FixedBatches(self.dataloader, pl_module.device, self._ranks)
         self._losses = ModuleLosses(trainer, pl_module, None if self._examples else self._ranks)
         # the first process decides: in the others, loggers are dummies that accept everything
         has_place = self._ranks.broadcast_bool(any(map(takes_figures, trainer.loggers)))
@@ -250,7 +247,8 @@ class SharpnessMonitor(PeriodicCallback):
         edge = StabilityEdge.of(trainer.optimizers, trainable(module))
         if edge is not None and edge.metric is not None and self.preconditioned is False:
             edge = None  # it is not an edge for the curvature without preconditioner
-        with self._losses.session(_SEED, self.curvature):
+        # always the same random numbers: with the same dropout masks, measurements can be compared
+        with self._losses.session(self.curvature):
             operator = self._curvature_of(batch) if self._examples is None else self._mean_curvature(trainer, module)
             if edge is not None and edge.metric is not None:
                 operator = operator.preconditioned(edge.metric)
@@ -265,7 +263,7 @@ class SharpnessMonitor(PeriodicCallback):
         assert self._examples is not None
 
         def make(batch: Any) -> CurvatureOperator:
-            return self._curvature_of(prepared(trainer, module, batch, _SEED))
+            return self._curvature_of(prepared(trainer, module, batch, seed=0))
 
         mean = AverageOperator([partial(make, batch) for batch in self._examples.batches], self._examples.sizes)
         return self._ranks.weighted_mean(mean, self._examples.weight)

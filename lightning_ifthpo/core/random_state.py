@@ -1,16 +1,60 @@
-"""Drawing the same random numbers again, without disturbing those that follow."""
+"""Random numbers: a stream for each purpose, and drawing the same numbers again."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import IntEnum
 
 import numpy as np
 import torch
 
-PROCESS_STRIDE = 1_000_003
-"""Between the seeds of one process and the next, more than a run counts."""
+
+class Stream(IntEnum):
+    """A purpose of random numbers. Streams of different purposes are independent."""
+
+    OUTER_ORDER = 0
+    """The order of the outer data."""
+    OUTER_WORKERS = 1
+    """Worker processes that load outer data."""
+    OUTER_TRANSFORMS = 2
+    """Random transforms of examples, in this process, when a batch is loaded."""
+    BATCH_TRANSFORMS = 3
+    """Random transforms of a whole batch, in Lightning's hooks."""
+    LOSSES = 4
+    """Dropout and noise in losses."""
+    START_VECTORS = 5
+    """First vectors of eigenvalue solvers."""
+    TRACE = 6
+    """Probe vectors of a trace."""
+    DENSITY = 7
+    """Probe vectors of a spectral density."""
+    SKETCH = 8
+    """Directions of a low-rank approximation."""
+
+
+def derive_seed(stream: Stream, *, seed: int = 0, step: int = 0, rank: int = 0) -> int:
+    """Returns a seed that depends on all arguments, by numpy's `SeedSequence`.
+
+    Any two different combinations give independent random numbers, and a resumed run derives the same seeds again.
+
+    Args:
+        stream: What the numbers are for.
+        seed: The user's seed, not negative.
+        step: Batch, step or measurement, not negative.
+        rank: The process, where processes draw different numbers.
+
+    >>> derive_seed(Stream.LOSSES, step=1) != derive_seed(Stream.BATCH_TRANSFORMS, step=1)
+    True
+    """
+    words = np.random.SeedSequence([stream, seed, step, rank]).generate_state(1, np.uint64)
+    return int(words[0]) >> 1  # torch takes seeds below 2⁶³
+
+
+def generator_of(stream: Stream, *, seed: int = 0, step: int = 0) -> torch.Generator:
+    """Returns a CPU generator with a derived seed, so that every device and process draws the same."""
+    return torch.Generator().manual_seed(derive_seed(stream, seed=seed, step=step))
 
 
 class RandomState:

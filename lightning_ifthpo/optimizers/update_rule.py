@@ -19,16 +19,16 @@ class UpdateRule:
     """The linear rule w ← w − s∘(g + d∘w) that stands for an optimizer: the long-run effect of a gradient g.
 
     Attributes:
-        step: s, the learning rate times the preconditioner, over 1 − β for momentum β: a number, or [n]; in
+        step_size: s, the learning rate times the preconditioner, over 1 − β for momentum β: a number, or [n]; in
             parameter² / loss.
         decay: d, the weight decay of the optimizer, a curvature that the loss does not contain: a number, or [n]; in
             loss / parameter².
 
-    >>> round(UpdateRule(step=1.0).damping(horizon=100), 6)
+    >>> round(UpdateRule(step_size=1.0).damping(horizon=100), 6)
     0.01
     """
 
-    step: float | Tensor
+    step_size: float | Tensor
     decay: float | Tensor = 0.0
 
     def damping(self, horizon: int) -> float | Tensor:
@@ -37,10 +37,10 @@ class UpdateRule:
         After T steps a direction of curvature h has gone a fraction 1 − (1 − sh)ᵀ of its way to the minimum, and
         h / (h + 1/(sT)) is close to that. A weight that no optimizer moves gets the damping of the smallest step.
         """
-        if not isinstance(self.step, Tensor):
-            return 1.0 / (horizon * (self.step or 1.0))
-        slowest = torch.where(self.step > 0.0, self.step, math.inf).amin().nan_to_num(posinf=1.0)
-        return 1.0 / (horizon * torch.maximum(self.step, slowest))
+        if not isinstance(self.step_size, Tensor):
+            return 1.0 / (horizon * (self.step_size or 1.0))
+        slowest = torch.where(self.step_size > 0.0, self.step_size, math.inf).amin().nan_to_num(posinf=1.0)
+        return 1.0 / (horizon * torch.maximum(self.step_size, slowest))
 
     @classmethod
     def of(cls, optimizers: Iterable[Optimizer], parameters: Sequence[Tensor]) -> UpdateRule:

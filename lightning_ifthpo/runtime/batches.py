@@ -10,8 +10,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_ifthpo.core.random_state import isolated
-from lightning_ifthpo.runtime.isolation import own_seed
+from lightning_ifthpo.core.random_state import Stream, derive_seed, isolated
 
 
 def copied(batch: Any) -> Any:
@@ -19,11 +18,12 @@ def copied(batch: Any) -> Any:
     return apply_to_collection(batch, Tensor, Tensor.clone)
 
 
-def prepared(trainer: L.Trainer, module: L.LightningModule, batch: Any, seed: int) -> Any:
+def prepared(trainer: L.Trainer, module: L.LightningModule, batch: Any, seed: int, step: int = 0) -> Any:
     """Returns a copy of a batch on the device, converted as in validation; random transforms draw from a seed."""
     trainer.validating = True  # augmentations that ask self.trainer.training must not touch it
     try:
-        with isolated(module.device, own_seed(trainer, seed)):
+        own_seed = derive_seed(Stream.BATCH_TRANSFORMS, seed=seed, step=step, rank=trainer.global_rank)
+        with isolated(module.device, own_seed):
             batch = trainer.precision_plugin.convert_input(copied(batch))
             batch = _transfer_hook_owner(trainer, module).on_before_batch_transfer(batch, 0)
             return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DistributedSampler
 
-from lightning_ifthpo.core.random_state import isolated
+from lightning_ifthpo.core.random_state import Stream, derive_seed, isolated
 from lightning_ifthpo.runtime.batches import batch_size
 from lightning_ifthpo.runtime.distributed import Ranks
 from lightning_ifthpo.runtime.outer_data import check_batches
@@ -21,7 +21,6 @@ class FixedBatches:
         source: A DataLoader, or a list of batches of any size. It is iterated once.
         device: The device whose random state loading must not change.
         ranks: The processes among which batches are split, unless a `DistributedSampler` does so already.
-        seed: Seed of random transforms.
 
     Attributes:
         batches: At least one; a process without examples has a batch of weight zero.
@@ -33,9 +32,9 @@ class FixedBatches:
         ValueError: If the source is empty, or the number of examples in a batch is not known.
     """
 
-    def __init__(self, source: Iterable[Any], device: torch.device, ranks: Ranks, seed: int) -> None:
+    def __init__(self, source: Iterable[Any], device: torch.device, ranks: Ranks) -> None:
         check_batches(source)
-        with isolated(device, seed):
+        with isolated(device, derive_seed(Stream.OUTER_TRANSFORMS)):
             batches = [(batch, _size(batch)) for batch in source]
         if not batches or min(size for _, size in batches) < 1:
             raise ValueError(

@@ -12,23 +12,29 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_ifthpo.core.random_state import PROCESS_STRIDE, isolated
+from lightning_ifthpo.core.random_state import Stream, derive_seed, isolated
 from lightning_ifthpo.runtime.snapshot import restored
 
 
 @contextmanager
-def undisturbed(trainer: L.Trainer, module: L.LightningModule, seed: int) -> Iterator[None]:
-    """Puts back all that an evaluation of the module's losses inside the block may leave behind.
+def undisturbed(trainer: L.Trainer, module: L.LightningModule, seed: int, step: int = 0) -> Iterator[None]:
+    """Undoes the side effects that evaluations of the module's losses inside the block have.
 
-    That is what `restored` puts back of the module, what is logged, and the random state, which is seeded inside the
-    block so that each evaluation draws the same numbers wherever a run was resumed. Gradients need no care as long as
-    `torch.autograd.grad` is used.
+    These are changes to the module (see `restored`), logged values, and the random state. Gradients are not touched as
+    long as `torch.autograd.grad` is used.
+
+    Args:
+        trainer: The Trainer.
+        module: The module.
+        seed: Seed of the random numbers inside the block; each process draws its own masks for its own examples.
+        step: Step of the caller, so that each step draws other numbers, the same ones after resuming.
     """
     with ExitStack() as stack:
-        stack.enter_context(isolated(module.device, own_seed(trainer, seed)))
+        own_seed = derive_seed(Stream.LOSSES, seed=seed, step=step, rank=trainer.global_rank)
+        stack.enter_context(isolated(module.device, own_seed))
         stack.enter_context(restored(module))
         stack.callback(setattr, trainer, "loggers", trainer.loggers)
-        trainer.loggers = [DummyLogger()]  # which takes all calls, as under fast_dev_run
+        trainer.loggers = [DummyLogger()]  # accepts all calls, as under fast_dev_run
         vars(module).update(log=_ignore, log_dict=_ignore)
         yield
 
@@ -43,10 +49,5 @@ def twice_differentiable(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def own_seed(trainer: L.Trainer, seed: int) -> int:
-    """Returns a seed for each process, since masks for other examples are other masks."""
-    return seed + PROCESS_STRIDE * trainer.global_rank
-
-
 def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Stands for `self.log` while nothing may be logged."""
+    """Replaces `self.log` while nothing may be logged."""

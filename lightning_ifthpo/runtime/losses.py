@@ -47,16 +47,17 @@ class ModuleLosses:
         self._forward_context = nullcontext if autocasts else trainer.precision_plugin.forward_context
 
     @contextmanager
-    def session(self, seed: int, curvature: str) -> Iterator[None]:
+    def session(self, curvature: str, *, seed: int = 0, step: int = 0) -> Iterator[None]:
         """Lets losses be evaluated and differentiated inside the block; their side effects are undone after it.
 
         Args:
-            seed: Seed of the random numbers that the losses draw.
             curvature: Kind of curvature; those that are not differences need kernels with a second derivative.
+            seed: Seed of the random numbers that the losses draw.
+            step: Step of the caller; every step draws other numbers.
         """
         with ExitStack() as stack:
             stack.enter_context(unsharded(self._module))
-            stack.enter_context(undisturbed(self._trainer, self._module, seed))
+            stack.enter_context(undisturbed(self._trainer, self._module, seed, step))
             stack.enter_context(gradients_on())
             if curvature not in BY_DIFFERENCES:
                 stack.enter_context(twice_differentiable(self._module))

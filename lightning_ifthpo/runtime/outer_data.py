@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, Sampler, SequentialSampler
 
-from lightning_ifthpo.core.random_state import PROCESS_STRIDE, isolated
+from lightning_ifthpo.core.random_state import Stream, derive_seed, generator_of, isolated
+from lightning_ifthpo.runtime.batches import data_module
 
 
 class EndlessBatchSampler(Sampler[list[int]]):
@@ -50,7 +52,7 @@ class EndlessBatchSampler(Sampler[list[int]]):
             for place in range(position, position + self._batch_size):
                 if place // self._size != epoch:
                     epoch = place // self._size
-                    generator = torch.Generator().manual_seed(self._seed + epoch)
+                    generator = generator_of(Stream.OUTER_ORDER, seed=self._seed, step=epoch)
                     order = torch.randperm(self._size, generator=generator).tolist()
                 batch.append(order[place % self._size])
             yield batch
@@ -96,8 +98,8 @@ class OuterData:
         endless = _endless_loader(source, seed, rank, world_size, consumed)
         if endless is None:
             _warn_if_inexact(consumed, world_size)
-        self._own_seed = seed + PROCESS_STRIDE * rank
-        with isolated(device, self._own_seed):
+        self._seed, self._rank = seed, rank
+        with isolated(device, derive_seed(Stream.OUTER_ORDER, seed=seed, rank=rank)):
             self._batches: Iterator[Any] = _cycle(source, skip=consumed) if endless is None else iter(endless)
 
     def close(self) -> None:
@@ -108,7 +110,8 @@ class OuterData:
         """Returns the next batch and keeps it for `next`."""
         if not self._pending:
             # random transforms in this process: one seed per batch, and the global random state is restored
-            with isolated(self._device, self._own_seed + self.consumed):
+            own_seed = derive_seed(Stream.OUTER_TRANSFORMS, seed=self._seed, step=self.consumed, rank=self._rank)
+            with isolated(self._device, own_seed):
                 self._pending.append(next(self._batches))
         return self._pending[0]
 
@@ -118,6 +121,35 @@ class OuterData:
         self._pending.clear()
         self.consumed += 1
         return batch
+
+
+def find_outer_data(trainer: L.Trainer, module: Any, given: Iterable[Any] | None) -> Iterable[Any]:
+    """Returns the loader of outer batches: the given one, the module's, the data module's, or the validation data's.
+
+    Raises:
+        ValueError: If there is none, or several validation loaders to choose from.
+    """
+    if given is not None:
+        return given
+    for owner in (module, data_module(trainer)):
+        with isolated(module.device):  # a random split there must not change what training draws
+            loader = _call(owner, "outer_dataloader")
+        if loader is not None:
+            return loader  # type: ignore[no-any-return]
+    validation = trainer.val_dataloaders
+    if isinstance(validation, (list, tuple)) and len(validation) == 1:
+        validation = validation[0]
+    if validation is None or isinstance(validation, (list, tuple, dict)):
+        several = "" if validation is None else " (there are several validation loaders to choose from)"
+        raise ValueError(
+            f"no outer data{several}: define outer_dataloader() on the LightningModule or the LightningDataModule, or "
+            "pass IFTHypergradient(outer_dataloader=...). It should hold data that training does not see"
+        )
+    rank_zero_warn(
+        "no outer_dataloader() is defined: hyperparameters are tuned on the validation data, so validation results "
+        "will look better than they are. Hold out other data to report from"
+    )
+    return validation  # type: ignore[no-any-return]
 
 
 def check_batches(source: object) -> None:
@@ -162,7 +194,7 @@ def _endless_loader(
         timeout=source.timeout,
         worker_init_fn=source.worker_init_fn,
         multiprocessing_context=source.multiprocessing_context,
-        generator=torch.Generator().manual_seed(seed + PROCESS_STRIDE * rank),
+        generator=torch.Generator().manual_seed(derive_seed(Stream.OUTER_WORKERS, seed=seed, rank=rank)),
         prefetch_factor=source.prefetch_factor,
         persistent_workers=source.persistent_workers,
     )
@@ -201,3 +233,8 @@ def _warn_if_inexact(consumed: int, world_size: int) -> None:
             f"the outer data are iterated as they are: {consumed} batches are skipped to resume, which is exact only "
             "if the loader yields them in the same order again"
         )
+
+
+def _call(owner: object, method: str) -> Any:
+    function = getattr(owner, method, None)
+    return function() if callable(function) else None

@@ -11,10 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lightning_ifthpo.core.random_state import isolated
 from lightning_ifthpo.module import BilevelLightningModule
 from lightning_ifthpo.optimizers import is_known
-from lightning_ifthpo.runtime.batches import data_module
 from lightning_ifthpo.runtime.distributed import is_gathered, is_replicated
 from lightning_ifthpo.runtime.losses import BY_DIFFERENCES, trainable
 from lightning_ifthpo.runtime.precision import CurvaturePrecision, has_half_weights, is_autocast, precision_of
@@ -105,35 +103,6 @@ def check_repeatable(module: Any) -> None:
         )
 
 
-def find_outer_data(trainer: L.Trainer, module: Any, given: Iterable[Any] | None) -> Iterable[Any]:
-    """Returns the loader of outer batches: the given one, the module's, the data module's, or the validation data's.
-
-    Raises:
-        ValueError: If there is none, or several validation loaders to choose from.
-    """
-    if given is not None:
-        return given
-    for owner in (module, data_module(trainer)):
-        with isolated(module.device):  # a random split there must not change what training draws
-            loader = _call(owner, "outer_dataloader")
-        if loader is not None:
-            return loader  # type: ignore[no-any-return]
-    validation = trainer.val_dataloaders
-    if isinstance(validation, (list, tuple)) and len(validation) == 1:
-        validation = validation[0]
-    if validation is None or isinstance(validation, (list, tuple, dict)):
-        several = "" if validation is None else " (there are several validation loaders to choose from)"
-        raise ValueError(
-            f"no outer data{several}: define outer_dataloader() on the LightningModule or the LightningDataModule, or "
-            "pass IFTHypergradient(outer_dataloader=...). It should hold data that training does not see"
-        )
-    rank_zero_warn(
-        "no outer_dataloader() is defined: hyperparameters are tuned on the validation data, so validation results "
-        "will look better than they are. Hold out other data to report from"
-    )
-    return validation  # type: ignore[no-any-return]
-
-
 def check_precision(trainer: L.Trainer, curvature: str, precision: CurvaturePrecision = "32") -> None:
     """Raises ValueError where a difference would be only rounding, or a decomposition needs float32."""
     needs_float32 = (*BY_DIFFERENCES, "kfac")
@@ -177,8 +146,3 @@ def _ask_modules(module: Any, lr: float) -> None:
                 submodule.check_training(parameters, lr)
             except ValueError as error:
                 raise ValueError(f"hyperparameter {name!r}: {error}") from error
-
-
-def _call(owner: object, method: str) -> Any:
-    function = getattr(owner, method, None)
-    return function() if callable(function) else None

@@ -66,7 +66,7 @@ class Amortized(Solver):
 
     def _solve(self, system: LinearSystem, b: Tensor, x0: Tensor | None) -> SolveResult:
         assert self.rule is not None, "solve() fills it in"
-        step = torch.as_tensor(self.rule.step, dtype=b.dtype, device=b.device)
+        step = torch.as_tensor(self.rule.step_size, dtype=b.dtype, device=b.device)
         left = self.products
         x, residual = torch.zeros_like(b), b
         curvatures = [0.0]

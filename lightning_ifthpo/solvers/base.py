@@ -106,7 +106,7 @@ class Solver(ABC):
         if self.needs_optimizer:
             raise ValueError(
                 "damping='horizon' stands for 1/(η·horizon) and needs the inner optimizer: use the solver inside "
-                "IFTHypergradient, call solver.with_optimizer(UpdateRule(step=lr)), or pass a number"
+                "IFTHypergradient, call solver.with_optimizer(UpdateRule(step_size=lr)), or pass a number"
             )
         if self.rule is None:
             return LinearSystem(operator, self.damping)  # type: ignore[arg-type]

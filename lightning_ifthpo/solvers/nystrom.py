@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_ifthpo.core.random_state import Stream, derive_seed
 from lightning_ifthpo.core.validation import require_at_least
 from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, status_without_tolerance
 from lightning_ifthpo.solvers.system import LinearSystem
@@ -46,7 +47,7 @@ class Nystrom(Solver):
         damping = torch.as_tensor(system.damping, dtype=operator.dtype, device=operator.device)
         scale = torch.where(damping > 0.0, damping, 1.0).rsqrt().expand(operator.size)
         rank = min(self.rank, operator.size)
-        generator = torch.Generator(operator.device).manual_seed(self.seed)
+        generator = torch.Generator(operator.device).manual_seed(derive_seed(Stream.SKETCH, seed=self.seed))
         random = torch.randn(operator.size, rank, generator=generator, dtype=operator.dtype, device=operator.device)
         directions = torch.linalg.qr(random).Q
         images = torch.stack([scale * operator.matvec(scale * column) for column in directions.T], dim=1)

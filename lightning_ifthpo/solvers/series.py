@@ -18,29 +18,29 @@ from lightning_ifthpo.spectrum import lanczos
 
 @dataclass(frozen=True)
 class Identity(Solver):
-    """A⁻¹ ≈ scale · I: one step of training seen ahead (T1–T2, Luketina et al. 2016).
+    """A⁻¹ ≈ η I: one step of training seen ahead (T1–T2, Luketina et al. 2016).
 
     Cost: no product; one extra product measures the residual.
 
     Attributes:
-        scale: In parameter² / loss; the inner learning rate makes it one step of gradient descent.
+        step_size: η, in parameter² / loss; the inner learning rate makes it one step of gradient descent.
 
     >>> from lightning_ifthpo.curvature import MatrixOperator
-    >>> Identity(scale=0.5).solve(MatrixOperator(torch.eye(2)), torch.tensor([1.0, 2.0])).x
+    >>> Identity(step_size=0.5).solve(MatrixOperator(torch.eye(2)), torch.tensor([1.0, 2.0])).x
     tensor([0.5000, 1.0000])
     """
 
-    scale: float = 1.0
+    step_size: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_ascending(0.0, self.scale, math.inf):
-            raise ValueError(f"expected a finite scale > 0, got {self.scale!r}")
+        if not is_ascending(0.0, self.step_size, math.inf):
+            raise ValueError(f"expected a finite step_size > 0, got {self.step_size!r}")
 
     def _solve(self, system: LinearSystem, b: Tensor, x0: Tensor | None) -> SolveResult:
-        x = self.scale * b
+        x = self.step_size * b
         residual = system.relative_residual(x, b)
-        return SolveResult(x, residual, products=0, status=Status.COMPLETE, extra_products=1, step_size=self.scale)
+        return SolveResult(x, residual, products=0, status=Status.COMPLETE, extra_products=1, step_size=self.step_size)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Neumann(Solver):
                 "solver.with_optimizer(UpdateRule.of(optimizers, parameters))"
             )
         # as a tensor, because it may be zero: a learning rate is at the beginning of a warm-up
-        step = self.rule.step
+        step = self.rule.step_size
         return step if isinstance(step, Tensor) else torch.tensor(step, dtype=torch.float64), False, 0
 
     def _sum(self, system: LinearSystem, b: Tensor, step_size: float | Tensor) -> tuple[Tensor, int, bool]:

@@ -128,8 +128,3 @@ def random_vector(operator: CurvatureOperator, generator: torch.Generator) -> Te
     """Returns standard normal numbers, [n], drawn on the CPU, on the operator's device and in its dtype."""
     vector = torch.randn(operator.size, dtype=torch.float64, generator=generator)
     return vector.to(operator.device, operator.dtype)
-
-
-def generator_or_default(generator: torch.Generator | None) -> torch.Generator:
-    """Returns the generator, or one with seed 0; the global random state is not used."""
-    return torch.Generator().manual_seed(0) if generator is None else generator

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_ifthpo.core.random_state import Stream, generator_of
 from lightning_ifthpo.curvature.base import CurvatureOperator
-from lightning_ifthpo.spectrum.basis import KrylovBasis, generator_or_default, random_vector
+from lightning_ifthpo.spectrum.basis import KrylovBasis, random_vector
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def spectral_density(
         max_probes: Random vectors at most.
         iterations: Products for each of them.
         rtol: Error at which to stop, relative to the range of the eigenvalues found.
-        generator: CPU generator that draws the random vectors; one with seed 0 if None.
+        generator: CPU generator that draws the random vectors; one with a fixed seed if None.
 
     Raises:
         ValueError: If max_probes < 1 or iterations < 2.
@@ -69,7 +70,7 @@ def spectral_density(
     """
     if max_probes < 1 or iterations < 2:
         raise ValueError(f"expected max_probes >= 1 and iterations >= 2, got {max_probes} and {iterations}")
-    generator = generator_or_default(generator)
+    generator = generator or generator_of(Stream.DENSITY)
     quadratures: list[_Quadrature] = []
     converged = False
     while len(quadratures) < max_probes and not converged:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_ifthpo.core.random_state import Stream, generator_of
 from lightning_ifthpo.curvature.base import CurvatureOperator
-from lightning_ifthpo.spectrum.basis import KrylovBasis, RitzPairs, generator_or_default
+from lightning_ifthpo.spectrum.basis import KrylovBasis, RitzPairs
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def lanczos(
         rtol: Stop when all bounds are below rtol times the largest magnitude.
         start: First vector, [n]; a random one if None.
         vectors: Return the eigenvectors too.
-        generator: CPU generator that draws the random vectors; one with seed 0 if None.
+        generator: CPU generator that draws the random vectors; one with a fixed seed if None.
 
     Raises:
         ValueError: If k does not lie in 1 … n, or max_iterations is less than k or min_iterations.
@@ -87,7 +88,7 @@ def lanczos(
         raise ValueError(
             f"expected max_iterations >= k = {k} and >= min_iterations = {min_iterations}, got {max_iterations}"
         )
-    basis = KrylovBasis(operator, start, generator_or_default(generator))
+    basis = KrylovBasis(operator, start, generator or generator_of(Stream.START_VECTORS))
     while True:
         basis.extend()
         ritz = basis.ritz()

@@ -9,8 +9,9 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from lightning_ifthpo.core.random_state import Stream, generator_of
 from lightning_ifthpo.curvature.base import CurvatureOperator
-from lightning_ifthpo.spectrum.basis import generator_or_default, length_of, random_vector
+from lightning_ifthpo.spectrum.basis import length_of, random_vector
 
 Which: TypeAlias = Literal["magnitude", "largest", "smallest"]
 
@@ -58,7 +59,7 @@ def power_iteration(
         rtol: Stop when the residual is below rtol times the largest ‖Av‖ so far.
         start: First vector, [n]; a random one if it is None or zero. In exact arithmetic the iteration never leaves an
             invariant subspace that contains the start.
-        generator: CPU generator that draws the random vector; one with seed 0 if None.
+        generator: CPU generator that draws the random vector; one with a fixed seed if None.
 
     Raises:
         ValueError: If `which` is not one of the three, or max_iterations is less than 1 or min_iterations.
@@ -74,7 +75,7 @@ def power_iteration(
         raise ValueError(f"expected max_iterations >= 1 and >= min_iterations = {min_iterations}, got {max_iterations}")
     sign = -1.0 if which == "smallest" else 1.0
     if start is None or not bool(start.any()):
-        start = random_vector(operator, generator_or_default(generator))
+        start = random_vector(operator, generator or generator_of(Stream.START_VECTORS))
     vector = start.to(operator.device, operator.dtype)
     vector = vector / length_of(vector)
     product = sign * operator.matvec(vector)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_ifthpo.core.random_state import Stream, generator_of
 from lightning_ifthpo.curvature.base import CurvatureOperator
-from lightning_ifthpo.spectrum.basis import generator_or_default, random_vector
+from lightning_ifthpo.spectrum.basis import random_vector
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def trace(
         operator: A, symmetric, on vectors [n].
         products: Number of products, 6 or more; n if that is less.
         rtol: Relative standard error that counts as converged; it does not change the number of products.
-        generator: CPU generator that draws the random vectors; one with seed 0 if None.
+        generator: CPU generator that draws the random vectors; one with a fixed seed if None.
 
     Raises:
         ValueError: If products < 6.
@@ -62,7 +63,7 @@ def trace(
     if products >= operator.size:
         exact = float(operator.to_dense().diagonal().sum())
         return TraceEstimate(exact, 0.0, operator.size, math.isfinite(exact))
-    generator = generator_or_default(generator)
+    generator = generator or generator_of(Stream.TRACE)
     third = products // 3
     sketch = [operator.matvec(random_vector(operator, generator).sign()) for _ in range(third)]
     columns = torch.stack(sketch, dim=1)

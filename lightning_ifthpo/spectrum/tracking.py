@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from lightning_ifthpo.core.random_state import Stream, generator_of
 from lightning_ifthpo.core.validation import is_ascending, require_at_least, require_choice
 from lightning_ifthpo.curvature.base import CurvatureOperator
 from lightning_ifthpo.spectrum.basis import length_of, random_vector
@@ -68,7 +69,7 @@ class SpectrumTracker:
 
     def measure(self, operator: CurvatureOperator) -> ExtremeEigenvalues:
         """Returns both ends of the spectrum, with eigenvectors; after NaN the next start is random."""
-        generator = torch.Generator().manual_seed(self.measurements)
+        generator = generator_of(Stream.START_VECTORS, step=self.measurements)
         self.measurements += 1
         if self._last is not None and self._last.shape[1] != operator.size:
             self._last = None

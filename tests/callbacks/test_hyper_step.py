@@ -33,7 +33,7 @@ def test_the_solver_is_bound_to_the_inner_optimizer():
             return super()._solve(operator, b, x0)
 
     trained([IFTHypergradient(6, solver=Spy())], lambda: Classifier(lr=0.05))
-    assert [rule.step for rule in seen] == [0.05] * 2
+    assert [rule.step_size for rule in seen] == [0.05] * 2
 
 
 def test_weights_may_be_unfrozen_while_training():

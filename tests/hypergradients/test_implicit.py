@@ -125,7 +125,7 @@ def test_warm_start_and_solver_are_used():
     exact = implicit_hypergradient(inner, outer, [w], [log_decay], solver=Direct()).solution.x
     warm = implicit_hypergradient(inner, outer, [w], [log_decay], solver=ConjugateGradient(rtol=1e-6), x0=exact)
     assert warm.products == 1
-    rough = implicit_hypergradient(inner, outer, [w], [log_decay], solver=Identity(scale=1e-3))
+    rough = implicit_hypergradient(inner, outer, [w], [log_decay], solver=Identity(step_size=1e-3))
     assert relative_error(rough.gradients[0], closed_form) > 0.9
 
 
@@ -166,7 +166,7 @@ def test_one_step_by_finite_differences_alone_is_the_first_order_method():
         return inner()
 
     result = implicit_hypergradient(
-        counted, outer, [w], [log_decay], curvature="finite_difference", solver=Identity(scale=0.1)
+        counted, outer, [w], [log_decay], curvature="finite_difference", solver=Identity(step_size=0.1)
     )
     unrolled = unrolled_hypergradient(inner, outer, [w], [log_decay], steps=1, lr=0.1)
     assert result.gradients[0].item() == pytest.approx(unrolled.gradients[0].item(), rel=1e-6)

@@ -22,7 +22,7 @@ def test_an_own_subclass_is_read_like_its_base(name):
         assert is_known(optimizer)
         assert has_edge(optimizer)
         rule, edge = UpdateRule.of([optimizer], [weight]), StabilityEdge.of(optimizer, [weight])
-        found.append([torch.as_tensor(part) for part in (rule.step, rule.decay, edge.sharpness, edge.decay)])
+        found.append([torch.as_tensor(part) for part in (rule.step_size, rule.decay, edge.sharpness, edge.decay)])
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
 

@@ -73,7 +73,7 @@ def test_adaptive_steps_are_those_at_the_present_preconditioner(optimizer_type, 
     optimizer.step()
     # Adam's first use of a gradient is 1 − β₁ of it; one more step changes second moments by β₂ (0.99–0.999), the mean
     # that centers them, and the bias correction
-    assert relative_error(before - flat(weights), (1 - momentum) * rule.step * 1e-3) < 0.12
+    assert relative_error(before - flat(weights), (1 - momentum) * rule.step_size * 1e-3) < 0.12
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_weight_decay_of_the_optimizer_is_curvature(optimizer_type, wanted):
     weights, optimizer = trained(optimizer_type, weight_decay=0.3)
     rule = UpdateRule.of([optimizer], weights)
     lr = torch.tensor([0.02] * 6 + [0.005] * 4, dtype=torch.float64)
-    assert relative_error(torch.as_tensor(rule.decay, dtype=torch.float64), wanted(lr, rule.step)) < 1e-12
+    assert relative_error(torch.as_tensor(rule.decay, dtype=torch.float64), wanted(lr, rule.step_size)) < 1e-12
 
 
 def test_each_group_has_its_own_momentum():
@@ -102,14 +102,14 @@ def test_what_is_the_same_for_all_weights_is_a_number():
     """So that nothing of the size of the model is stored or multiplied for it."""
     first, second = torch.ones(2, requires_grad=True), torch.ones(1, requires_grad=True)
     rule = UpdateRule.of([torch.optim.SGD([first, second], lr=0.5, weight_decay=0.1)], [first, second])
-    assert (rule.step, rule.decay) == (0.5, 0.1)
+    assert (rule.step_size, rule.decay) == (0.5, 0.1)
     assert rule.damping(10) == pytest.approx(0.2)
 
 
 def test_weights_without_an_optimizer_do_not_move():
     held, free = torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)
     rule = UpdateRule.of([torch.optim.SGD([held], lr=0.5)], [held, free])
-    assert rule.step.tolist() == [0.5, 0.5, 0.0, 0.0, 0.0]
+    assert rule.step_size.tolist() == [0.5, 0.5, 0.0, 0.0, 0.0]
     assert torch.equal(rule.damping(10), torch.full((5,), 0.2))
 
 
@@ -125,7 +125,7 @@ def test_an_unknown_optimizer_counts_as_gradient_descent():
 
 
 def test_damping_by_horizon():
-    assert UpdateRule(step=1.0).damping(100) == pytest.approx(0.01)
+    assert UpdateRule(step_size=1.0).damping(100) == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize(

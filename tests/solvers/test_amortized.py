@@ -26,17 +26,17 @@ def right_hand_side():
 @pytest.mark.parametrize(
     "rule",
     [
-        UpdateRule(step=0.01),
-        UpdateRule(step=0.1),
-        UpdateRule(step=torch.linspace(0.01, 0.1, SIZE, dtype=torch.float64)),
-        UpdateRule(step=0.01, decay=3.0),
+        UpdateRule(step_size=0.01),
+        UpdateRule(step_size=0.1),
+        UpdateRule(step_size=torch.linspace(0.01, 0.1, SIZE, dtype=torch.float64)),
+        UpdateRule(step_size=0.01, decay=3.0),
     ],
     ids=["gradient descent", "beyond stability", "preconditioned", "decaying"],
 )
 @pytest.mark.parametrize("products", [2, 5])
 def test_it_tends_to_the_system_damped_by_the_horizon(products, rule):
     matrix, b = spd_matrix(SIZE, 30.0), right_hand_side()
-    damping = torch.as_tensor(1 / (rule.step * 40) + rule.decay, dtype=torch.float64).expand(SIZE)
+    damping = torch.as_tensor(1 / (rule.step_size * 40) + rule.decay, dtype=torch.float64).expand(SIZE)
     wanted = torch.linalg.solve(matrix + torch.diag(damping), b)
     result = run(Amortized(products=products, horizon=40).with_optimizer(rule), matrix, b, solves=2000)
     assert relative_error(result.x, wanted) < 1e-9
@@ -66,7 +66,7 @@ def test_it_moves_at_the_pace_of_training():
 def test_steps_beyond_the_stability_limit_do_not_diverge(products, excess):
     """A new operator each time, all stiffer than the step allows: a plain iteration grows without limit."""
     solver, x, b = (
-        Amortized(products=products, horizon=100).with_optimizer(UpdateRule(step=excess / 30.0)),
+        Amortized(products=products, horizon=100).with_optimizer(UpdateRule(step_size=excess / 30.0)),
         None,
         right_hand_side(),
     )
@@ -100,7 +100,10 @@ def test_without_an_optimizer_it_measures_its_step():
 def test_a_zero_operator_gives_the_horizon_times_the_step():
     b = right_hand_side()
     result = run(
-        Amortized(horizon=50).with_optimizer(UpdateRule(step=0.1)), torch.zeros(SIZE, SIZE, dtype=torch.float64), b, 400
+        Amortized(horizon=50).with_optimizer(UpdateRule(step_size=0.1)),
+        torch.zeros(SIZE, SIZE, dtype=torch.float64),
+        b,
+        400,
     )
     assert relative_error(result.x, 50 * 0.1 * b) < 1e-3
 

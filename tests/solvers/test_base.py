@@ -170,10 +170,10 @@ def test_damping_by_horizon_needs_an_optimizer_and_takes_its_step():
     )
     with pytest.raises(ValueError, match="needs the inner optimizer"):
         solver.solve(operator, b.double())
-    assert solver.with_optimizer(UpdateRule(step=1.0)).system(operator).damping == pytest.approx(1 / 50)
+    assert solver.with_optimizer(UpdateRule(step_size=1.0)).system(operator).damping == pytest.approx(1 / 50)
     solver = ConjugateGradient(damping=0.3)
-    assert solver.with_optimizer(UpdateRule(step=0.1)).system(operator).damping == 0.3
-    assert solver.with_optimizer(UpdateRule(step=0.1, decay=0.5)).system(operator).damping == 0.8
+    assert solver.with_optimizer(UpdateRule(step_size=0.1)).system(operator).damping == 0.3
+    assert solver.with_optimizer(UpdateRule(step_size=0.1, decay=0.5)).system(operator).damping == 0.8
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_damping_by_horizon_needs_an_optimizer_and_takes_its_step():
         (lambda: Nystrom(rank=0), "rank to be an integer >= 1"),
         (lambda: ConjugateGradient(preconditioner=Nystrom(damping=1.0)), "takes the damping of the solver"),
         (lambda: Neumann(step_size=math.inf), "finite step_size"),
-        (lambda: Identity(scale=-1.0), "scale > 0"),
+        (lambda: Identity(step_size=-1.0), "step_size > 0"),
         (lambda: ConjugateGradient(max_iterations=0), "max_iterations to be an integer >= 1"),
         (lambda: ConjugateGradient(rtol=1.5), "0 <= rtol < 1"),
         (lambda: ConjugateGradient(damping=torch.tensor([1.0, -5.0])), "damping >= 0"),

@@ -80,4 +80,4 @@ def test_the_series_of_an_adaptive_optimizer_is_preconditioned():
 
 def test_identity_is_the_scaled_right_hand_side():
     b = right_hand_side(4)
-    assert torch.allclose(Identity(scale=0.25).solve(MatrixOperator(spd_matrix(4, 2.0)), b).x, 0.25 * b)
+    assert torch.allclose(Identity(step_size=0.25).solve(MatrixOperator(spd_matrix(4, 2.0)), b).x, 0.25 * b)

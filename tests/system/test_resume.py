@@ -48,7 +48,7 @@ def everything(module, trainer, callback):
 CALLBACKS = {
     "amortized": lambda: IFTHypergradient(2),
     "cold": lambda: IFTHypergradient(3, warm_start=False, start_after_batches=2),
-    "finite differences": lambda: IFTHypergradient(1, curvature="finite_difference", solver=Identity(scale=0.02)),
+    "finite differences": lambda: IFTHypergradient(1, curvature="finite_difference", solver=Identity(step_size=0.02)),
 }
 
 
