@@ -8,6 +8,7 @@ choose one.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import statistics
@@ -373,6 +374,7 @@ def _spectrum(run: Callable[[CurvatureOperator], Any]) -> Case:
 
 def peak_bytes(run: Callable[[], Any]) -> int:
     """Returns how far a call raises the memory that tensors hold, by the profiler's record of allocations."""
+    gc.collect()  # garbage of earlier calls, freed inside this one, would hide what it needs
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     with tempfile.TemporaryDirectory() as folder:
