@@ -25,3 +25,5 @@ __all__ = [
     "implicit_hypergradient",
     "unrolled_hypergradient",
 ]
+
+__version__ = "0.1.0"
