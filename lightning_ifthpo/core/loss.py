@@ -36,7 +36,7 @@ class Loss:
         name: Used in error messages.
         share: This process's part of the global batch. The function returns the mean over its own examples, so that
             the sum of share · L over all processes is the mean over all examples.
-        all_reduce: Sums a tensor over the processes; None for a single process.
+        all_reduce: Sums a tensor over the processes, such as `sum_over_processes`; None for a single process.
         scale: Factor by which the loss is multiplied before it is differentiated, a power of two, which keeps small
             gradients above zero in float16. `combine` divides by it.
         session: Makes a context manager inside which the loss must be evaluated and differentiated.
@@ -192,6 +192,13 @@ class Loss:
         else:
             with self._random_state.replayed():
                 yield
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """Returns the sum of a tensor over the default process group of torch.distributed, detached."""
+    total = tensor.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total
 
 
 def as_loss(loss: LossFunction | Loss, parameters: Sequence[Tensor], name: str = "the loss") -> Loss:

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_ifthpo.core.loss import AllReduce
+from lightning_ifthpo.core.loss import AllReduce, sum_over_processes
 from lightning_ifthpo.curvature import CurvatureOperator, DistributedOperator
 from lightning_ifthpo.runtime.batches import batch_size
 
@@ -37,15 +37,11 @@ class Ranks:
     @property
     def sum_over_ranks(self) -> AllReduce | None:
         """The all-reduce that a `Loss` takes; None in a single process."""
-        return None if self.count == 1 else self.all_reduce
+        return None if self.count == 1 else sum_over_processes
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Returns the sum of a tensor over the processes, detached."""
-        if self.count == 1:
-            return tensor.detach()
-        total = tensor.detach().clone()
-        torch.distributed.all_reduce(total)
-        return total
+        return tensor.detach() if self.count == 1 else sum_over_processes(tensor)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Writes the first process's values into tensors, in place."""
