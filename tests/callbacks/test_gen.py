@@ -165,7 +165,7 @@ def test_nothing_else_is_disturbed():
 
 def test_a_configured_scheduler_is_replaced_with_one_notice():
     step = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.1)  # noqa: E731
-    with pytest.warns(UserWarning, match="ExactGeN takes the place of StepLR") as caught:
+    with pytest.warns(UserWarning, match="ExactGeN replaces StepLR") as caught:
         trainer, rates = fit(Plain(scheduler=step), ExactGeN(final_decay=0.0))
     assert len([w for w in caught if "ExactGeN" in str(w.message)]) == 1
     assert rates.rates[-1] > rates.rates[0]

@@ -28,9 +28,9 @@ def test_the_solver_is_bound_to_the_inner_optimizer():
     seen = []
 
     class Spy(Amortized):
-        def _solve(self, operator, b, x0):
+        def _solve(self, system, b, x0):
             seen.append(self.rule)
-            return super()._solve(operator, b, x0)
+            return super()._solve(system, b, x0)
 
     trained([IFTHypergradient(6, solver=Spy())], lambda: Classifier(lr=0.05))
     assert [rule.step_size for rule in seen] == [0.05] * 2
@@ -44,9 +44,9 @@ def test_weights_may_be_unfrozen_while_training():
     sizes = []
 
     class Spy(Amortized):
-        def _solve(self, operator, b, x0):
-            sizes.append((operator.size, x0 is not None))
-            return super()._solve(operator, b, x0)
+        def _solve(self, system, b, x0):
+            sizes.append((system.operator.size, x0 is not None))
+            return super()._solve(system, b, x0)
 
     trained([Unfreeze(), IFTHypergradient(3, solver=Spy())])
     assert sizes == [(43, False), (43, True), (83, False), (83, True)]

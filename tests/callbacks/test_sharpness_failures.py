@@ -93,7 +93,7 @@ def test_a_loss_that_no_weight_influences_is_reported():
         def training_step(self, batch, batch_idx):
             return F.cross_entropy(self.net(batch[0]), batch[1])
 
-    with pytest.warns(UserWarning, match="the loss is detached"):
+    with pytest.warns(UserWarning, match="inner_loss is detached"):
         fit(Detached(), monitor())
 
 

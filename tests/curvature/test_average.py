@@ -11,6 +11,7 @@ from lightning_ifthpo.curvature import (
     HessianOperator,
     MatrixOperator,
 )
+from tests.helpers.device import DEVICE, WHERE, randn, within
 from tests.helpers.problems import spd_matrix
 
 
@@ -33,18 +34,18 @@ def test_average_is_weighted_and_makes_operators_anew():
 
 def test_average_draws_the_same_dropout_masks_at_each_product():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 1)).double()
-    x = torch.randn(5, 4, dtype=torch.float64)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 1)).to(**WHERE)
+    x = randn(5, 4, seed=1)
     make = partial(HessianOperator, lambda: net(x).square().mean(), list(net.parameters()))
     average = AverageOperator([make, make], weights=[1, 2])
     before = torch.get_rng_state()
     dense = average.to_dense()
-    assert torch.allclose(dense, dense.T, atol=1e-14)
+    assert torch.allclose(dense, dense.T, atol=within(1e-14))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, 0.0], [1.0, -1.0]], ids=str)
 def test_average_refuses_weights_that_are_none(weights):
-    make = partial(MatrixOperator, torch.eye(2))
+    make = partial(MatrixOperator, torch.eye(2, device=DEVICE))
     with pytest.raises(ValueError, match="expected a positive weight for each of 2 operators"):
         AverageOperator([make, make], weights)

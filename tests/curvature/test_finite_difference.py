@@ -5,12 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_ifthpo.curvature import (
-    FiniteDifferenceOperator,
-    HessianOperator,
-)
-from tests.helpers.networks import batch
-from tests.helpers.problems import Net, relative_error
+from lightning_ifthpo.curvature import FiniteDifferenceOperator, HessianOperator
+from tests.helpers.device import DEVICE, WHERE, randn
+from tests.helpers.networks import Net, batch
+from tests.helpers.problems import relative_error
 
 
 def test_finite_differences_leave_the_weights_bit_for_bit_and_no_gradient():
@@ -20,14 +18,14 @@ def test_finite_differences_leave_the_weights_bit_for_bit_and_no_gradient():
     operator = FiniteDifferenceOperator(lambda: F.cross_entropy(net(x.float()), y), list(net.parameters()))
     random_state = torch.get_rng_state()
     for _ in range(10):
-        operator.matvec(torch.randn(operator.size, generator=torch.Generator().manual_seed(0)))
+        operator.matvec(randn(operator.size, seed=0, dtype=torch.float32))
     assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
     assert all(p.grad is None for p in net.parameters())
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
 def test_finite_differences_restore_the_weights_after_an_exception():
-    weight = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    weight = randn(3, seed=1).requires_grad_()
     before, calls = weight.detach().clone(), []
 
     def loss():
@@ -38,20 +36,39 @@ def test_finite_differences_restore_the_weights_after_an_exception():
 
     operator = FiniteDifferenceOperator(loss, [weight])
     with pytest.raises(RuntimeError, match="in the middle"):
-        operator.matvec(torch.ones(3, dtype=torch.float64))
+        operator.matvec(torch.ones(3, **WHERE))
     assert torch.equal(weight.detach(), before)
 
 
 def test_finite_differences_in_float32_are_accurate_to_1e_minus_3():
     x, y = batch()
-    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(DEVICE)
     parameters = list(net.parameters())
 
     def loss():
         return F.cross_entropy(net(x.float()), y)
 
-    v = torch.randn(sum(p.numel() for p in parameters))
+    v = randn(sum(p.numel() for p in parameters), seed=2, dtype=torch.float32)
     exact = HessianOperator(loss, parameters).matvec(v)
     for scale in (1e-10, 1.0, 1e10):
         got = FiniteDifferenceOperator(loss, parameters).matvec(scale * v)
         assert relative_error(got, scale * exact) < 1e-3  # eps^(2/3) = 2.4e-5, times the third derivatives
+
+
+def test_slope_and_curvature_along_a_direction_come_from_two_gradients():
+    """Of w³ at 1 and 2 along (1, 1): ∇L·v = 3 + 12, vᵀHv = 6 + 12."""
+    weight, calls = torch.tensor([1.0, 2.0], device=DEVICE, dtype=torch.float64, requires_grad=True), []
+
+    def loss():
+        calls.append(1)
+        return weight.pow(3).sum()
+
+    slope, curvature = FiniteDifferenceOperator(loss, [weight]).slope_and_curvature(torch.ones_like(weight))
+    assert (slope.item(), curvature.item()) == pytest.approx((15.0, 18.0), rel=1e-8)
+    assert len(calls) == 2
+
+
+def test_along_a_zero_vector_nothing_is_evaluated():
+    weight = torch.ones(2, requires_grad=True, device=DEVICE)
+    operator = FiniteDifferenceOperator(lambda: pytest.fail("evaluated"), [weight])
+    assert torch.equal(operator.matvec(torch.zeros(2, device=DEVICE)), torch.zeros(2, device=DEVICE))

@@ -10,8 +10,9 @@ from lightning_ifthpo.curvature import (
     HessianOperator,
     mark_outputs,
 )
-from tests.helpers.networks import batch, functional
-from tests.helpers.problems import Net, relative_error
+from tests.helpers.device import DEVICE, WHERE, within
+from tests.helpers.networks import Net, batch, functional
+from tests.helpers.problems import relative_error
 
 
 def reference_gauss_newton(net, x, y, penalty):
@@ -19,7 +20,7 @@ def reference_gauss_newton(net, x, y, penalty):
     function, flat = functional(net, lambda model, _: model(x).reshape(-1))
     z = function(flat)
     jacobian = torch.func.jacrev(function)(flat)
-    extended = torch.cat([jacobian, torch.eye(flat.numel(), dtype=flat.dtype)])
+    extended = torch.cat([jacobian, torch.eye(flat.numel(), **WHERE)])
 
     def loss(joined):
         outputs, weights = joined[: z.numel()], joined[z.numel() :]
@@ -42,7 +43,7 @@ PENALTIES = {
 def test_gauss_newton_equals_its_dense_definition(name, marking):
     """The penalty's Hessian is added exactly, whether outputs are marked or returned."""
     x, y = batch()
-    net, penalty = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double(), PENALTIES[name]
+    net, penalty = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(**WHERE), PENALTIES[name]
 
     def loss():
         z = net(x)
@@ -52,19 +53,19 @@ def test_gauss_newton_equals_its_dense_definition(name, marking):
         return value if marking == "marked" else (value, z)
 
     operator = GaussNewtonOperator(loss, list(net.parameters()))
-    assert relative_error(operator.to_dense(), reference_gauss_newton(net, x, y, penalty)) < 1e-12
+    assert relative_error(operator.to_dense(), reference_gauss_newton(net, x, y, penalty)) < within(1e-12)
 
 
 def test_gauss_newton_with_several_outputs():
     x, y = batch()
-    net = nn.Linear(4, 6, dtype=torch.float64)
+    net = nn.Linear(4, 6).to(**WHERE)
 
     def loss():
         first, second = net(x).split(3, dim=1)  # both come from one node of the graph
         return F.cross_entropy(mark_outputs(first), y) + mark_outputs(second).square().mean()
 
     hessian = HessianOperator(loss, list(net.parameters())).to_dense()
-    assert relative_error(GaussNewtonOperator(loss, list(net.parameters())).to_dense(), hessian) < 1e-12
+    assert relative_error(GaussNewtonOperator(loss, list(net.parameters())).to_dense(), hessian) < within(1e-12)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,10 @@ def test_gauss_newton_with_several_outputs():
     ids=["sum", "difference", "product", "one from the other"],
 )
 def test_gauss_newton_with_outputs_whose_slopes_hang_together(combine):
-    weights = [torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([3.0, 1.0], requires_grad=True)]
+    weights = [
+        torch.tensor([1.0, 2.0], requires_grad=True, device=DEVICE),
+        torch.tensor([3.0, 1.0], requires_grad=True, device=DEVICE),
+    ]
 
     def loss():
         first, second = mark_outputs(2.0 * weights[0]), mark_outputs(3.0 * weights[1])
@@ -91,14 +95,17 @@ def test_gauss_newton_with_outputs_whose_slopes_hang_together(combine):
 
 
 def test_gauss_newton_with_an_output_of_hyperparameters_alone():
-    weight, target = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor(3.0, requires_grad=True)
+    weight, target = (
+        torch.tensor([1.0, 2.0], requires_grad=True, device=DEVICE),
+        torch.tensor(3.0, requires_grad=True, device=DEVICE),
+    )
 
     def loss():
         return (mark_outputs(2.0 * weight) - mark_outputs(2.0 * target)).square().sum()
 
     operator = GaussNewtonOperator(loss, [weight])
-    assert torch.equal(operator.to_dense(), torch.diag(torch.tensor([8.0, 8.0])))
-    (mixed,) = operator.mixed_product(torch.ones(2), [target])
+    assert torch.equal(operator.to_dense(), torch.diag(torch.tensor([8.0, 8.0], device=DEVICE)))
+    (mixed,) = operator.mixed_product(torch.ones(2, device=DEVICE), [target])
     assert float(mixed) == -16.0
 
 
@@ -112,5 +119,5 @@ def test_gauss_newton_is_positive_semidefinite_where_the_hessian_is_not():
     parameters = list(net.parameters())
     gauss_newton = torch.linalg.eigvalsh(GaussNewtonOperator(loss, parameters).to_dense())
     hessian = torch.linalg.eigvalsh(HessianOperator(loss, parameters).to_dense())
-    assert gauss_newton[0] > -1e-14
+    assert gauss_newton[0] > -within(1e-14)
     assert hessian[0] < -1e-3

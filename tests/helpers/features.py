@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ifthpo import IFTHypergradient
 from lightning_ifthpo.hyperparameters import WeightDecay
+from tests.helpers.device import DEVICE
 from tests.helpers.trainers import Classifier, classification_data, loader
 
 
@@ -291,14 +292,14 @@ FEATURES = {
     "bf16-mixed": trainer(precision="bf16-mixed"),
     "16-mixed": Feature(
         options=lambda: {
-            "plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))]
+            "plugins": [MixedPrecision("16-mixed", DEVICE.type, torch.amp.GradScaler(DEVICE.type, init_scale=2.0**10))]
         }
     ),
     "bf16-true": trainer(precision="bf16-true"),
     "accumulate_grad_batches": trainer(accumulate_grad_batches=3),
     "gradient_clip_val": trainer(gradient_clip_val=0.1),
     "configure_gradient_clipping": Feature(OwnClipping),
-    "learning rate scheduler": Feature(Scheduled, warned={"ExactGeN": "takes the place of CosineAnnealingLR"}),
+    "learning rate scheduler": Feature(Scheduled, warned={"ExactGeN": "ExactGeN replaces CosineAnnealingLR"}),
     "manual optimization": Feature(Manual, refused=MANUAL),
     "several optimizers": Feature(SeveralOptimizers, refused=MANUAL),
     "LBFGS": Feature(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_ifthpo.core.space import ParameterSpace
 from lightning_ifthpo.curvature import MatrixOperator, mark_outputs
+from tests.helpers.device import DEVICE, DTYPE, FLOAT64
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
@@ -18,19 +20,19 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     return float(torch.linalg.vector_norm(got - wanted) / torch.linalg.vector_norm(wanted))
 
 
-def spd_matrix(size: int, condition: float, *, dtype: torch.dtype = torch.float64, signs: bool = False) -> Tensor:
+def spd_matrix(size: int, condition: float, *, dtype: torch.dtype = DTYPE, signs: bool = False) -> Tensor:
     """A symmetric matrix with eigenvalues 1 … condition, geometrically spaced; with alternating signs if wanted."""
     values = torch.logspace(0, torch.log10(torch.tensor(condition)).item(), size, dtype=torch.float64)
     if signs:
         values[::2] *= -1
     basis, _ = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
     matrix = basis @ torch.diag(values) @ basis.T
-    return ((matrix + matrix.T) / 2).to(dtype)
+    return ((matrix + matrix.T) / 2).to(DEVICE, dtype)
 
 
 def digits_data() -> tuple[Tensor, Tensor]:
     images, labels = load_digits(return_X_y=True)
-    return torch.tensor(images) / 16, torch.tensor(labels)
+    return torch.tensor(images, **FLOAT64) / 16, torch.tensor(labels, device=DEVICE)
 
 
 @dataclass
@@ -47,9 +49,9 @@ class SoftmaxRegression:
     def at_optimum(cls) -> SoftmaxRegression:
         images, labels = digits_data()
         problem = cls(
-            weight=torch.zeros(10, 64, dtype=torch.float64, requires_grad=True),
-            bias=torch.zeros(10, dtype=torch.float64, requires_grad=True),
-            log_decay=torch.full((650,), -6.0, dtype=torch.float64),
+            weight=torch.zeros(10, 64, **FLOAT64, requires_grad=True),
+            bias=torch.zeros(10, **FLOAT64, requires_grad=True),
+            log_decay=torch.full((650,), -6.0, **FLOAT64),
             training=(images[:900], labels[:900]),
             validation=(images[900:], labels[900:]),
         )
@@ -93,29 +95,12 @@ class SoftmaxRegression:
         return -self.log_decay.exp() * values * torch.linalg.solve(hessian, v)
 
 
-class Net(nn.Module):
-    """A small network with dropout and BatchNorm, both of which make naive products disagree."""
-
-    def __init__(self, *, dropout: float = 0.5, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(4, 6, dtype=dtype),
-            nn.BatchNorm1d(6, dtype=dtype),
-            nn.Tanh(),
-            nn.Dropout(dropout),
-            nn.Linear(6, 3, dtype=dtype),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
-
-
-def operator_of(values, seed=0):
+def operator_of(values: Tensor, seed: int = 0, dtype: torch.dtype = DTYPE) -> MatrixOperator:
     """A dense operator with given eigenvalues, [n], in a random basis."""
     generator = torch.Generator().manual_seed(seed)
     basis, _ = torch.linalg.qr(torch.randn(len(values), len(values), dtype=torch.float64, generator=generator))
-    matrix = basis @ torch.diag(values.double()) @ basis.T
-    return MatrixOperator((matrix + matrix.T) / 2)
+    matrix = basis @ torch.diag(values.cpu().double()) @ basis.T
+    return MatrixOperator(((matrix + matrix.T) / 2).to(DEVICE, dtype))
 
 
 SPECTRA = {
@@ -126,26 +111,26 @@ SPECTRA = {
 }
 
 
-def quadratic(dtype=torch.float64):
-    matrix = spd_matrix(6, 20.0).to(dtype)
-    weight = nn.Parameter(torch.linspace(-1, 1, 6, dtype=dtype))
+def quadratic(dtype: torch.dtype = torch.float64) -> tuple[nn.Parameter, Callable[[], Tensor]]:
+    """A weight and its loss wᵀAw/2."""
+    matrix = spd_matrix(6, 20.0, dtype=dtype)
+    weight = nn.Parameter(torch.linspace(-1, 1, 6, dtype=dtype, device=DEVICE))
     return weight, lambda: weight @ matrix @ weight / 2
 
 
-def ridge(dtype=torch.float64):
+def ridge() -> tuple[Callable[[], Tensor], Callable[[], Tensor], Tensor, Tensor, Tensor]:
     """w* = (XᵀX/n + dI)⁻¹ Xᵀy/n, so that dL_V/dlog d is known in closed form."""
-    x, y = torch.randn(20, 4, dtype=dtype), torch.randn(20, dtype=dtype)
-    xv, yv = torch.randn(20, 4, dtype=dtype), torch.randn(20, dtype=dtype)
-    log_decay = torch.tensor(-1.0, dtype=dtype)
-    gram = x.T @ x / 20 + log_decay.exp() * torch.eye(4, dtype=dtype)
+    x, y, xv, yv = (torch.randn(*shape, dtype=torch.float64).to(DEVICE) for shape in ((20, 4), (20,), (20, 4), (20,)))
+    log_decay = torch.tensor(-1.0, **FLOAT64)
+    gram = x.T @ x / 20 + log_decay.exp() * torch.eye(4, **FLOAT64)
     optimum = torch.linalg.solve(gram, x.T @ y / 20)
     closed_form = -(xv.T @ (xv @ optimum - yv) / 20) @ torch.linalg.solve(gram, log_decay.exp() * optimum)
     w = optimum.clone().requires_grad_()
 
-    def inner():
+    def inner() -> Tensor:
         return (x @ w - y).square().mean() / 2 + log_decay.exp() * w.square().sum() / 2
 
-    def outer():
+    def outer() -> Tensor:
         return (xv @ w - yv).square().mean() / 2
 
     return inner, outer, w, log_decay, closed_form

@@ -14,11 +14,16 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_ifthpo import BilevelLightningModule
 from lightning_ifthpo.hyperparameters import WeightDecay
+from tests.helpers.device import DEVICE
+
+ACCELERATOR: dict[str, Any] = (
+    {"accelerator": "gpu", "devices": [DEVICE.index or 0]} if DEVICE.type == "cuda" else {"accelerator": DEVICE.type}
+)
 
 
 def quiet_trainer(**options: Any) -> L.Trainer:
     defaults = {
-        "accelerator": "cpu",
+        **ACCELERATOR,
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,

@@ -10,14 +10,15 @@ from lightning_ifthpo import (
 from lightning_ifthpo.solvers import (
     Direct,
 )
+from tests.helpers.device import DEVICE, FLOAT64
 from tests.helpers.problems import relative_error, spd_matrix
 
 
 def test_a_linear_hypernetwork_learns_the_jacobian_of_the_best_response():
     """On a quadratic, exactly −H⁻¹ ∂²L/∂w∂λᵀ, and the hypergradient with it."""
-    matrix, mixed = spd_matrix(5, 10.0), torch.linspace(-1, 1, 15, dtype=torch.float64).view(5, 3)
-    h = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64)
-    w = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    matrix, mixed = spd_matrix(5, 10.0, dtype=torch.float64), torch.linspace(-1, 1, 15, **FLOAT64).view(5, 3)
+    h = torch.tensor([0.3, -0.2, 0.5], **FLOAT64)
+    w = torch.zeros(5, **FLOAT64, requires_grad=True)
 
     def inner():
         return w @ matrix @ w / 2 + w @ mixed @ h
@@ -28,7 +29,7 @@ def test_a_linear_hypernetwork_learns_the_jacobian_of_the_best_response():
     with torch.no_grad():
         w.copy_(-torch.linalg.solve(matrix, mixed @ h))
     before = w.detach().clone()
-    response = LinearBestResponse(inner, [w], [h], lr=0.19, generator=torch.Generator().manual_seed(0))
+    response = LinearBestResponse(inner, [w], [h], lr=0.19, generator=torch.Generator(DEVICE).manual_seed(0))
     for _ in range(600):
         response.step()
     assert relative_error(response.jacobian, -torch.linalg.solve(matrix, mixed)) < 1e-6
@@ -39,14 +40,14 @@ def test_a_linear_hypernetwork_learns_the_jacobian_of_the_best_response():
 
 def test_a_hypernetwork_perturbs_by_its_scale_and_refuses_none():
     seen = []
-    h, w = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64, requires_grad=True)
+    h, w = torch.zeros(4, **FLOAT64), torch.ones(4, **FLOAT64, requires_grad=True)
 
     def inner():
         seen.append(h.clone())
         return (w * h).sum() + w.square().sum()
 
-    LinearBestResponse(inner, [w], [h], lr=0.1, scale=0.25, generator=torch.Generator().manual_seed(0)).step()
-    wanted = 0.25 * torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    LinearBestResponse(inner, [w], [h], lr=0.1, scale=0.25, generator=torch.Generator(DEVICE).manual_seed(0)).step()
+    wanted = 0.25 * torch.randn(4, **FLOAT64, generator=torch.Generator(DEVICE).manual_seed(0))
     assert torch.equal(seen[0], wanted)
     assert torch.equal(seen[1], -wanted)
     for options in ({"lr": 0.0}, {"lr": 0.1, "scale": -1.0}):

@@ -11,6 +11,7 @@ from lightning_ifthpo import (
 from lightning_ifthpo.solvers import (
     Identity,
 )
+from tests.helpers.device import FLOAT64
 from tests.helpers.problems import ridge
 
 
@@ -26,9 +27,9 @@ def test_check_passes_what_is_right_and_shows_what_is_wrong(reference):
 
 
 def test_check_by_finite_differences_is_independent_of_the_hessian(digits):
-    log_decay = torch.full((), -4.0, dtype=torch.float64)
-    w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    x, y = digits.training[0][:40, 20:23], (digits.training[1][:40] % 2).double()
+    log_decay = torch.full((), -4.0, **FLOAT64)
+    w = torch.zeros(3, **FLOAT64, requires_grad=True)
+    x, y = digits.training[0][:40, 20:23], (digits.training[1][:40] % 2).to(**FLOAT64)
 
     def inner():
         return F.binary_cross_entropy_with_logits(x @ w, y) + log_decay.exp() * w.square().sum() / 2
@@ -41,6 +42,6 @@ def test_check_by_finite_differences_is_independent_of_the_hessian(digits):
 
 
 def test_check_says_when_the_inner_problem_has_no_minimum():
-    w, lam = torch.ones(1, dtype=torch.float64, requires_grad=True), torch.tensor(1.0, dtype=torch.float64)
+    w, lam = torch.ones(1, **FLOAT64, requires_grad=True), torch.tensor(1.0, **FLOAT64)
     with pytest.raises(RuntimeError, match="Newton's method did not solve"):
         check_hypergradient(lambda: (lam * w.exp()).sum(), lambda: w.sum(), [w], [lam], reference="finite_difference")

@@ -17,7 +17,9 @@ from lightning_ifthpo.solvers import (
     Neumann,
     Status,
 )
-from tests.helpers.problems import Net, relative_error, ridge
+from tests.helpers.device import DEVICE, FLOAT64
+from tests.helpers.networks import Net
+from tests.helpers.problems import relative_error, ridge
 
 
 def error_of(digits, **options):
@@ -78,7 +80,7 @@ def test_scale_of_the_losses_does_not_matter(exponent):
 
 def test_odd_parameters_do_not_change_the_hypergradient():
     inner, outer, w, log_decay, closed_form = ridge()
-    frozen, unused = torch.randn(3, dtype=torch.float64), torch.randn(2, dtype=torch.float64, requires_grad=True)
+    frozen, unused = torch.randn(3, **FLOAT64), torch.randn(2, **FLOAT64, requires_grad=True)
     result = implicit_hypergradient(inner, outer, [frozen, w, unused], [log_decay])
     assert relative_error(result.gradients[0], closed_form) < 1e-6
     assert result.solution.x.shape == (9,)
@@ -86,7 +88,7 @@ def test_odd_parameters_do_not_change_the_hypergradient():
 
 def test_singular_hessian_with_a_consistent_right_hand_side():
     """Two weights of which only the sum matters."""
-    w, lam = torch.full((2,), 0.5, dtype=torch.float64, requires_grad=True), torch.tensor(1.0, dtype=torch.float64)
+    w, lam = torch.full((2,), 0.5, **FLOAT64, requires_grad=True), torch.tensor(1.0, **FLOAT64)
     for solver in (ConjugateGradient(), MinimumResidual(), Direct()):
         result = implicit_hypergradient(
             lambda: (w.sum() - lam).square() / 2, lambda: w.sum().square() / 2, [w], [lam], solver=solver
@@ -96,8 +98,8 @@ def test_singular_hessian_with_a_consistent_right_hand_side():
 
 
 def test_nothing_is_left_behind():
-    x, y = torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 3
-    net, log_decay = Net(dropout=0.0), torch.tensor(-3.0, dtype=torch.float64)
+    x, y = torch.randn(8, 4, **FLOAT64), torch.arange(8, device=DEVICE) % 3
+    net, log_decay = Net(dropout=0.0, **FLOAT64), torch.tensor(-3.0, **FLOAT64)
     weights = [p.detach().clone() for p in net.parameters()]
 
     def inner():
@@ -110,7 +112,7 @@ def test_nothing_is_left_behind():
 
 
 def test_flags_are_restored_after_an_exception():
-    w, lam = torch.ones(1, requires_grad=True), torch.tensor(2.0)
+    w, lam = torch.ones(1, requires_grad=True, device=DEVICE), torch.tensor(2.0, device=DEVICE)
 
     def broken():
         raise RuntimeError("user error")
@@ -132,20 +134,24 @@ def test_warm_start_and_solver_are_used():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"hyperparameters": [torch.tensor(3)]}, TypeError, "hyperparameter 0: expected a real floating-point"),
-        ({"hyperparameters": [torch.tensor(1j)]}, TypeError, "got torch.complex64"),
+        (
+            {"hyperparameters": [torch.tensor(3, device=DEVICE)]},
+            TypeError,
+            "hyperparameter 0: expected a real floating-point",
+        ),
+        ({"hyperparameters": [torch.tensor(1j, device=DEVICE)]}, TypeError, "got torch.complex64"),
         ({"curvature": "fisher"}, ValueError, "expected curvature to be one of"),
         (
-            {"outer_loss": lambda: torch.ones(2, requires_grad=True) * 2},
+            {"outer_loss": lambda: torch.ones(2, requires_grad=True, device=DEVICE) * 2},
             ValueError,
             r"the outer loss: expected a scalar",
         ),
-        ({"outer_loss": lambda: torch.tensor(1.0)}, ValueError, "the outer loss is detached"),
+        ({"outer_loss": lambda: torch.tensor(1.0, device=DEVICE)}, ValueError, "the outer loss is detached"),
         ({"parameters": []}, ValueError, "at least one tensor"),
     ],
 )
 def test_refuses(options, error, message):
-    w, lam = torch.ones(1, requires_grad=True), torch.tensor(1.0)
+    w, lam = torch.ones(1, requires_grad=True, device=DEVICE), torch.tensor(1.0, device=DEVICE)
     arguments = {
         "inner_loss": lambda: (lam * w.square()).sum(),
         "outer_loss": lambda: w.sum(),

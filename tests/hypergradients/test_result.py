@@ -11,25 +11,26 @@ from lightning_ifthpo.solvers import (
     Direct,
     Status,
 )
+from tests.helpers.device import DEVICE, FLOAT64
 
 
 def test_direct_and_indirect_terms_have_their_signs():
     """L_T = (w − λ)²/2 and L_V = wλ: w* = λ, and d(λ²)/dλ = 2λ, half of it direct."""
-    lam = torch.tensor(3.0, dtype=torch.float64)
-    w = torch.tensor([3.0], dtype=torch.float64, requires_grad=True)
+    lam = torch.tensor(3.0, **FLOAT64)
+    w = torch.tensor([3.0], **FLOAT64, requires_grad=True)
     result = implicit_hypergradient(lambda: ((w - lam) ** 2 / 2).sum(), lambda: (w * lam).sum(), [w], [lam])
     assert [t.item() for t in (result.direct[0], result.indirect[0], result.gradients[0])] == pytest.approx([3, 3, 6])
 
 
 def test_a_hyperparameter_of_the_outer_loss_alone_has_its_direct_term():
-    w, lam = torch.ones(1, requires_grad=True), torch.tensor(2.0)
+    w, lam = torch.ones(1, requires_grad=True, device=DEVICE), torch.tensor(2.0, device=DEVICE)
     result = implicit_hypergradient(lambda: w.square().sum(), lambda: (lam * w.square()).sum(), [w], [lam])
     assert result.gradients[0].item() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("where", ["inner", "outer", "direct"])
 def test_nan_ends_in_a_status(where):
-    w, lam = torch.ones(2, requires_grad=True), torch.tensor(1.0)
+    w, lam = torch.ones(2, requires_grad=True, device=DEVICE), torch.tensor(1.0, device=DEVICE)
     bad = {name: torch.nan if name == where else 1.0 for name in ("inner", "outer", "direct")}
     result = implicit_hypergradient(
         lambda: (bad["inner"] * lam * w.square()).sum(),
@@ -42,7 +43,11 @@ def test_nan_ends_in_a_status(where):
 
 
 def test_an_unused_hyperparameter_is_an_error_that_says_what_to_do():
-    w, lam, lr = torch.ones(1, requires_grad=True), torch.tensor(1.0), torch.tensor([0.1, 0.2])
+    w, lam, lr = (
+        torch.ones(1, requires_grad=True, device=DEVICE),
+        torch.tensor(1.0, device=DEVICE),
+        torch.tensor([0.1, 0.2], device=DEVICE),
+    )
     losses = (lambda: (lam * w.square()).sum(), lambda: w.sum(), [w], [lam, lr])
     with pytest.raises(ValueError, match=r"hyperparameter 1, of shape \(2,\), does not influence.*ExactGeN or a sweep"):
         implicit_hypergradient(*losses)
@@ -53,11 +58,15 @@ def test_an_unused_hyperparameter_is_an_error_that_says_what_to_do():
 
 def test_no_hyperparameter_is_unused_that_another_process_uses():
     """The other process is played: it does the same, but for a derivative that this one does not have."""
-    w, used, idle = torch.ones(1, requires_grad=True), torch.tensor(1.0), torch.tensor(1.0)
+    w, used, idle = (
+        torch.ones(1, requires_grad=True, device=DEVICE),
+        torch.tensor(1.0, device=DEVICE),
+        torch.tensor(1.0, device=DEVICE),
+    )
 
     def all_reduce(part):
         sums.append(part)
-        return part + torch.tensor([0.0, 1.0, 0.0, 0.25]) if part.numel() == 4 else part
+        return part + torch.tensor([0.0, 1.0, 0.0, 0.25], device=DEVICE) if part.numel() == 4 else part
 
     sums = []
     inner = Loss(lambda: (w.square() / 2 - used * w).sum(), [w], all_reduce=all_reduce)

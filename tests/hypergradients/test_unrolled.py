@@ -15,6 +15,7 @@ from lightning_ifthpo.optimizers.update_rule import UpdateRule
 from lightning_ifthpo.solvers import (
     Neumann,
 )
+from tests.helpers.device import DEVICE, FLOAT64
 from tests.helpers.problems import relative_error, ridge
 
 
@@ -33,9 +34,9 @@ def test_unrolled_steps_from_the_optimum_equal_neumann_terms(digits, terms):
 def test_unrolled_equals_backpropagation_through_the_loop():
     """Away from a stationary point, with a direct term, against autograd through the same steps."""
     torch.manual_seed(1)
-    x, y = torch.randn(9, 3, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
-    w = torch.randn(3, dtype=torch.float64, requires_grad=True)
-    h = torch.randn(3, dtype=torch.float64)
+    x, y = torch.randn(9, 3, **FLOAT64), torch.randn(9, **FLOAT64)
+    w = torch.randn(3, **FLOAT64, requires_grad=True)
+    h = torch.randn(3, **FLOAT64)
 
     def inner(weights, hyper):
         return (x @ weights - y).tanh().square().mean() + (hyper.exp() * weights.square()).sum()
@@ -54,8 +55,8 @@ def test_unrolled_equals_backpropagation_through_the_loop():
 
 
 def test_unrolled_draws_each_step_its_own_dropout_and_retraces_it():
-    x, y = torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 3
-    net, h = nn.Sequential(nn.Linear(4, 3, dtype=torch.float64), nn.Dropout(0.5)), torch.zeros((), dtype=torch.float64)
+    x, y = torch.randn(8, 4, **FLOAT64), torch.arange(8, device=DEVICE) % 3
+    net, h = nn.Sequential(nn.Linear(4, 3).to(**FLOAT64), nn.Dropout(0.5)), torch.zeros((), **FLOAT64)
 
     def inner():
         return h.exp() * F.cross_entropy(net(x), y)
@@ -81,9 +82,11 @@ def test_unrolled_draws_each_step_its_own_dropout_and_retraces_it():
     ("steps", "lr", "message"), [(0, 0.1, "steps"), (1, 0.0, "lr > 0"), (1, float("nan"), "lr > 0")]
 )
 def test_unrolled_refuses(steps, lr, message):
-    w = torch.ones(1, requires_grad=True)
+    w = torch.ones(1, requires_grad=True, device=DEVICE)
     with pytest.raises(ValueError, match=message):
-        unrolled_hypergradient(lambda: w.sum(), lambda: w.sum(), [w], [torch.tensor(1.0)], steps=steps, lr=lr)
+        unrolled_hypergradient(
+            lambda: w.sum(), lambda: w.sum(), [w], [torch.tensor(1.0, device=DEVICE)], steps=steps, lr=lr
+        )
 
 
 OPTIMIZERS = {
@@ -99,7 +102,7 @@ def test_unrolling_an_optimizer_equals_the_differences_of_runs_made_anew(name):
     """With whatever it keeps, from the middle of a run, which is left as it was."""
     inner, outer, w, log_decay, _ = ridge()
     with torch.no_grad():
-        w.add_(torch.linspace(-1, 1, w.numel(), dtype=w.dtype).view_as(w))
+        w.add_(torch.linspace(-1, 1, w.numel(), dtype=w.dtype, device=DEVICE).view_as(w))
     optimizer = OPTIMIZERS[name]([w])
 
     def train(steps):
@@ -131,7 +134,7 @@ def test_the_series_of_adam_equals_unrolled_adam_at_a_stationary_point():
     """Where the gradient is zero, its square moves the second moment by nothing; β₂ close to one keeps it as it is."""
     inner, outer, w, log_decay, _ = ridge()
     optimizer = torch.optim.Adam([w], lr=0.03, betas=(0.0, 1 - 1e-13))
-    moment = torch.linspace(0.5, 2.0, w.numel(), dtype=w.dtype).view_as(w)
+    moment = torch.linspace(0.5, 2.0, w.numel(), dtype=w.dtype, device=DEVICE).view_as(w)
     optimizer.state[w] = {
         "step": torch.tensor(1e15), "exp_avg": torch.zeros_like(w), "exp_avg_sq": moment
     }  # fmt: skip
@@ -147,14 +150,19 @@ def test_the_series_of_adam_equals_unrolled_adam_at_a_stationary_point():
     ("options", "message"),
     [
         ({}, "either lr, for gradient descent, or the optimizer"),
-        ({"lr": 0.1, "optimizer": torch.optim.SGD([torch.ones(1, requires_grad=True)])}, "either lr"),
-        ({"optimizer": torch.optim.SGD([torch.ones(1, requires_grad=True)])}, "1 of 1 parameters do not belong"),
+        ({"lr": 0.1, "optimizer": torch.optim.SGD([torch.ones(1, requires_grad=True, device=DEVICE)])}, "either lr"),
+        (
+            {"optimizer": torch.optim.SGD([torch.ones(1, requires_grad=True, device=DEVICE)])},
+            "1 of 1 parameters do not belong",
+        ),
         ({"optimizer": "LBFGS"}, "LBFGS does not take differentiable=True"),
     ],
 )
 def test_unrolled_refuses_optimizers(options, message):
-    w = torch.ones(1, requires_grad=True)
+    w = torch.ones(1, requires_grad=True, device=DEVICE)
     if options.get("optimizer") == "LBFGS":
         options = {"optimizer": torch.optim.LBFGS([w])}
     with pytest.raises(ValueError, match=message):
-        unrolled_hypergradient(lambda: w.sum(), lambda: w.sum(), [w], [torch.tensor(1.0)], steps=1, **options)
+        unrolled_hypergradient(
+            lambda: w.sum(), lambda: w.sum(), [w], [torch.tensor(1.0, device=DEVICE)], steps=1, **options
+        )

@@ -8,6 +8,7 @@ import torch
 from lightning_ifthpo.curvature import MatrixOperator
 from lightning_ifthpo.spectrum import lanczos
 from lightning_ifthpo.stability import StabilityEdge
+from tests.helpers.device import DEVICE, FLOAT64
 from tests.helpers.problems import spd_matrix
 
 SIZES = (6, 4)  # of two parameter groups
@@ -16,7 +17,7 @@ SIZES = (6, 4)  # of two parameter groups
 def growth(optimizer_type, ratio, *, second_group=None, prepared_state=False, **options):
     """Trains on wᵀHw/2 with H scaled to an edge ratio, and returns how much steps grew over the second half."""
     torch.manual_seed(3)
-    weights = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in SIZES]
+    weights = [torch.randn(size, **FLOAT64, requires_grad=True) for size in SIZES]
     with torch.no_grad():
         for weight in weights:
             weight *= 1e-100  # so that gradients leave the second moments of the optimizer as they are
@@ -24,7 +25,7 @@ def growth(optimizer_type, ratio, *, second_group=None, prepared_state=False, **
     if prepared_state:
         prepare(optimizer, weights)
     edge = StabilityEdge.of([optimizer], weights)
-    matrix = spd_matrix(sum(SIZES), 100.0)
+    matrix = spd_matrix(sum(SIZES), 100.0, dtype=torch.float64)
 
     def measured(matrix):
         operator = MatrixOperator(matrix)
@@ -49,7 +50,7 @@ def growth(optimizer_type, ratio, *, second_group=None, prepared_state=False, **
 def prepare(optimizer, weights):
     """Gives the optimizer second moments between 0.3 and 3, at a late step, so that they stay."""
     for weight in weights:
-        moments = torch.logspace(-0.5, 0.5, weight.numel(), dtype=torch.float64)
+        moments = torch.logspace(-0.5, 0.5, weight.numel(), **FLOAT64)
         zero = torch.zeros_like(weight)
         step = torch.tensor(1e7)
         optimizer.state[weight] = {
@@ -104,16 +105,16 @@ def test_training_is_stable_below_the_edge_and_grows_beyond_it(name):
     ids=str,
 )
 def test_the_edges_of_gradient_descent(options, edge):
-    weight = torch.zeros(3, requires_grad=True)
-    found = StabilityEdge.of([SGD([weight], lr=torch.tensor(0.1), **options)], [weight])
+    weight = torch.zeros(3, requires_grad=True, device=DEVICE)
+    found = StabilityEdge.of([SGD([weight], lr=torch.tensor(0.1, device=DEVICE), **options)], [weight])
     assert (found.sharpness, found.metric) == (pytest.approx(edge), None)
 
 
 def test_the_edge_of_adam_after_many_steps_is_38_over_the_learning_rate():
-    weight = torch.zeros(3, requires_grad=True)
+    weight = torch.zeros(3, requires_grad=True, device=DEVICE)
     optimizer = ADAM([weight], lr=3e-3)
     for _ in range(200):
-        weight.grad = torch.tensor([1.0, -2.0, 4.0])
+        weight.grad = torch.tensor([1.0, -2.0, 4.0], device=DEVICE)
         optimizer.step()
     found = StabilityEdge.of([optimizer], [weight])
     assert found.sharpness == pytest.approx(38 / 3e-3, rel=1e-6)
@@ -121,29 +122,32 @@ def test_the_edge_of_adam_after_many_steps_is_38_over_the_learning_rate():
 
 
 def test_early_in_training_the_first_moment_is_corrected_too():
-    weight = torch.zeros(1, requires_grad=True)
+    weight = torch.zeros(1, requires_grad=True, device=DEVICE)
     optimizer = ADAM([weight], lr=3e-3)
-    weight.grad = torch.ones(1)
+    weight.grad = torch.ones(1, device=DEVICE)
     optimizer.step()
     assert StabilityEdge.of([optimizer], [weight]).sharpness == pytest.approx(3.8 / 3e-3, rel=1e-6)
 
 
 def test_unknown_optimizers_have_no_known_edge():
-    weight = torch.zeros(3, requires_grad=True)
+    weight = torch.zeros(3, requires_grad=True, device=DEVICE)
     assert StabilityEdge.of([torch.optim.Rprop([weight])], [weight]) is None
 
 
 def test_weights_that_do_not_move_have_no_part_in_it():
-    moving, resting = torch.zeros(2, requires_grad=True), torch.zeros(1, requires_grad=True)
+    moving, resting = (
+        torch.zeros(2, requires_grad=True, device=DEVICE),
+        torch.zeros(1, requires_grad=True, device=DEVICE),
+    )
     found = StabilityEdge.of([SGD([moving], lr=0.1)], [moving, resting])
     assert found.metric.tolist() == [1.0, 1.0, 0.0]
 
 
 def test_at_a_learning_rate_of_zero_nothing_is_unstable():
-    weight = torch.zeros(3, requires_grad=True)
+    weight = torch.zeros(3, requires_grad=True, device=DEVICE)
     edge = StabilityEdge.of([SGD([weight], lr=0.0)], [weight])
     assert edge.sharpness == math.inf
-    assert edge.ratio(5.0, torch.ones(3)) == 0.0
+    assert edge.ratio(5.0, torch.ones(3, device=DEVICE)) == 0.0
 
 
 def test_one_optimizer_and_a_generator_of_parameters_will_do():
@@ -153,11 +157,11 @@ def test_one_optimizer_and_a_generator_of_parameters_will_do():
 
 
 def test_an_optimizer_that_maximizes_has_no_edge():
-    weight = torch.zeros(3, requires_grad=True)
+    weight = torch.zeros(3, requires_grad=True, device=DEVICE)
     assert StabilityEdge.of(SGD([weight], lr=0.1, maximize=True), [weight]) is None
 
 
 def test_a_decay_that_diverges_by_itself_is_far_beyond_the_edge():
-    weight = torch.zeros(3, requires_grad=True)
+    weight = torch.zeros(3, requires_grad=True, device=DEVICE)
     edge = StabilityEdge.of(torch.optim.AdamW([weight], lr=1.0, weight_decay=2.0), [weight])
-    assert edge.ratio(1.0, torch.ones(3)) > 1e6
+    assert edge.ratio(1.0, torch.ones(3, device=DEVICE)) > 1e6

@@ -25,7 +25,7 @@ def test_it_waits_for_the_optimizer_step():
     assert fired(Cadence(3), 16, step_every=4) == [4, 8, 12, 16]
 
 
-def test_a_hurry_takes_the_first_step():
+def test_the_last_chance_is_the_first_optimizer_step():
     assert fired(Cadence(100), 2, step_every=2, last_chance=True) == [2]
 
 

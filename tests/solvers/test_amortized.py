@@ -6,7 +6,9 @@ import torch
 from lightning_ifthpo.curvature import MatrixOperator
 from lightning_ifthpo.optimizers.update_rule import UpdateRule
 from lightning_ifthpo.solvers import Amortized, Status
+from tests.helpers.device import DEVICE, WHERE, randn, within
 from tests.helpers.problems import relative_error, spd_matrix
+from tests.helpers.systems import right_hand_side
 
 SIZE = 12
 
@@ -19,46 +21,42 @@ def run(solver, matrix, b, solves=1):
     return result
 
 
-def right_hand_side():
-    return torch.randn(SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-
-
 @pytest.mark.parametrize(
     "rule",
     [
         UpdateRule(step_size=0.01),
         UpdateRule(step_size=0.1),
-        UpdateRule(step_size=torch.linspace(0.01, 0.1, SIZE, dtype=torch.float64)),
+        UpdateRule(step_size=torch.linspace(0.01, 0.1, SIZE, **WHERE)),
         UpdateRule(step_size=0.01, decay=3.0),
     ],
     ids=["gradient descent", "beyond stability", "preconditioned", "decaying"],
 )
 @pytest.mark.parametrize("products", [2, 5])
 def test_it_tends_to_the_system_damped_by_the_horizon(products, rule):
-    matrix, b = spd_matrix(SIZE, 30.0), right_hand_side()
-    damping = torch.as_tensor(1 / (rule.step_size * 40) + rule.decay, dtype=torch.float64).expand(SIZE)
+    matrix, b = spd_matrix(SIZE, 30.0), right_hand_side(SIZE)
+    damping = torch.as_tensor(1 / (rule.step_size * 40) + rule.decay, **WHERE).expand(SIZE)
     wanted = torch.linalg.solve(matrix + torch.diag(damping), b)
     result = run(Amortized(products=products, horizon=40).with_optimizer(rule), matrix, b, solves=2000)
-    assert relative_error(result.x, wanted) < 1e-9
+    assert relative_error(result.x, wanted) < within(1e-9)
     assert (result.status, result.products) == (Status.COMPLETE, products)
-    assert result.relative_residual < 1e-9
+    assert result.relative_residual < within(1e-9)
 
 
 def test_it_moves_at_the_pace_of_training():
     """Far below the stability limit a solve of K products makes K steps of gradient descent on ½xᵀAx − bᵀx."""
-    matrix, b = spd_matrix(SIZE, 10.0), right_hand_side()
+    matrix, b = spd_matrix(SIZE, 10.0), right_hand_side(SIZE)
     step, horizon = 0.01, 100
-    damped = matrix + torch.eye(SIZE, dtype=torch.float64) / (step * horizon)
+    damped = matrix + torch.eye(SIZE, **WHERE) / (step * horizon)
     x = torch.zeros_like(b)
     for _ in range(6):
         x = x + step * (b - damped @ x)
     # a cold start needs no product for A·0, and so makes one step more
     result = run(Amortized(products=5, horizon=horizon).with_optimizer(UpdateRule(step)), matrix, b)
-    assert relative_error(result.x, x) < 1e-12
+    assert relative_error(result.x, x) < within(1e-12)
     warm = Amortized(products=2, horizon=horizon).with_optimizer(UpdateRule(step)).solve(MatrixOperator(matrix), b, x)
     for _ in range(2):
         x = x + step * (b - damped @ x)
-    assert relative_error(warm.x, x) < 1e-12
+    assert relative_error(warm.x, x) < within(1e-12)
 
 
 @pytest.mark.parametrize("products", [2, 5])
@@ -68,56 +66,68 @@ def test_steps_beyond_the_stability_limit_do_not_diverge(products, excess):
     solver, x, b = (
         Amortized(products=products, horizon=100).with_optimizer(UpdateRule(step_size=excess / 30.0)),
         None,
-        right_hand_side(),
+        right_hand_side(SIZE),
     )
     for seed in range(200):
-        noise = torch.randn(SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) / SIZE
+        noise = randn(SIZE, SIZE, seed=seed) / SIZE
         matrix = spd_matrix(SIZE, 30.0) + noise @ noise.T
         result = solver.solve(MatrixOperator(matrix), b, x)
         x = result.x
     bound = 100 * (excess / 30.0) * b.norm()
     assert result.status is Status.COMPLETE
-    assert x.norm() <= bound * (1 + 1e-12)
+    assert x.norm() <= bound * (1 + within(1e-12))
 
 
 def test_weights_that_no_optimizer_moves_have_no_estimate():
-    step = torch.full((SIZE,), 0.01, dtype=torch.float64)
+    step = torch.full((SIZE,), 0.01, **WHERE)
     step[3] = 0.0
-    result = run(Amortized().with_optimizer(UpdateRule(step)), spd_matrix(SIZE, 30.0), right_hand_side(), solves=20)
+    result = run(Amortized().with_optimizer(UpdateRule(step)), spd_matrix(SIZE, 30.0), right_hand_side(SIZE), solves=20)
     assert result.x[3] == 0.0
     assert bool(torch.isfinite(result.x).all())
     assert result.x.count_nonzero() == SIZE - 1
 
 
 def test_without_an_optimizer_it_measures_its_step():
-    matrix, b = spd_matrix(SIZE, 30.0), right_hand_side()
+    matrix, b = spd_matrix(SIZE, 30.0), right_hand_side(SIZE)
     result = run(Amortized(products=2, horizon=10**6), matrix, b, solves=400)
-    assert relative_error(result.x, torch.linalg.solve(matrix, b)) < 1e-3
+    assert relative_error(result.x, torch.linalg.solve(matrix, b)) < within(1e-3)
     assert result.extra_products > 0
     assert result.step_size == pytest.approx(1 / 30, rel=0.05)
 
 
 def test_a_zero_operator_gives_the_horizon_times_the_step():
-    b = right_hand_side()
+    b = right_hand_side(SIZE)
     result = run(
-        Amortized(horizon=50).with_optimizer(UpdateRule(step_size=0.1)),
-        torch.zeros(SIZE, SIZE, dtype=torch.float64),
-        b,
-        400,
+        Amortized(horizon=50).with_optimizer(UpdateRule(step_size=0.1)), torch.zeros(SIZE, SIZE, **WHERE), b, 400
     )
-    assert relative_error(result.x, 50 * 0.1 * b) < 1e-3
+    assert relative_error(result.x, 50 * 0.1 * b) < within(1e-3)
 
 
 def test_lengths_that_overflow_are_told():
     """Curvature along the estimate is infinity over infinity: whether a step is stable is not known."""
-    b = torch.full((1000,), 1000**-0.5)
-    operator = MatrixOperator(1e10 * torch.eye(1000))
+    b = torch.full((1000,), 1000**-0.5, device=DEVICE)
+    operator = MatrixOperator(1e10 * torch.eye(1000, device=DEVICE))
     solver = Amortized(damping=0.0).with_optimizer(UpdateRule(1e-9))
-    result = solver.solve(operator, b, torch.full((1000,), 5e12))
+    result = solver.solve(operator, b, torch.full((1000,), 5e12, device=DEVICE))
     assert result.status is Status.NONFINITE
     assert not bool(result.x.any())
 
 
 def test_a_damping_beyond_all_numbers_is_told():
-    operator = MatrixOperator(torch.eye(2))
-    assert Amortized().with_optimizer(UpdateRule(1e-42)).solve(operator, torch.ones(2)).status is Status.NONFINITE
+    operator = MatrixOperator(torch.eye(2, device=DEVICE))
+    assert (
+        Amortized().with_optimizer(UpdateRule(1e-42)).solve(operator, torch.ones(2, device=DEVICE)).status
+        is Status.NONFINITE
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Amortized(products=1), "products to be an integer >= 2"),
+        (lambda: Amortized(horizon=0), "horizon to be an integer >= 1"),
+    ],
+)
+def test_options_are_checked(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

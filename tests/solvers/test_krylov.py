@@ -10,11 +10,12 @@ from lightning_ifthpo.solvers import (
     Nystrom,
     Status,
 )
+from tests.helpers.device import FLOAT64, randn
 from tests.helpers.problems import relative_error, spd_matrix
-from tests.helpers.systems import named, right_hand_side
+from tests.helpers.systems import right_hand_side
 
 
-@pytest.mark.parametrize("solver", [ConjugateGradient(max_iterations=1), MinimumResidual(max_iterations=1)], ids=named)
+@pytest.mark.parametrize("solver", [ConjugateGradient(max_iterations=1), MinimumResidual(max_iterations=1)], ids=repr)
 def test_a_warm_start_is_used(solver):
     matrix, b = spd_matrix(12, 50.0), right_hand_side(12)
     near = torch.linalg.solve(matrix, b) + 1e-3 * right_hand_side(12)
@@ -27,7 +28,7 @@ def test_a_warm_start_is_used(solver):
 @pytest.mark.parametrize("family", [ConjugateGradient, MinimumResidual])
 @pytest.mark.parametrize("condition", [1e4, 1e6])
 def test_the_residual_is_the_true_one_after_a_long_recursion_in_float32(family, condition):
-    matrix, b = spd_matrix(200, condition).float(), right_hand_side(200).float()
+    matrix, b = spd_matrix(200, condition, dtype=torch.float32), right_hand_side(200, torch.float32)
     result = family(max_iterations=3000, rtol=1e-5).solve(MatrixOperator(matrix), b)
     true = float((matrix @ result.x - b).norm() / b.norm())
     # a product in float32 is itself known to some eps · ‖A‖‖x‖, a few percent of these residuals
@@ -36,7 +37,7 @@ def test_the_residual_is_the_true_one_after_a_long_recursion_in_float32(family, 
 
 
 def test_tolerance_ends_the_iteration_and_is_kept():
-    operator, b = MatrixOperator(spd_matrix(30, 1e3)), right_hand_side(30)
+    operator, b = MatrixOperator(spd_matrix(30, 1e3, dtype=torch.float64)), right_hand_side(30, torch.float64)
     for family in (ConjugateGradient, MinimumResidual):
         loose, tight = (family(max_iterations=500, rtol=rtol).solve(operator, b) for rtol in (1e-2, 1e-8))
         assert loose.relative_residual <= 1e-2
@@ -50,9 +51,9 @@ def test_tolerance_ends_the_iteration_and_is_kept():
 @pytest.mark.parametrize("damping", [0.0, 1e-3])
 def test_a_preconditioner_pays_where_few_eigenvalues_stand_out(damping):
     """Sixty large ones, geometrically spaced, and 240 at one."""
-    values = torch.cat([torch.logspace(2, 6, 60, dtype=torch.float64), torch.ones(240, dtype=torch.float64)])
-    basis = torch.linalg.qr(torch.randn(300, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(5))).Q
-    matrix, b = basis @ torch.diag(values) @ basis.T, right_hand_side(300)
+    values = torch.cat([torch.logspace(2, 6, 60, **FLOAT64), torch.ones(240, **FLOAT64)])
+    basis = torch.linalg.qr(randn(300, 300, seed=5, dtype=torch.float64)).Q
+    matrix, b = basis @ torch.diag(values) @ basis.T, right_hand_side(300, torch.float64)
     operator = MatrixOperator((matrix + matrix.T) / 2)
     options = {"max_iterations": 500, "rtol": 1e-8, "damping": damping}
     plain = ConjugateGradient(**options).solve(operator, b)
@@ -60,3 +61,16 @@ def test_a_preconditioner_pays_where_few_eigenvalues_stand_out(damping):
     assert plain.status is conditioned.status is Status.CONVERGED
     assert conditioned.products < 100 < plain.products
     assert relative_error(conditioned.x, plain.x) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ConjugateGradient(preconditioner=Nystrom(damping=1.0)), "takes the damping of the solver"),
+        (lambda: ConjugateGradient(max_iterations=0), "max_iterations to be an integer >= 1"),
+        (lambda: ConjugateGradient(rtol=1.5), "0 <= rtol < 1"),
+    ],
+)
+def test_options_are_checked(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -7,23 +7,26 @@ from lightning_ifthpo.curvature import MatrixOperator
 from lightning_ifthpo.solvers import (
     Nystrom,
 )
+from tests.helpers.device import DEVICE, WHERE, randn, within
 from tests.helpers.problems import relative_error, spd_matrix
 from tests.helpers.systems import right_hand_side
 
 
-@pytest.mark.parametrize("damping", [1e-2, torch.logspace(-3, 0, 12, dtype=torch.float64)], ids=["number", "vector"])
+@pytest.mark.parametrize("damping", [1e-2, torch.logspace(-3, 0, 12, **WHERE)], ids=["number", "vector"])
 @pytest.mark.parametrize("rank", [3, 12, 40])
 def test_nystrom_inverts_what_it_has_seen(rank, damping):
     """At full rank the exact inverse; below, exact for a matrix of that rank."""
     spectrum = (
-        torch.cat([torch.tensor([9.0, 4.0, 1.0]), torch.zeros(9)]).double() if rank == 3 else torch.arange(1.0, 13.0)
+        torch.tensor([9.0, 4.0, 1.0] + 9 * [0.0], device=DEVICE)
+        if rank == 3
+        else torch.arange(1.0, 13.0, device=DEVICE)
     )
-    basis = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(4))).Q
-    matrix, b = basis @ torch.diag(spectrum.double()) @ basis.T, right_hand_side(12)
+    basis = torch.linalg.qr(randn(12, 12, seed=4)).Q
+    matrix, b = basis @ torch.diag(spectrum.to(**WHERE)) @ basis.T, right_hand_side(12)
     matrix = (matrix + matrix.T) / 2
     result = Nystrom(rank=rank, damping=damping).solve(MatrixOperator(matrix), b)
-    wanted = torch.linalg.solve(matrix + torch.diag(torch.as_tensor(damping, dtype=torch.float64).expand(12)), b)
-    assert relative_error(result.x, wanted) < 1e-9
+    wanted = torch.linalg.solve(matrix + torch.diag(torch.as_tensor(damping, **WHERE).expand(12)), b)
+    assert relative_error(result.x, wanted) < within(1e-9)
     assert (result.products, result.extra_products) == (min(rank, 12), 1)
 
 
@@ -37,3 +40,14 @@ def test_nystrom_draws_its_directions_from_its_seed():
 def test_nystrom_refuses_to_divide_by_what_it_does_not_see():
     with pytest.raises(ValueError, match=r"Nystrom\(rank=3\) needs damping > 0 on 6 parameters"):
         Nystrom(rank=3).solve(MatrixOperator(spd_matrix(6, 10.0)), right_hand_side(6))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Nystrom(rank=0), "rank to be an integer >= 1"),
+    ],
+)
+def test_options_are_checked(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

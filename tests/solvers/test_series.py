@@ -1,5 +1,7 @@
 """The identity and the Neumann series against partial sums."""
 
+import math
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from lightning_ifthpo.solvers import (
     Status,
 )
 from lightning_ifthpo.solvers.diagnosis import diagnose
+from tests.helpers.device import DEVICE, WHERE, within
 from tests.helpers.problems import relative_error, spd_matrix
 from tests.helpers.systems import right_hand_side
 
@@ -20,10 +23,10 @@ from tests.helpers.systems import right_hand_side
 def test_neumann_is_the_partial_sum(terms):
     matrix, b = spd_matrix(9, 30.0), right_hand_side(9)
     step = 0.9 / 30
-    contraction = torch.eye(9, dtype=torch.float64) - step * matrix
+    contraction = torch.eye(9, **WHERE) - step * matrix
     wanted = step * sum(torch.linalg.matrix_power(contraction, j) @ b for j in range(terms + 1))
     result = Neumann(terms=terms, step_size=step).solve(MatrixOperator(matrix), b)
-    assert relative_error(result.x, wanted) < 1e-13
+    assert relative_error(result.x, wanted) < within(1e-13)
     assert (result.products, result.status) == (terms, Status.COMPLETE)
 
 
@@ -36,7 +39,7 @@ def test_neumann_measures_its_step_and_reports_it():
 
 
 def test_neumann_with_too_long_a_step_stops_and_names_the_cause():
-    matrix, b = spd_matrix(9, 30.0), right_hand_side(9)
+    matrix, b = spd_matrix(9, 30.0, dtype=torch.float64), right_hand_side(9, torch.float64)
     operator = MatrixOperator(matrix)
     result = Neumann(terms=500, step_size=1.0).solve(operator, b)
     assert result.status is Status.DIVERGED
@@ -59,20 +62,20 @@ def test_neumann_without_safeguard_that_overflows_is_not_returned():
 
 def test_a_learning_rate_of_zero_moves_no_series():
     solver = Neumann(terms=2, step_size="optimizer").with_optimizer(UpdateRule(0.0))
-    result = solver.solve(MatrixOperator(torch.eye(2)), torch.ones(2))
+    result = solver.solve(MatrixOperator(torch.eye(2, **WHERE)), torch.ones(2, **WHERE))
     assert result.status is Status.COMPLETE
     assert not bool(result.x.any())
 
 
 def test_the_series_of_an_adaptive_optimizer_is_preconditioned():
     matrix, b, terms = spd_matrix(6, 10.0), right_hand_side(6), 9
-    step = torch.linspace(0.01, 0.1, 6, dtype=torch.float64)
+    step = torch.linspace(0.01, 0.1, 6, **WHERE)
     result = (
         Neumann(terms=terms, step_size="optimizer").with_optimizer(UpdateRule(step)).solve(MatrixOperator(matrix), b)
     )
-    contraction = torch.eye(6, dtype=torch.float64) - torch.diag(step) @ matrix
+    contraction = torch.eye(6, **WHERE) - torch.diag(step) @ matrix
     wanted = sum(torch.linalg.matrix_power(contraction, j) for j in range(terms + 1)) @ (step * b)
-    assert relative_error(result.x, wanted) < 1e-13
+    assert relative_error(result.x, wanted) < within(1e-13)
     assert result.step_size is None
     with pytest.raises(ValueError, match="'optimizer' needs the inner optimizer"):
         Neumann(step_size="optimizer").solve(MatrixOperator(matrix), b)
@@ -81,3 +84,20 @@ def test_the_series_of_an_adaptive_optimizer_is_preconditioned():
 def test_identity_is_the_scaled_right_hand_side():
     b = right_hand_side(4)
     assert torch.allclose(Identity(step_size=0.25).solve(MatrixOperator(spd_matrix(4, 2.0)), b).x, 0.25 * b)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Neumann(terms=-1), "terms to be an integer >= 0, got -1"),
+        (lambda: Neumann(terms=1.5), "terms to be an integer"),
+        (lambda: Neumann(step_size=0.0), "step_size > 0, 'auto' or 'optimizer'"),
+        (lambda: Neumann(step_size="newton"), "'auto' or 'optimizer', got 'newton'"),
+        (lambda: Neumann(step_size=torch.tensor([1.0, -1.0], device=DEVICE)), "step_size > 0"),
+        (lambda: Neumann(step_size=math.inf), "finite step_size"),
+        (lambda: Identity(step_size=-1.0), "step_size > 0"),
+    ],
+)
+def test_options_are_checked(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -8,17 +8,19 @@ from scipy.stats import wasserstein_distance as _wasserstein_distance
 
 from lightning_ifthpo.curvature import MatrixOperator
 from lightning_ifthpo.spectrum import spectral_density
+from lightning_ifthpo.spectrum.density import wasserstein
+from tests.helpers.device import DEVICE, WHERE
 from tests.helpers.problems import SPECTRA, operator_of
 
 
 def wasserstein_distance(values, others, weights):
-    return _wasserstein_distance(values.numpy(), others.numpy(), weights.numpy())
+    return _wasserstein_distance(*(numbers.cpu().numpy() for numbers in (values, others, weights)))
 
 
 @pytest.mark.parametrize("name", SPECTRA)
 def test_the_density_of_a_known_matrix(name):
     """Wasserstein distance at most 1 % of the range on average, which is what the reported error stands for."""
-    values = SPECTRA[name].double().sort().values
+    values = SPECTRA[name].to(**WHERE).sort().values
     operator = operator_of(values)
     spread = float(values[-1] - values[0])
     distances, reported = [], []
@@ -43,12 +45,28 @@ def test_density_stops_when_it_knows_enough():
 
 
 def test_density_of_a_multiple_of_the_identity_is_one_point():
-    density = spectral_density(MatrixOperator(3.0 * torch.eye(10, dtype=torch.float64)))
+    density = spectral_density(MatrixOperator(3.0 * torch.eye(10, **WHERE)))
     assert density.eigenvalues.unique().tolist() == pytest.approx([3.0])
     assert (density.products, density.converged, density.error) == (1, True, 0.0)
 
 
 def test_smoothed_density_integrates_to_one():
     density = spectral_density(operator_of(SPECTRA["flat"]))
-    points = torch.linspace(-3, 5, 2001)
+    points = torch.linspace(-3, 5, 2001, device=DEVICE)
     assert float(torch.trapezoid(density.smoothed(points, width=0.1), points)) == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"max_probes": 0}, "max_probes >= 1"), ({"iterations": 1}, "iterations >= 2")],
+)
+def test_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        spectral_density(MatrixOperator(torch.eye(4, device=DEVICE)), **options)
+
+
+def test_the_distance_of_two_distributions_is_that_of_scipy():
+    values, others = torch.tensor([0.0, 1.0, 3.0], device=DEVICE), torch.tensor([-1.0, 2.0], device=DEVICE)
+    weights, other_weights = torch.tensor([0.5, 0.25, 0.25], device=DEVICE), torch.tensor([0.1, 0.9], device=DEVICE)
+    wanted = _wasserstein_distance(values.numpy(), others.numpy(), weights.numpy(), other_weights.numpy())
+    assert wasserstein(values, weights, others, other_weights) == pytest.approx(wanted, rel=1e-6)

@@ -7,14 +7,17 @@ import torch
 
 from lightning_ifthpo.curvature import MatrixOperator
 from lightning_ifthpo.spectrum import power_iteration
+from tests.helpers.device import DEVICE, FLOAT64
 from tests.helpers.problems import operator_of, spd_matrix
 
 
 @pytest.mark.parametrize(("which", "expected"), [("magnitude", -2.0), ("largest", 1.5), ("smallest", -2.0)])
 @pytest.mark.parametrize("scale", [1e-10, 1.0, 1e10])
 def test_power_iteration_finds_the_eigenvalue_that_is_asked_for(which, expected, scale):
-    values = scale * torch.cat([torch.tensor([1.5, -2.0]), torch.linspace(-0.5, 0.5, 100)]).double()
-    operator = operator_of(values)
+    values = scale * torch.cat(
+        [torch.tensor([1.5, -2.0], device=DEVICE), torch.linspace(-0.5, 0.5, 100, device=DEVICE)]
+    ).to(**FLOAT64)
+    operator = operator_of(values, dtype=torch.float64)
     result = power_iteration(operator, which=which, rtol=1e-7, max_iterations=200)
     assert result.converged
     assert result.value == pytest.approx(expected * scale, rel=1e-10)
@@ -25,14 +28,17 @@ def test_power_iteration_finds_the_eigenvalue_that_is_asked_for(which, expected,
 
 @pytest.mark.parametrize("values", [[-5.0, -3.0, -1.0], [1.0, 3.0, 5.0], [-5.0, 0.0, 0.1]], ids=str)
 def test_power_iteration_finds_both_ends_whatever_their_signs(values):
-    operator = operator_of(torch.tensor(values, dtype=torch.float64))
+    operator = operator_of(torch.tensor(values, dtype=torch.float64, device=DEVICE), dtype=torch.float64)
     ends = [power_iteration(operator, which=which, max_iterations=1000).value for which in ("smallest", "largest")]
     assert ends == pytest.approx([values[0], values[-1]], abs=1e-9)
 
 
 def test_power_iteration_by_magnitude_does_not_pretend_to_settle_a_tie():
     """The question of the forum: the largest eigenvalue of {1.001, −1.002, rest below 0.3}."""
-    operator = operator_of(torch.cat([torch.tensor([1.001, -1.002]), torch.linspace(-0.3, 0.3, 200)]))
+    operator = operator_of(
+        torch.cat([torch.tensor([1.001, -1.002], device=DEVICE), torch.linspace(-0.3, 0.3, 200, device=DEVICE)]),
+        dtype=torch.float64,
+    )
     assert not power_iteration(operator, rtol=1e-3).converged
     for which, value in (("largest", 1.001), ("smallest", -1.002)):
         result = power_iteration(operator, which=which, rtol=1e-6)
@@ -51,7 +57,7 @@ def test_power_iteration_starts_where_it_is_told():
     _, vectors = torch.linalg.eigh(matrix)
     operator = MatrixOperator(matrix)
     assert power_iteration(operator, start=vectors[:, -1], rtol=1e-3).products == 1
-    assert power_iteration(operator, start=torch.zeros(80), max_iterations=2).products == 2
+    assert power_iteration(operator, start=torch.zeros(80, device=DEVICE), max_iterations=2).products == 2
     firsts = [
         power_iteration(operator, max_iterations=1, generator=torch.Generator().manual_seed(seed)).value
         for seed in (1, 1, 2)
@@ -62,8 +68,8 @@ def test_power_iteration_starts_where_it_is_told():
 @pytest.mark.parametrize("which", [0, 1], ids=["at the start", "trained"])
 def test_power_iteration_in_float32_keeps_its_vector_a_unit_vector(perceptrons, which):
     """A bulk of tiny eigenvalues: near convergence the residual is rounding, and not orthogonal to the vector."""
-    operator, values = perceptrons[which]
-    single = MatrixOperator(operator.to_dense().float())
+    _, matrix, values = perceptrons[which]
+    single = MatrixOperator(matrix.float())
     for max_iterations in (30, 100, 1000):
         result = power_iteration(single, which="largest", max_iterations=max_iterations, rtol=1e-7)
         assert float(result.vector.norm()) == pytest.approx(1.0, abs=1e-5)
@@ -72,9 +78,22 @@ def test_power_iteration_in_float32_keeps_its_vector_a_unit_vector(perceptrons, 
 
 
 def test_power_iteration_on_nothing_and_on_nan():
-    assert power_iteration(MatrixOperator(torch.zeros(3, 3))).converged
-    operator = MatrixOperator(torch.eye(3))
-    operator.matrix = torch.full((3, 3), torch.nan)
+    assert power_iteration(MatrixOperator(torch.zeros(3, 3, device=DEVICE))).converged
+    operator = MatrixOperator(torch.eye(3, device=DEVICE))
+    operator.matrix = torch.full((3, 3), torch.nan, device=DEVICE)
     result = power_iteration(operator)
     assert (result.converged, result.products) == (False, 1)
     assert math.isnan(result.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"which": "top"}, "'magnitude', 'largest', 'smallest'"),
+        ({"max_iterations": 0}, "max_iterations >= 1"),
+        ({"min_iterations": 200}, "min_iterations = 200"),
+    ],
+)
+def test_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        power_iteration(MatrixOperator(torch.eye(4, device=DEVICE)), **options)

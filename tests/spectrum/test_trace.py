@@ -7,6 +7,7 @@ import torch
 
 from lightning_ifthpo.curvature import MatrixOperator
 from lightning_ifthpo.spectrum import spectral_density, trace
+from tests.helpers.device import DEVICE, WHERE
 from tests.helpers.problems import SPECTRA, operator_of
 
 
@@ -14,7 +15,7 @@ from tests.helpers.problems import SPECTRA, operator_of
 @pytest.mark.parametrize("products", [30, 90])
 def test_the_error_of_the_trace_is_what_it_is_said_to_be(name, products):
     """The median error of a normal distribution is 0.67 standard errors; with ten samples a little more."""
-    values = SPECTRA[name].double()
+    values = SPECTRA[name].to(**WHERE)
     operator = operator_of(values)
     errors = []
     for seed in range(100):
@@ -26,7 +27,7 @@ def test_the_error_of_the_trace_is_what_it_is_said_to_be(name, products):
 
 def test_dominant_eigenvalues_do_not_blur_the_trace():
     """What Hutch++ is for: outliers of 1e6 beside a bulk of one."""
-    values = torch.cat([torch.full((5,), 1e6), torch.ones(995)]).double()
+    values = torch.cat([torch.full((5,), 1e6, device=DEVICE), torch.ones(995, device=DEVICE)]).to(**WHERE)
     result = trace(operator_of(values), products=60, rtol=1e-3)
     assert result.trace == pytest.approx(float(values.sum()), rel=1e-6)
     assert result.converged
@@ -34,8 +35,13 @@ def test_dominant_eigenvalues_do_not_blur_the_trace():
 
 
 def test_density_and_trace_say_when_the_operator_is_not_finite():
-    operator = MatrixOperator(torch.eye(100))
-    operator.matrix = torch.full((100, 100), torch.nan)
+    operator = MatrixOperator(torch.eye(100, device=DEVICE))
+    operator.matrix = torch.full((100, 100), torch.nan, device=DEVICE)
     assert not spectral_density(operator).converged
     assert not trace(operator).converged
     assert not trace(operator, products=100).converged
+
+
+def test_refuses_fewer_products_than_its_thirds_need():
+    with pytest.raises(ValueError, match="products >= 6"):
+        trace(MatrixOperator(torch.eye(4, device=DEVICE)), products=5)

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_ifthpo.curvature import HessianOperator, MatrixOperator
 from lightning_ifthpo.spectrum import SpectrumTracker, lanczos
+from tests.helpers.device import DEVICE, WHERE
 from tests.helpers.problems import digits_data, spd_matrix
 
 
@@ -16,10 +17,10 @@ from tests.helpers.problems import digits_data, spd_matrix
 def test_a_tracker_sees_one_eigenvalue_overtake_another(method, delay):
     """Eigenvectors stay as they are, so that the old one knows nothing of the new one."""
     tracker = SpectrumTracker(method, max_iterations=200)
-    bulk = torch.linspace(-0.1, 0.1, 300).double()
+    bulk = torch.linspace(-0.1, 0.1, 300, device=DEVICE).to(**WHERE)
     overtaken = 0
-    for shift in torch.linspace(-0.5, 1.0, 31).tolist():
-        values = torch.cat([torch.tensor([1.0 - shift, 1.0 + shift, -0.5]).double(), bulk])
+    for shift in torch.linspace(-0.5, 1.0, 31, device=DEVICE).tolist():
+        values = torch.cat([torch.tensor([1.0 - shift, 1.0 + shift, -0.5], device=DEVICE).to(**WHERE), bulk])
         result = tracker.measure(MatrixOperator(torch.diag(values)))
         overtaken += shift > 0
         if overtaken == 0 or overtaken > delay:
@@ -33,7 +34,7 @@ def test_a_tracker_follows_gradient_descent_with_five_products():
     images, labels = digits_data()
     images, labels = (images[:1000] - images[:1000].mean(0)).float(), F.one_hot(labels[:1000], 10).float()
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(64, 50), nn.Tanh(), nn.Linear(50, 50), nn.Tanh(), nn.Linear(50, 10))
+    net = nn.Sequential(nn.Linear(64, 50), nn.Tanh(), nn.Linear(50, 50), nn.Tanh(), nn.Linear(50, 10)).to(DEVICE)
     parameters = list(net.parameters())
     optimizer = torch.optim.SGD(parameters, lr=0.2)
     warm, products = SpectrumTracker(rtol=1e-2), []
@@ -68,11 +69,11 @@ def test_a_tracker_goes_on_from_its_state():
 def test_a_tracker_survives_a_change_of_size_and_a_nan():
     tracker = SpectrumTracker()
     for size in (5, 7):
-        assert tracker.measure(MatrixOperator(torch.eye(size))).largest.item() == pytest.approx(1.0)
-    broken = MatrixOperator(torch.eye(7))
-    broken.matrix = torch.full((7, 7), torch.nan)
+        assert tracker.measure(MatrixOperator(torch.eye(size, device=DEVICE))).largest.item() == pytest.approx(1.0)
+    broken = MatrixOperator(torch.eye(7, device=DEVICE))
+    broken.matrix = torch.full((7, 7), torch.nan, device=DEVICE)
     assert bool(tracker.measure(broken).largest.isnan())
-    assert tracker.measure(MatrixOperator(2 * torch.eye(7))).largest.item() == pytest.approx(2.0)
+    assert tracker.measure(MatrixOperator(2 * torch.eye(7, device=DEVICE))).largest.item() == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize(

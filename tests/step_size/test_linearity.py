@@ -7,13 +7,14 @@ from torch import nn
 from lightning_ifthpo.step_size import (
     check_linear_in_lr,
 )
+from tests.helpers.device import DEVICE
 
 
 @pytest.mark.parametrize(
     "optimizer_type", [torch.optim.LBFGS, torch.optim.Rprop, torch.optim.Adafactor], ids=lambda t: t.__name__
 )
 def test_optimizers_that_are_not_linear_in_their_rate_are_refused(optimizer_type):
-    optimizer = optimizer_type([nn.Parameter(torch.ones(3))])
+    optimizer = optimizer_type([nn.Parameter(torch.ones(3, device=DEVICE))])
     with pytest.raises(ValueError, match=f"ExactGeN needs an optimizer whose .*{optimizer_type.__name__}"):
         check_linear_in_lr(optimizer)
 
@@ -29,9 +30,9 @@ def test_no_list_of_names_decides():
                 for parameter in group["params"]:
                     parameter.sub_(parameter.grad, alpha=group["lr"] ** group["power"])
 
-    check_linear_in_lr(Own([nn.Parameter(torch.ones(2))]))
+    check_linear_in_lr(Own([nn.Parameter(torch.ones(2, device=DEVICE))]))
     with pytest.raises(ValueError, match="that of Own is not"):
-        check_linear_in_lr(Own([nn.Parameter(torch.ones(2))], power=2.0))
+        check_linear_in_lr(Own([nn.Parameter(torch.ones(2, device=DEVICE))], power=2.0))
 
 
 def test_optimizers_of_matrices_are_tried_out_on_one_and_none_may_maximize():
@@ -40,6 +41,6 @@ def test_optimizers_of_matrices_are_tried_out_on_one_and_none_may_maximize():
             assert all(weight.ndim == 2 for group in self.param_groups for weight in group["params"])
             return super().step(closure)
 
-    check_linear_in_lr(Matrices([nn.Parameter(torch.ones(2, 2))], lr=0.1))
+    check_linear_in_lr(Matrices([nn.Parameter(torch.ones(2, 2, device=DEVICE))], lr=0.1))
     with pytest.raises(ValueError, match="this SGD maximizes"):
-        check_linear_in_lr(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1, maximize=True))
+        check_linear_in_lr(torch.optim.SGD([nn.Parameter(torch.ones(2, device=DEVICE))], lr=0.1, maximize=True))

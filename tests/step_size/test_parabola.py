@@ -14,6 +14,7 @@ from lightning_ifthpo.step_size import (
     fitted_parabola,
     three_point_parabola,
 )
+from tests.helpers.device import DEVICE, FLOAT64
 from tests.helpers.problems import quadratic
 
 
@@ -22,10 +23,10 @@ class OneLayer:
 
     def __init__(self, examples, slope, seed=0):
         generator = torch.Generator().manual_seed(seed)
-        self.x = torch.randn(examples, 4, dtype=torch.float64, generator=generator)
-        self.y = torch.randn(examples, 3, dtype=torch.float64, generator=generator)
-        self.weight = torch.randn(3, 4, dtype=torch.float64, generator=generator).requires_grad_()
-        self.bias = torch.randn(3, dtype=torch.float64, generator=generator).requires_grad_()
+        self.x = torch.randn(examples, 4, dtype=torch.float64, generator=generator).to(DEVICE)
+        self.y = torch.randn(examples, 3, dtype=torch.float64, generator=generator).to(DEVICE)
+        self.weight = torch.randn(3, 4, dtype=torch.float64, generator=generator).to(DEVICE).requires_grad_()
+        self.bias = torch.randn(3, dtype=torch.float64, generator=generator).to(DEVICE).requires_grad_()
         self.slope = slope
 
     @property
@@ -78,9 +79,9 @@ def test_a_dead_network_is_recognized_and_not_divided():
 
 
 def test_a_loss_without_a_lowest_point_has_no_optimal_step():
-    w = torch.tensor([1.0], requires_grad=True)
-    assert exact_parabola(lambda: -w.square().sum(), [w], [torch.ones(1)]).optimal_step is None
-    assert exact_parabola(lambda: w.sum(), [w], [torch.ones(1)]).optimal_step is None
+    w = torch.tensor([1.0], requires_grad=True, device=DEVICE)
+    assert exact_parabola(lambda: -w.square().sum(), [w], [torch.ones(1, device=DEVICE)]).optimal_step is None
+    assert exact_parabola(lambda: w.sum(), [w], [torch.ones(1, device=DEVICE)]).optimal_step is None
 
 
 @pytest.mark.parametrize("steps", [[-0.1, 0.0, 0.1], [-0.2, -0.1, 0.0, 0.1, 0.2], [0.0, 0.05, 0.1, 0.2]], ids=str)
@@ -112,8 +113,8 @@ def test_a_fit_needs_three_points_and_finite_losses():
 
 def test_three_points_are_exact_on_a_parabola_and_leave_no_trace():
     weight, loss = quadratic()
-    unused = torch.ones(2, dtype=torch.float64, requires_grad=True)
-    omega = torch.linspace(1, 2, 6, dtype=torch.float64)
+    unused = torch.ones(2, **FLOAT64, requires_grad=True)
+    omega = torch.linspace(1, 2, 6, **FLOAT64)
     before, exact = weight.detach().clone(), exact_parabola(loss, [weight], [omega])
     for step in (0.0, 0.3, 5.0):
         model = three_point_parabola(loss, [weight, unused], [omega, None], step=step)
@@ -125,24 +126,26 @@ def test_three_points_are_exact_on_a_parabola_and_leave_no_trace():
 
 def test_three_points_lie_at_the_ends_of_the_step():
     """Where the loss is no parabola, that makes a difference: |w| from 1 seen over a step of 2 has curvature 1/2."""
-    w = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
-    assert three_point_parabola(lambda: w.abs().sum(), [w], [torch.ones(1)], step=2.0).curvature == pytest.approx(0.5)
-    assert three_point_parabola(lambda: w.abs().sum(), [w], [torch.ones(1)], step=0.5).curvature == 0.0
+    w = torch.tensor([1.0], **FLOAT64, requires_grad=True)
+    assert three_point_parabola(
+        lambda: w.abs().sum(), [w], [torch.ones(1, device=DEVICE)], step=2.0
+    ).curvature == pytest.approx(0.5)
+    assert three_point_parabola(lambda: w.abs().sum(), [w], [torch.ones(1, device=DEVICE)], step=0.5).curvature == 0.0
 
 
 def test_three_points_lengthen_a_step_that_float32_cannot_resolve():
     """At 1e-6 of the weights the second difference is a thousandth of the rounding error."""
     weight, loss = quadratic(torch.float32)
-    exact = exact_parabola(loss, [weight], [torch.ones(6)])
-    model = three_point_parabola(loss, [weight], [torch.ones(6)], step=1e-6)
+    exact = exact_parabola(loss, [weight], [torch.ones(6, device=DEVICE)])
+    model = three_point_parabola(loss, [weight], [torch.ones(6, device=DEVICE)], step=1e-6)
     assert (model.slope, model.curvature) == pytest.approx((exact.slope, exact.curvature), rel=0.05)
 
 
 def test_three_points_know_the_roughest_dtype():
     """A float64 scale among float32 weights does not make their losses any finer."""
     torch.manual_seed(0)
-    net, scale = nn.Linear(4, 3), nn.Parameter(torch.ones(3, dtype=torch.float64))
-    x, y = torch.randn(16, 4), torch.arange(16) % 3
+    net, scale = nn.Linear(4, 3).to(DEVICE), nn.Parameter(torch.ones(3, **FLOAT64))
+    x, y = torch.randn(16, 4, device=DEVICE), torch.arange(16, device=DEVICE) % 3
     parameters = [*net.parameters(), scale]
 
     def loss():
@@ -155,33 +158,37 @@ def test_three_points_know_the_roughest_dtype():
 
 def test_three_points_without_a_step_look_farther_until_curvature_shows():
     """A constant ten thousand times as large drowns what is seen nearby."""
-    w = torch.linspace(-1, 1, 50, requires_grad=True)
-    model = three_point_parabola(lambda: 100.0 + (w**2).sum() / 50, [w], [torch.ones(50) / 50])
+    w = torch.linspace(-1, 1, 50, requires_grad=True, device=DEVICE)
+    model = three_point_parabola(lambda: 100.0 + (w**2).sum() / 50, [w], [torch.ones(50, device=DEVICE) / 50])
     assert model.curvature == pytest.approx(2 / 50**2, rel=0.1)
-    assert three_point_parabola(lambda: 100.0 + w.sum() / 50, [w], [torch.ones(50) / 50]).curvature == 0.0
+    assert (
+        three_point_parabola(lambda: 100.0 + w.sum() / 50, [w], [torch.ones(50, device=DEVICE) / 50]).curvature == 0.0
+    )
 
 
 def test_three_points_draw_the_same_random_numbers():
-    w = torch.ones(1000, requires_grad=True)
+    w = torch.ones(1000, requires_grad=True, device=DEVICE)
     torch.manual_seed(0)
-    model = three_point_parabola(lambda: nn.functional.dropout(w, 0.5).mean(), [w], [torch.ones(1000)], step=0.1)
+    model = three_point_parabola(
+        lambda: nn.functional.dropout(w, 0.5).mean(), [w], [torch.ones(1000, device=DEVICE)], step=0.1
+    )
     assert model.curvature == 0.0
     assert 0.8 < model.slope < 1.2
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_three_points_along_nothing_or_to_nowhere(value):
-    w = torch.ones(2, requires_grad=True)
+    w = torch.ones(2, requires_grad=True, device=DEVICE)
     assert three_point_parabola(lambda: w.sum(), [w], [None]) == Parabola(0.0, 0.0, 0.0)
-    assert not three_point_parabola(lambda: w.sum(), [w], [torch.full((2,), value)]).is_finite
-    assert torch.equal(w.detach(), torch.ones(2))
+    assert not three_point_parabola(lambda: w.sum(), [w], [torch.full((2,), value, device=DEVICE)]).is_finite
+    assert torch.equal(w.detach(), torch.ones(2, device=DEVICE))
 
 
 def test_a_failing_loss_leaves_the_weights_where_they_were():
-    w = torch.ones(2, requires_grad=True)
+    w = torch.ones(2, requires_grad=True, device=DEVICE)
     with pytest.raises(ZeroDivisionError):
-        three_point_parabola(lambda: w.sum() * (1 / 0), [w], [torch.ones(2)], step=0.1)
-    assert torch.equal(w.detach(), torch.ones(2))
+        three_point_parabola(lambda: w.sum() * (1 / 0), [w], [torch.ones(2, device=DEVICE)], step=0.1)
+    assert torch.equal(w.detach(), torch.ones(2, device=DEVICE))
 
 
 class Net(nn.Module):
@@ -190,10 +197,10 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.BatchNorm1d(5), nn.Linear(5, 4))
-        self.unused = nn.Parameter(torch.ones(2))
+        self.unused = nn.Parameter(torch.ones(2, device=DEVICE))
 
     def loss(self, activation=torch.clone):
-        x, y = torch.linspace(-1, 1, 24).view(8, 3).double(), torch.arange(8) % 4
+        x, y = torch.linspace(-1, 1, 24, device=DEVICE).view(8, 3).to(**FLOAT64), torch.arange(8, device=DEVICE) % 4
         outputs = activation(self.layers(x))
         return nn.functional.cross_entropy(outputs, y) + self.layers[0].weight.pow(4).sum(), outputs
 
@@ -215,7 +222,7 @@ class Untold(torch.autograd.Function):
 @pytest.mark.parametrize("activation", [torch.clone, Untold.apply], ids=["forward mode", "without"])
 def test_gauss_newton_along_a_direction_is_that_of_the_operator(activation):
     torch.manual_seed(0)
-    net = Net().double()
+    net = Net().to(**FLOAT64)
     parameters = list(net.parameters())
     omega = [torch.randn_like(parameter) for parameter in parameters]
     before = [parameter.detach().clone() for parameter in parameters]
@@ -230,7 +237,7 @@ def test_gauss_newton_along_a_direction_is_that_of_the_operator(activation):
 
 
 def test_gauss_newton_along_a_direction_takes_one_forward_pass_and_no_backward_pass():
-    net = Net().double()
+    net = Net().to(**FLOAT64)
     calls = {"forward": 0, "backward": 0}
 
     def count(layer, inputs, output):

@@ -15,7 +15,7 @@ from lightning_ifthpo.step_size import (
 def feed(rule, slope, curvature, count, *, noise=0.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
-        wobble = noise * torch.randn((), generator=generator).item()
+        wobble = noise * float(torch.randn((), generator=generator))
         rule.observe(Parabola(slope(rule.lr or 0.0) + wobble, curvature, 1.0))
     return rule.lr
 

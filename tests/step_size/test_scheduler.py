@@ -8,11 +8,12 @@ from lightning_ifthpo.step_size import (
     ExactGeNLR,
     exact_parabola,
 )
+from tests.helpers.device import DEVICE, FLOAT64
 from tests.helpers.problems import quadratic, spd_matrix
 
 
 def test_groups_keep_the_relation_of_their_rates():
-    weights = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]
+    weights = [nn.Parameter(torch.ones(2, device=DEVICE)), nn.Parameter(torch.ones(2, device=DEVICE))]
     optimizer = torch.optim.SGD([{"params": weights[:1], "lr": 3e-5}, {"params": weights[1:], "lr": 1e-5}])
     scheduler = ExactGeNLR(optimizer)
     for _ in range(20):
@@ -30,11 +31,11 @@ def test_groups_keep_the_relation_of_their_rates():
 def two_groups(per_group, curvature="three_point", steps=300):
     """Noisy targets; the second group is a hundred times as steep, and both act on each other."""
     generator = torch.Generator().manual_seed(0)
-    weights = [nn.Parameter(torch.full((3,), 5.0, dtype=torch.float64)) for _ in range(2)]
+    weights = [nn.Parameter(torch.full((3,), 5.0, **FLOAT64)) for _ in range(2)]
     optimizer = torch.optim.SGD([{"params": [weight], "lr": 1.0} for weight in weights])
     scheduler = ExactGeNLR(optimizer, per_group=per_group, curvature=curvature, final_decay=0.0)
     for _ in range(steps):
-        targets = [0.1 * torch.randn(3, generator=generator).double() for _ in weights]
+        targets = [0.1 * torch.randn(3, generator=generator).to(**FLOAT64) for _ in weights]
 
         def loss(targets=targets):
             first, second = (weight - target for weight, target in zip(weights, targets, strict=True))
@@ -60,8 +61,8 @@ def test_each_group_finds_its_own_rate(curvature):
 
 def test_plain_gradient_descent_with_the_published_rule_is_exact_line_search():
     """Without smoothing; the Kantorovich bound on each step: a factor ((κ − 1) / (κ + 1))²."""
-    matrix = spd_matrix(8, 20.0)
-    weight = nn.Parameter(torch.ones(8, dtype=torch.float64))
+    matrix = spd_matrix(8, 20.0, dtype=torch.float64)
+    weight = nn.Parameter(torch.ones(8, **FLOAT64))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     scheduler = ExactGeNLR(
         optimizer,
@@ -121,7 +122,7 @@ def loop(optimizer, scheduler, loss, steps):
 
 
 def test_the_relation_of_groups_survives_a_warm_up_that_is_replaced():
-    weights = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]
+    weights = [nn.Parameter(torch.ones(2, device=DEVICE)), nn.Parameter(torch.ones(2, device=DEVICE))]
     optimizer = torch.optim.SGD([{"params": weights[:1], "lr": 3e-4}, {"params": weights[1:], "lr": 1e-4}])
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 10))
     scheduler = ExactGeNLR(optimizer)
@@ -131,7 +132,7 @@ def test_the_relation_of_groups_survives_a_warm_up_that_is_replaced():
 
 
 def test_groups_that_come_later_are_taken_over():
-    weights = [nn.Parameter(torch.full((2,), 3.0)), nn.Parameter(torch.full((2,), 3.0))]
+    weights = [nn.Parameter(torch.full((2,), 3.0, device=DEVICE)), nn.Parameter(torch.full((2,), 3.0, device=DEVICE))]
     loss = lambda: sum(weight.square().sum() for weight in weights)  # noqa: E731
     for per_group in (False, True):
         optimizer = torch.optim.SGD(weights[:1], lr=1.0)
@@ -148,17 +149,22 @@ def test_groups_that_come_later_are_taken_over():
 
 @pytest.mark.parametrize("what", ["no gradient", "frozen"])
 def test_a_group_that_does_not_move_holds_up_no_other(what):
-    weights = [nn.Parameter(torch.full((2,), 3.0)), nn.Parameter(torch.ones(2), requires_grad=what == "no gradient")]
+    weights = [
+        nn.Parameter(torch.full((2,), 3.0, device=DEVICE)),
+        nn.Parameter(torch.ones(2, device=DEVICE), requires_grad=what == "no gradient"),
+    ]
     optimizer = torch.optim.SGD([{"params": [weight]} for weight in weights], lr=1.0)
     scheduler = ExactGeNLR(optimizer, per_group=True)
     loop(optimizer, scheduler, lambda: weights[0].square().sum(), 30)
     assert scheduler.looks == 30  # once a step: the first on its own batch, the others on the next
     assert scheduler.get_lr()[0] > 0.0
-    assert torch.equal(weights[1].detach(), torch.ones(2))
+    assert torch.equal(weights[1].detach(), torch.ones(2, device=DEVICE))
 
 
 def test_states_of_others_are_refused():
-    make = lambda **options: ExactGeNLR(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=1.0), **options)  # noqa: E731
+    def make(**options):
+        return ExactGeNLR(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=1.0), **options)
+
     with pytest.raises(ValueError, match="state of another scheduler"):
         make().load_state_dict({"last_epoch": 3})
     with pytest.raises(ValueError, match=r"state of \['PublishedRule'\], .* rules \['AveragedRule'\]"):
@@ -170,14 +176,14 @@ def test_states_of_others_are_refused():
     [("three_point", 3, 0), ("hessian", 1, 3), ("finite_difference", 2, 2), ("gauss_newton", 1, 0)],
 )
 def test_looks_take_the_passes_of_their_curvature(curvature, forward, backward):
-    net = nn.Linear(3, 2)
+    net = nn.Linear(3, 2).to(DEVICE)
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
     scheduler = ExactGeNLR(optimizer, curvature=curvature)
     calls = {"forward": 0, "backward": 0}
 
     def loss():
         calls["forward"] += 1
-        features = net(torch.ones(4, 3))
+        features = net(torch.ones(4, 3, device=DEVICE))
         features.register_hook(lambda gradient: calls.update(backward=calls["backward"] + (gradient is not None)))
         outputs = 2 * features
         return outputs.square().mean(), outputs
@@ -211,10 +217,13 @@ def test_the_final_decay_ends_at_zero():
 
 @pytest.mark.parametrize("per_group", [False, True])
 def test_the_scheduler_goes_on_from_its_state(tmp_path, per_group):
-    matrix = spd_matrix(6, 20.0).float()
+    matrix = spd_matrix(6, 20.0, dtype=torch.float32)
 
     def train(steps, resume=None):
-        weights = [nn.Parameter(torch.linspace(-1, 1, 3)), nn.Parameter(torch.linspace(2, 1, 3))]
+        weights = [
+            nn.Parameter(torch.linspace(-1, 1, 3, device=DEVICE)),
+            nn.Parameter(torch.linspace(2, 1, 3, device=DEVICE)),
+        ]
         optimizer = torch.optim.SGD([{"params": [weight]} for weight in weights], lr=1.0, momentum=0.9)
         scheduler = ExactGeNLR(optimizer, total_steps=40, per_group=per_group)
 
@@ -272,4 +281,4 @@ def test_a_loss_is_needed():
 )
 def test_refuses(options, message):
     with pytest.raises(ValueError, match=message):
-        ExactGeNLR(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), **options)
+        ExactGeNLR(torch.optim.SGD([nn.Parameter(torch.ones(1, device=DEVICE))], lr=0.1), **options)

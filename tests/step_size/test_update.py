@@ -7,6 +7,7 @@ from torch import nn
 from lightning_ifthpo.step_size import (
     ExactGeNLR,
 )
+from tests.helpers.device import DEVICE
 from tests.helpers.problems import quadratic, relative_error
 
 OPTIMIZERS = {
@@ -73,8 +74,9 @@ def test_an_update_is_loaded_to_where_its_weights_are():
     scheduler, twin = (
         ExactGeNLR(torch.optim.SGD([nn.Parameter(torch.ones(2, device=device))], lr=1.0)) for device in ("cpu", "meta")
     )
-    twin.load_state_dict(scheduler.state_dict() | {"update": [torch.ones(2)]})
-    assert twin.state_dict()["update"][0].device.type == "meta"
+    scheduler._update = [(torch.ones(2, device=DEVICE), torch.ones(2, device=DEVICE))]
+    twin.load_state_dict(scheduler.state_dict())
+    assert twin._update[0][1].device.type == "meta"
 
 
 def test_the_optimizer_is_left_alone_after_detaching():

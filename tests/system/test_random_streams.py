@@ -8,6 +8,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_ifthpo import IFTHypergradient
 from lightning_ifthpo.core.random_state import Stream, derive_seed, generator_of
+from lightning_ifthpo.curvature import MatrixOperator
+from lightning_ifthpo.spectrum import lanczos, power_iteration, spectral_density, trace
 from tests.helpers.trainers import Classifier, classification_data, quiet_trainer
 
 
@@ -67,3 +69,12 @@ def test_generators_of_different_streams_draw_different_numbers():
     drawn = [torch.rand(2, generator=generator_of(stream)).tolist() for stream in Stream]
     assert len({tuple(numbers) for numbers in drawn}) == len(Stream)
     assert torch.equal(torch.rand(2, generator=generator_of(Stream.TRACE)), torch.tensor(drawn[Stream.TRACE]))
+
+
+@pytest.mark.parametrize("measure", [lanczos, power_iteration, trace, spectral_density], ids=lambda f: f.__name__)
+def test_without_a_generator_a_measurement_repeats_and_draws_nothing(measure):
+    operator = MatrixOperator(torch.diag(torch.linspace(-1.0, 2.0, 70, dtype=torch.float64)))
+    state = torch.get_rng_state()
+    first, again = measure(operator), measure(operator)
+    assert repr(first) == repr(again)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_ifthpo import IFTHypergradient
-from lightning_ifthpo.solvers import Identity
+from lightning_ifthpo.solvers import ConjugateGradient, Identity
 from tests.helpers.trainers import Deterministic, quiet_trainer
 
 BATCHES = 12  # three epochs of four
@@ -47,7 +47,7 @@ def everything(module, trainer, callback):
 
 CALLBACKS = {
     "amortized": lambda: IFTHypergradient(2),
-    "cold": lambda: IFTHypergradient(3, warm_start=False, start_after_batches=2),
+    "cold": lambda: IFTHypergradient(3, solver=ConjugateGradient(3, damping=1.0), warm_start=False, start_after_batches=2),
     "finite differences": lambda: IFTHypergradient(1, curvature="finite_difference", solver=Identity(step_size=0.02)),
 }
 
