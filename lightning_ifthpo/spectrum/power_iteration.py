@@ -43,7 +43,6 @@ def power_iteration(
     max_iterations: int = 100,
     rtol: float = 1e-6,
     start: Tensor | None = None,
-    generator: torch.Generator | None = None,
 ) -> Eigenpair:
     """Returns the eigenvalue of largest magnitude, or the algebraically largest or smallest, by power iteration.
 
@@ -57,9 +56,8 @@ def power_iteration(
         min_iterations: Products at least.
         max_iterations: Products at most; 1 or more.
         rtol: Stop when the residual is below rtol times the largest ‖Av‖ so far.
-        start: First vector, [n]; a random one if it is None or zero. In exact arithmetic the iteration never leaves an
-            invariant subspace that contains the start.
-        generator: CPU generator that draws the random vector; one with a fixed seed if None.
+        start: First vector, [n]; a random one, always the same, if it is None or zero. In exact arithmetic the
+            iteration never leaves an invariant subspace that contains the start.
 
     Raises:
         ValueError: If `which` is not one of the three, or max_iterations is less than 1 or min_iterations.
@@ -75,7 +73,7 @@ def power_iteration(
         raise ValueError(f"expected max_iterations >= 1 and >= min_iterations = {min_iterations}, got {max_iterations}")
     sign = -1.0 if which == "smallest" else 1.0
     if start is None or not bool(start.any()):
-        start = random_vector(operator, generator or generator_of(Stream.START_VECTORS))
+        start = random_vector(operator, generator_of(Stream.START_VECTORS))
     vector = start.to(operator.device, operator.dtype)
     vector = vector / length_of(vector)
     product = sign * operator.matvec(vector)

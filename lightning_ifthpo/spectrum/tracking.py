@@ -118,10 +118,10 @@ class SpectrumTracker:
             "min_iterations": min(_LEAST_PRODUCTS, self.max_iterations),
             "max_iterations": self.max_iterations,
             "rtol": self.rtol,
-            "generator": generator,
         }
-        largest = power_iteration(operator, which="largest", start=starts[0], **options)
-        smallest = power_iteration(operator, which="smallest", start=starts[1], **options)
+        first, second = (random_vector(operator, generator) if start is None else start for start in starts)
+        largest = power_iteration(operator, which="largest", start=first, **options)
+        smallest = power_iteration(operator, which="smallest", start=second, **options)
         self._last = torch.stack([largest.vector, smallest.vector])
 
         def single(number: float) -> Tensor:

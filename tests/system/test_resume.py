@@ -45,9 +45,10 @@ def everything(module, trainer, callback):
     return state | {k: torch.tensor(hyper[k]) for k in ("steps", "seed", "consumed")}
 
 
+COLD = ConjugateGradient(3, damping=1.0)
 CALLBACKS = {
     "amortized": lambda: IFTHypergradient(2),
-    "cold": lambda: IFTHypergradient(3, solver=ConjugateGradient(3, damping=1.0), warm_start=False, start_after_batches=2),
+    "cold": lambda: IFTHypergradient(3, solver=COLD, warm_start=False, start_after_batches=2),
     "finite differences": lambda: IFTHypergradient(1, curvature="finite_difference", solver=Identity(step_size=0.02)),
 }
 
