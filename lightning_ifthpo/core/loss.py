@@ -154,7 +154,8 @@ class Loss:
             part: Of any shape, computed from `evaluate`. All processes must combine the same quantities in the same
                 order.
         """
-        total = part.detach() if self.all_reduce is None else self.all_reduce(part)
+        part = part.detach()
+        total = part if self.all_reduce is None else self.all_reduce(part)
         return total if self.scale == 1.0 else total / self.scale
 
     def combine_list(self, parts: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:

@@ -49,7 +49,7 @@ def test_one_push_of_gradient_descent_moves_the_weights_by_the_step_in_the_long_
                 )
             optimizer.step()
         ends.append(flat(weights))
-    step = UpdateRule.of([optimizer], weights).step
+    step = UpdateRule.of([optimizer], weights).step_size
     # what momentum keeps after 200 steps: 0.9^200 = 7e-10; and the rounding of weights of size one beside 1e-5
     assert relative_error(ends[0] - ends[1], step * 1e-3) < 1e-8
 
@@ -98,7 +98,7 @@ def test_weight_decay_of_the_optimizer_is_curvature(optimizer_type, wanted):
 def test_each_group_has_its_own_momentum():
     first, second = torch.ones(2, requires_grad=True, device=DEVICE), torch.ones(1, requires_grad=True, device=DEVICE)
     optimizers = [torch.optim.SGD([first], lr=0.1, momentum=0.9), torch.optim.SGD([second], lr=0.1)]
-    assert UpdateRule.of(optimizers, [first, second]).step.tolist() == pytest.approx([1.0, 1.0, 0.1])
+    assert UpdateRule.of(optimizers, [first, second]).step_size.tolist() == pytest.approx([1.0, 1.0, 0.1])
 
 
 def test_what_is_the_same_for_all_weights_is_a_number():
@@ -124,7 +124,7 @@ def test_a_damping_exists_where_nothing_moves(step):
 def test_an_unknown_optimizer_counts_as_gradient_descent():
     weight = torch.ones(2, requires_grad=True, device=DEVICE)
     optimizer = torch.optim.Rprop([weight], lr=0.25)
-    assert UpdateRule.of([optimizer], [weight]).step == 0.25
+    assert UpdateRule.of([optimizer], [weight]).step_size == 0.25
 
 
 def test_damping_by_horizon():
@@ -140,4 +140,4 @@ def test_what_is_not_known_is_not_guessed(optimizer_type):
     weight.grad = torch.ones(2, 2, device=DEVICE)
     optimizer.step()
     assert not is_known(optimizer)
-    assert UpdateRule.of([optimizer], [weight]).step == 0.25
+    assert UpdateRule.of([optimizer], [weight]).step_size == 0.25

@@ -167,9 +167,10 @@ def test_damping_by_horizon_needs_an_optimizer_and_takes_its_step():
     solver, operator = ConjugateGradient(damping="horizon", horizon=50), MatrixOperator(spd_matrix(4, 3.0))
     with pytest.raises(ValueError, match="needs the inner optimizer"):
         solver.solve(operator, torch.ones(4, **WHERE))
-    assert solver.with_optimizer(UpdateRule(step_size=1.0)).damping == pytest.approx(1 / 50)
-    assert ConjugateGradient(damping=0.3).with_optimizer(UpdateRule(step_size=0.1)).damping == 0.3
-    assert ConjugateGradient(damping=0.3).with_optimizer(UpdateRule(step_size=0.1, decay=0.5)).damping == 0.8
+    assert solver.with_optimizer(UpdateRule(step_size=1.0)).system(operator).damping == pytest.approx(1 / 50)
+    solver = ConjugateGradient(damping=0.3)
+    assert solver.with_optimizer(UpdateRule(step_size=0.1)).system(operator).damping == 0.3
+    assert solver.with_optimizer(UpdateRule(step_size=0.1, decay=0.5)).system(operator).damping == 0.8
 
 
 @pytest.mark.parametrize(

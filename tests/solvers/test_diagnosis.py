@@ -41,7 +41,7 @@ def test_negative_curvature_is_said_with_the_damping_that_would_lift_it():
     assert "a damping above 0.25" in message
     assert "step is too long" not in message
     assert "besides, the step is too long: step_size η = 1 " in diagnose(
-        operator, failed(Status.NEGATIVE_CURVATURE, step_size=1.0)
+        LinearSystem(operator), failed(Status.NEGATIVE_CURVATURE, step_size=1.0)
     )
 
 

@@ -21,7 +21,7 @@ def basis_of(matrix, products, start=None):
 def test_its_vectors_are_orthonormal_however_ill_conditioned_the_operator_is():
     """Without reorthogonalization λ_max would appear several times."""
     basis = basis_of(spd_matrix(40, 1e6), 30)
-    vectors = basis.combined(torch.eye(30, dtype=torch.float64, device=DEVICE))
+    vectors = basis.combine(torch.eye(30, dtype=torch.float64, device=DEVICE))
     assert vectors.shape == (30, 40)
     assert torch.allclose(vectors @ vectors.T, torch.eye(30, **WHERE), atol=within(1e-14))
     assert (basis.products, basis.finite, basis.exhausted, basis.fresh) == (30, True, False, 30)
@@ -30,7 +30,7 @@ def test_its_vectors_are_orthonormal_however_ill_conditioned_the_operator_is():
 def test_ritz_values_are_those_of_the_operator_in_the_basis():
     matrix = spd_matrix(20, 100.0, signs=True)
     basis = basis_of(matrix, 8)
-    ritz, vectors = basis.ritz(), basis.combined(torch.eye(8, dtype=torch.float64, device=DEVICE))
+    ritz, vectors = basis.ritz(), basis.combine(torch.eye(8, dtype=torch.float64, device=DEVICE))
     wanted = torch.linalg.eigvalsh(vectors @ matrix @ vectors.T)
     assert relative_error(ritz.values, wanted) < within(1e-13)
     assert [part.shape for part in (ritz.values, ritz.bounds, ritz.weights)] == [(8,)] * 3
@@ -42,7 +42,7 @@ def test_each_bound_is_the_residual_of_its_vector():
     matrix = spd_matrix(20, 100.0, signs=True)
     basis = basis_of(matrix, 8)
     ritz = basis.ritz()
-    vectors = basis.combined(ritz.coefficients)
+    vectors = basis.combine(ritz.coefficients)
     residuals = (vectors @ matrix - ritz.values.to(**WHERE)[:, None] * vectors).norm(dim=1)
     assert residuals.tolist() == pytest.approx(ritz.bounds.tolist(), rel=within(1e-9), abs=within(1e-12))
 

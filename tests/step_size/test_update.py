@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_ifthpo.step_size import (
-    ExactGeNLR,
-)
+from lightning_ifthpo.step_size import ExactGeNLR
+from lightning_ifthpo.step_size.update import Update
 from tests.helpers.device import DEVICE
 from tests.helpers.problems import quadratic, relative_error
 
@@ -74,9 +73,8 @@ def test_an_update_is_loaded_to_where_its_weights_are():
     scheduler, twin = (
         ExactGeNLR(torch.optim.SGD([nn.Parameter(torch.ones(2, device=device))], lr=1.0)) for device in ("cpu", "meta")
     )
-    scheduler._update = [(torch.ones(2, device=DEVICE), torch.ones(2, device=DEVICE))]
-    twin.load_state_dict(scheduler.state_dict())
-    assert twin._update[0][1].device.type == "meta"
+    twin.load_state_dict(scheduler.state_dict() | {"update": [torch.ones(2, device=DEVICE)]})
+    assert twin.state_dict()["update"][0].device.type == "meta"
 
 
 def test_the_optimizer_is_left_alone_after_detaching():
@@ -89,3 +87,25 @@ def test_the_optimizer_is_left_alone_after_detaching():
     gradient, before = weight.grad.clone(), weight.detach().clone()
     optimizer.step()
     assert torch.equal(weight.detach(), before - 0.5 * gradient)
+
+
+def test_a_step_at_rate_one_is_read_off_and_taken_back_bit_for_bit():
+    weights = [torch.randn(3, device=DEVICE), torch.randn(2, 2, device=DEVICE)]
+    before = [weight.clone() for weight in weights]
+    steps = [torch.randn_like(weight) for weight in weights]
+    for weight, step in zip(weights, steps, strict=True):
+        weight.sub_(step)
+    after = [weight.clone() for weight in weights]
+    update = Update.taken_back(weights, [weight.clone() for weight in before])
+    assert all(torch.equal(weight, value) for weight, value in zip(weights, before, strict=True))
+    assert all(torch.equal(o, b - a) for o, b, a in zip(update.omega, before, after, strict=True))
+    update.apply(0.25)
+    assert all(torch.equal(w, b - 0.25 * o) for w, b, o in zip(weights, before, update.omega, strict=True))
+
+
+def test_an_update_restricted_to_some_weights_moves_only_those():
+    first, second = torch.zeros(2, device=DEVICE), torch.zeros(2, device=DEVICE)
+    update = Update([first, second], [torch.ones_like(first), torch.ones_like(second)])
+    update.restricted_to([second]).apply(0.5)
+    assert (first.tolist(), second.tolist()) == ([0.0, 0.0], [-0.5, -0.5])
+    assert update.restricted_to([]).parameters == []
