@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_ifthpo import BilevelLightningModule, IFTHypergradient
 from lightning_ifthpo.solvers import ConjugateGradient, Direct
+from tests.helpers.device import DEVICE
 from tests.helpers.trainers import loader, quiet_trainer
 
 
@@ -46,10 +47,10 @@ class Tiny(BilevelLightningModule, L.LightningModule):
 def in_float16(callback, size=1e-6):
     """Trains for one step, and returns the hypergradient and the scale of the Trainer's own scaler."""
     torch.manual_seed(0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**12)
     trainer = quiet_trainer(
         callbacks=[callback],
-        plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
+        plugins=[MixedPrecision("16-mixed", DEVICE.type, scaler)],
         limit_val_batches=0,
         max_steps=1,
     )

@@ -7,7 +7,6 @@ from torch import nn
 from lightning_ifthpo.step_size import (
     ExactGeNLR,
 )
-from tests.helpers.device import DEVICE
 from tests.helpers.problems import quadratic, relative_error
 
 OPTIMIZERS = {
@@ -55,7 +54,9 @@ def test_a_step_that_failed_leaves_nothing_behind():
     weight, loss = quadratic()
     optimizer = torch.optim.SGD([weight], lr=1.0)
     scheduler = ExactGeNLR(optimizer, every_n_steps=4)
-    scheduler._rules[0].lr, scheduler._rules[0].settled = 0.1, True
+    state = scheduler.state_dict()
+    state["rules"][0] |= {"lr": 0.1, "settled": True}
+    scheduler.load_state_dict(state)
     scheduler.probe(loss)
 
     def fails():
@@ -74,9 +75,9 @@ def test_an_update_is_loaded_to_where_its_weights_are():
     scheduler, twin = (
         ExactGeNLR(torch.optim.SGD([nn.Parameter(torch.ones(2, device=device))], lr=1.0)) for device in ("cpu", "meta")
     )
-    scheduler._update = [(torch.ones(2, device=DEVICE), torch.ones(2, device=DEVICE))]
-    twin.load_state_dict(scheduler.state_dict())
-    assert twin._update[0][1].device.type == "meta"
+    twin.load_state_dict(scheduler.state_dict() | {"update": [torch.ones(2)]})
+    assert twin.pending
+    assert twin.state_dict()["update"][0].device.type == "meta"
 
 
 def test_the_optimizer_is_left_alone_after_detaching():
