@@ -4,7 +4,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_ifthpo import IFTHypergradient
-from lightning_ifthpo.callbacks.hyper_step import HyperStepper
 from lightning_ifthpo.solvers import Amortized, ConjugateGradient, Identity
 from tests.helpers.problems import relative_error
 from tests.helpers.trainers import Classifier, Ridge, quiet_trainer, trained
@@ -52,18 +51,18 @@ def test_weights_may_be_unfrozen_while_training():
     assert sizes == [(43, False), (43, True), (83, False), (83, True)]
 
 
-def test_the_stepper_uses_a_new_outer_batch_each_time(monkeypatch):
+def test_the_stepper_uses_a_new_outer_batch_each_time():
     batches = []
-    prepared = HyperStepper._prepared
 
-    def spy(self, batch):
-        batches.append(batch[0].sum().item())
-        return prepared(self, batch)
+    class Spy(Classifier):
+        def outer_loss(self, batch):
+            batches.append(batch[0].sum().item())
+            return super().outer_loss(batch)
 
-    monkeypatch.setattr(HyperStepper, "_prepared", spy)
-    trained([IFTHypergradient(1)])
-    assert batches[0] == batches[1]  # the rehearsal uses nothing up
-    assert len(set(batches[1:])) > 6
+    trained([IFTHypergradient(1)], Spy, limit_val_batches=0)
+    assert len(batches) == 2 + 12  # the rehearsal evaluates it twice, each of twelve hyper steps once
+    assert batches[0] == batches[1] == batches[2]  # the rehearsal uses nothing up
+    assert len(set(batches[2:])) > 6
 
 
 def test_weight_decay_of_the_optimizer_is_part_of_the_curvature():

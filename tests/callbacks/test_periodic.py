@@ -12,9 +12,9 @@ def fired_batches(every, batches=12, **options):
 
     class Spy(IFTHypergradient):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            before = self._stepper.steps
+            before = self.state_dict()["stepper"]["steps"]
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-            if self._stepper.steps > before:
+            if self.state_dict()["stepper"]["steps"] > before:
                 fired.append(trainer.fit_loop.total_batch_idx + 1)
 
     trained([Spy(every, **options)], max_epochs=batches // 4, **trainer_options)
@@ -53,9 +53,11 @@ def test_measurements_are_made_when_due(options, trainer_options, expected):
     fired = []
 
     class Spy(SharpnessMonitor):
-        def _fire(self, trainer, module, batch):
-            fired.append(trainer.fit_loop.total_batch_idx + 1)
-            return super()._fire(trainer, module, batch)
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            before = self.state_dict()["tracker"]["measurements"]
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            if self.state_dict()["tracker"]["measurements"] > before:
+                fired.append(trainer.fit_loop.total_batch_idx + 1)
 
     trained([Spy(**({"max_overhead": None, "rtol": 0.1} | options))], **trainer_options)
     assert fired == expected

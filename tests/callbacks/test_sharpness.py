@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.helpers.monitored import Plain, dense_hessian, fit, monitor
-from tests.helpers.trainers import Classifier, loader, quiet_trainer, same, trained
+from tests.helpers.trainers import ACCELERATOR, Classifier, loader, quiet_trainer, same, trained
 
 
 @pytest.mark.parametrize("method", ["lanczos", "power_iteration"])
@@ -25,7 +25,9 @@ def test_it_logs_both_ends_of_the_spectrum(method, curvature):
     values = torch.linalg.eigvalsh(dense_hessian(module))
     assert metrics["sharpness/lambda_max"] == pytest.approx(float(values[-1]), rel=1e-6)
     assert metrics["sharpness/lambda_min"] == pytest.approx(float(values[0]), rel=1e-6)
-    assert metrics["sharpness/residual"] <= 1e-8 or curvature == "finite_difference"
+    # power iteration by differences of gradients ends in their noise; 1.4e-4 was measured
+    noisy = (method, curvature) == ("power_iteration", "finite_difference")
+    assert metrics["sharpness/residual"] <= (1e-3 if noisy else 1e-8)
     assert metrics["sharpness/edge"] == pytest.approx(20.0)
     assert metrics["sharpness/edge_ratio"] == pytest.approx(metrics["sharpness/lambda_max"] / 20.0)
     assert metrics["sharpness/failures"] == 0
@@ -253,7 +255,7 @@ def test_it_serves_pytorch_lightning_too():
     callback = monitor()
     trainer = pl.Trainer(
         max_epochs=1,
-        accelerator="cpu",
+        **ACCELERATOR,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

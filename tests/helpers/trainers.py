@@ -206,3 +206,21 @@ def trained(callbacks, make=Classifier, **options):
     trainer = quiet_trainer(callbacks=[*callbacks, recorder], **({"max_epochs": 3} | options))
     trainer.fit(module)
     return module, trainer, recorder
+
+
+class Acting(Callback):
+    """Does something at the start of each batch, as a callback would."""
+
+    def __init__(self, action):
+        self.action = action
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.action(trainer, pl_module)
+
+
+def during_training(action, make=Classifier, datamodule=None, **options):
+    """Calls action(trainer, module) before the only batch of a run."""
+    limits = {"limit_train_batches": 1, "limit_val_batches": 0}
+    trainer = quiet_trainer(callbacks=[Acting(action)], **(limits | options))
+    trainer.fit(make(), datamodule=datamodule)
+    return trainer

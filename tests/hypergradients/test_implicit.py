@@ -177,3 +177,16 @@ def test_one_step_by_finite_differences_alone_is_the_first_order_method():
     unrolled = unrolled_hypergradient(inner, outer, [w], [log_decay], steps=1, lr=0.1)
     assert result.gradients[0].item() == pytest.approx(unrolled.gradients[0].item(), rel=1e-6)
     assert len(calls) <= 5
+
+
+@pytest.mark.parametrize("diagnosed", [True, False])
+def test_a_failure_is_diagnosed_where_that_is_asked_for(diagnosed):
+    """At a saddle; without a diagnosis no products are spent on it."""
+    w, lam = torch.tensor([1.0, 1.0], **FLOAT64, requires_grad=True), torch.tensor(1.0, **FLOAT64)
+    signs = torch.tensor([1.0, -1.0], **FLOAT64)
+    result = implicit_hypergradient(
+        lambda: lam * (signs * w.square()).sum(), lambda: w.sum(), [w], [lam], diagnosed=diagnosed
+    )
+    assert result.status is Status.NEGATIVE_CURVATURE
+    assert ("negative curvature (λ_min = -2, λ_max = 2)" in result.diagnosis) == diagnosed
+    assert (result.diagnosis == "") != diagnosed

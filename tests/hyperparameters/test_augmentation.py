@@ -152,3 +152,27 @@ def test_inputs_change_in_training_mode_only(make):
 
 def test_gray_images_are_the_default():
     assert AugmentationNetwork()(torch.zeros(1, 1, 4, 4)).shape == (1, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: InputNoise(initial=0.0), ValueError, "0 < initial < maximum < inf"),
+        (lambda: InputNoise(initial=1.0), ValueError, "0 < initial < maximum < inf"),
+        (lambda: InputNoise(maximum=math.inf), ValueError, "0 < initial < maximum < inf"),
+        (lambda: InputNoise((3, 0)), ValueError, "positive sizes"),
+        (lambda: InputNoise((3,))(torch.ones(2, 1)), ValueError, r"\(3,\) do not broadcast .* \(2, 1\)"),
+        (lambda: InputNoise((1, 3))(torch.ones(3)), ValueError, r"\(1, 3\) do not broadcast .* \(3,\)"),
+        (lambda: InputNoise()(torch.ones(3).byte()), TypeError, "floating-point input, got torch.uint8"),
+        (lambda: AugmentationNetwork(0), ValueError, "channels to be an integer >= 1, got 0"),
+        (lambda: AugmentationNetwork(1, width=1), ValueError, "width to be an integer >= 2, got 1"),
+        (lambda: AugmentationNetwork(1, depth=0), ValueError, "depth to be an integer >= 1, got 0"),
+        (lambda: AugmentationNetwork(1, noise_channels=-1), ValueError, "noise_channels to be an integer >= 0, got -1"),
+        (lambda: AugmentationNetwork(1, maximum=0.0), ValueError, "0 < maximum < inf, got 0.0"),
+        (lambda: AugmentationNetwork(1)(torch.ones(2, 3, 4, 4)), ValueError, r"\[B, 1, H, W\], got \(2, 3, 4, 4\)"),
+        (lambda: AugmentationNetwork(1)(torch.ones(1, 4, 4)), ValueError, r"\[B, 1, H, W\], got \(1, 4, 4\)"),
+    ],
+)
+def test_refuses(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

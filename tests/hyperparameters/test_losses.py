@@ -90,3 +90,27 @@ def test_smoothed_targets_stay_distributions(extreme, maximum):
     assert bool((targets.diagonal() >= 1 - maximum + maximum / 3 - 1e-6).all())
     if extreme == 1e4:
         assert float(smoothing.smoothing()) == pytest.approx(maximum)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: LossWeights(1), ValueError, "at least two terms, got 1"),
+        (lambda: LossWeights(["a"]), ValueError, "at least two terms, got 1"),
+        (lambda: LossWeights(["a", "a"]), ValueError, "distinct names"),
+        (lambda: LossWeights("ab"), TypeError, "a list of names, got 'ab'"),
+        (lambda: LossWeights(2)(torch.ones(3)), ValueError, r"expected 2 scalar losses, got shape \(3,\)"),
+        (lambda: LossWeights(2)(torch.tensor(1.0)), ValueError, r"expected 2 scalar losses, got shape \(\)"),
+        (lambda: LossWeights(2)([torch.ones(3)] * 2), ValueError, r"expected 2 scalar losses, got shape \(2, 3\)"),
+        (lambda: LossWeights(["a", "b"])({"a": torch.tensor(1.0)}), ValueError, r"named \('a', 'b'\), got \('a',\)"),
+        (lambda: LossWeights(2)({"a": torch.tensor(1.0)}), ValueError, r"named \(\), got \('a',\)"),
+        (lambda: LabelSmoothing(1), ValueError, "classes to be an integer >= 2, got 1"),
+        (lambda: LabelSmoothing(3, initial=0.0), ValueError, "0 < initial < maximum <= 1"),
+        (lambda: LabelSmoothing(3, initial=0.5), ValueError, "0 < initial < maximum <= 1"),
+        (lambda: LabelSmoothing(3, maximum=1.5), ValueError, "0 < initial < maximum <= 1"),
+        (lambda: LabelSmoothing(3)(torch.zeros(2, 2).long()), ValueError, r"shape \[B\], got \(2, 2\)"),
+    ],
+)
+def test_refuses(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

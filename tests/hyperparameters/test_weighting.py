@@ -24,3 +24,15 @@ def test_indexed_dataset_gives_each_example_its_index():
     x, y, index = next(iter(DataLoader(data, batch_size=3)))
     assert (x.tolist(), y.tolist(), index.tolist()) == ([0, 1, 2], [0, 10, 20], [0, 1, 2])
     assert IndexedDataset([7, 8])[1] == (8, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: SampleWeights(0), ValueError, "n to be an integer >= 1, got 0"),
+        (lambda: IndexedDataset(iter([1, 2])), TypeError, "map-style data set"),
+    ],
+)
+def test_refuses(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

@@ -4,13 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 
 from lightning_ifthpo import IFTHypergradient
 from lightning_ifthpo.hyperparameters import WeightDecay
-from lightning_ifthpo.runtime.isolation import undisturbed
+from lightning_ifthpo.runtime.isolation import twice_differentiable, undisturbed
 from tests.helpers.monitored import Plain, fit, monitor
-from tests.helpers.trainers import Classifier, quiet_trainer, same, trained
+from tests.helpers.trainers import Classifier, during_training, quiet_trainer, same, trained
 
 
 class Attention(Classifier):
@@ -156,3 +157,38 @@ def test_each_process_draws_its_own_masks(monkeypatch):
             masks.append(torch.rand(4))
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
+
+
+def test_what_is_logged_inside_goes_nowhere_and_random_numbers_come_from_the_seed():
+    class Notes(DummyLogger):
+        def log_metrics(self, metrics, step=None):
+            logged.append(metrics)
+
+    logged, logger = [], Notes()
+
+    def action(trainer, module):
+        before, draws = torch.get_rng_state(), []
+        for seed in (1, 1, 2):
+            with undisturbed(trainer, module, seed):
+                draws.append(torch.rand(3))
+                module.log("inside", 1.0)
+                module.log_dict({"inside": 1.0})
+                module.logger.log_metrics({"inside": 1.0})
+                trainer.logger.experiment.add_scalar("inside", 1.0)
+        assert torch.equal(draws[0], draws[1])
+        assert not torch.equal(draws[0], draws[2])
+        assert torch.equal(torch.get_rng_state(), before)
+        assert trainer.loggers == [logger]
+        assert "log" not in vars(module)
+
+    trainer = during_training(action, logger=logger)
+    assert "inside" not in trainer.callback_metrics
+    assert all("inside" not in metrics for metrics in logged)
+
+
+@pytest.mark.parametrize("module", [nn.LSTM(2, 2), nn.Linear(2, 2)], ids=["recurrent", "other"])
+def test_recurrent_modules_leave_cudnn_alone(module):
+    before = torch.backends.cudnn.enabled
+    with twice_differentiable(module):
+        assert torch.backends.cudnn.enabled == (before and not isinstance(module, nn.LSTM))
+    assert torch.backends.cudnn.enabled == before

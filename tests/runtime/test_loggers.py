@@ -10,10 +10,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from matplotlib.figure import Figure
 from PIL import Image
 
 from lightning_ifthpo import ExactGeN, IFTHypergradient, SharpnessMonitor
-from tests.helpers.trainers import Classifier, quiet_trainer
+from lightning_ifthpo.runtime.loggers import log_figure, log_metrics, takes_figures
+from tests.helpers.trainers import Classifier, during_training, quiet_trainer
 
 WATCHED = ("hypergrad/norm", "hyperparameter/decay/mean", "sharpness/lambda_max", "gen/lr")
 
@@ -135,3 +138,47 @@ def test_what_is_logged_can_be_read_back(name, tmp_path, monkeypatch):
         image = Image.open(io.BytesIO(figure)).convert("L")
         assert image.width > 300
         assert len(image.getcolors()) > 20  # there is something on it
+
+
+class Notes(DummyLogger):
+    """Notes what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.logged = []
+
+    def log_metrics(self, metrics, step=None):
+        self.logged.append((metrics, step))
+
+
+def test_metrics_reach_every_logger_once_the_callbacks_and_the_progress_bar():
+    loggers = [Notes(), Notes()]
+
+    def action(trainer, module):
+        log_metrics(trainer, module, {"a/b": 1.5, "a/c": 2.0}, headline="a/b")
+
+    trainer = during_training(action, logger=loggers)
+    for logger in loggers:
+        assert [entry for entry in logger.logged if "a/b" in entry[0]] == [({"a/b": 1.5, "a/c": 2.0}, 0)]
+    assert float(trainer.callback_metrics["a/c"]) == 2.0
+    assert trainer.progress_bar_metrics["a/b"] == 1.5
+    assert "a/c" not in trainer.progress_bar_metrics
+
+
+def test_without_its_headline_the_others_are_logged():
+    logger = Notes()
+    trainer = during_training(lambda *both: log_metrics(*both, {"a/c": 2.0}, headline="a/b"), logger=logger)
+    assert ({"a/c": 2.0}, 0) in logger.logged
+    assert "a/b" not in trainer.progress_bar_metrics
+
+
+def test_figures_go_to_those_that_take_them(tmp_path):
+    csv_logger, tensorboard = CSVLogger(tmp_path), TensorBoardLogger(tmp_path)
+    assert [takes_figures(logger) for logger in (csv_logger, tensorboard)] == [False, True]
+    figure = Figure(figsize=(1, 1))
+    during_training(lambda trainer, _: log_figure(trainer, "figure", figure), logger=[csv_logger, tensorboard])
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(tensorboard.log_dir, size_guidance={"images": 0})
+    events.Reload()
+    assert [image.step for image in events.Images("figure")] == [0]

@@ -1,5 +1,7 @@
 """Small gradients in float16."""
 
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
@@ -8,7 +10,9 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
 from lightning_ifthpo import BilevelLightningModule, IFTHypergradient
+from lightning_ifthpo.runtime.precision import has_half_weights, is_autocast, loss_scales, passes_through_float16
 from lightning_ifthpo.solvers import ConjugateGradient, Direct
+from tests.helpers.device import DEVICE
 from tests.helpers.trainers import loader, quiet_trainer
 
 
@@ -46,10 +50,10 @@ class Tiny(BilevelLightningModule, L.LightningModule):
 def in_float16(callback, size=1e-6):
     """Trains for one step, and returns the hypergradient and the scale of the Trainer's own scaler."""
     torch.manual_seed(0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**12)
     trainer = quiet_trainer(
         callbacks=[callback],
-        plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
+        plugins=[MixedPrecision("16-mixed", DEVICE.type, scaler)],
         limit_val_batches=0,
         max_steps=1,
     )
@@ -88,3 +92,29 @@ def test_the_outer_product_has_a_loss_scale():
 def test_kfac_is_refused():
     with pytest.raises(ValueError, match="needs float32"):
         in_float16(IFTHypergradient(1, curvature="kfac", solver=Direct(damping=1.0), precision="inherit"))
+
+
+def test_loss_scales_fall_to_one():
+    assert loss_scales(2.0**16) == [2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0]
+    assert loss_scales(32.0) == [32.0, 2.0, 1.0]
+    assert loss_scales(1.0) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "half", "autocast", "float16"),
+    [
+        ("32-true", False, False, False),
+        ("64-true", False, False, False),
+        ("bf16-true", True, False, False),
+        ("16-true", True, False, True),
+        ("bf16-mixed", False, True, False),
+        ("16-mixed", False, True, True),
+    ],
+)
+def test_what_a_precision_means(kind, half, autocast, float16):
+    trainer = SimpleNamespace(precision_plugin=SimpleNamespace(precision=kind))
+    assert has_half_weights(trainer) == half
+    assert is_autocast(trainer, "inherit") == autocast
+    assert not is_autocast(trainer, "32")
+    assert passes_through_float16(trainer, "inherit") == float16
+    assert passes_through_float16(trainer, "32") == (float16 and half)

@@ -74,6 +74,7 @@ def test_an_update_is_loaded_to_where_its_weights_are():
         ExactGeNLR(torch.optim.SGD([nn.Parameter(torch.ones(2, device=device))], lr=1.0)) for device in ("cpu", "meta")
     )
     twin.load_state_dict(scheduler.state_dict() | {"update": [torch.ones(2, device=DEVICE)]})
+    assert twin.is_pending
     assert twin.state_dict()["update"][0].device.type == "meta"
 
 

@@ -200,7 +200,7 @@ def test_a_signal_to_terminate_leaves_everything_as_it_was(name):
     trainer, module, _, error = fit([OBSERVED[name](), Terminated()], Countdown(10**6))
     assert isinstance(error, SIGTERMException)
     assert left_behind(trainer, module) == []
-    assert trainer.global_step in (3, 4)
+    assert trainer.global_step == 4  # the batch during which the signal came is finished
     assert signal.getsignal(signal.SIGTERM) == before
 
 

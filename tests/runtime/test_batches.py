@@ -1,0 +1,105 @@
+"""Batches as the Trainer would hand them over."""
+
+from dataclasses import dataclass
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_ifthpo.runtime.batches import copied, data_module, prepared
+from tests.helpers.device import DEVICE
+from tests.helpers.trainers import Classifier, during_training, loader
+
+
+@dataclass
+class Example:
+    x: Tensor
+    y: int
+
+
+@pytest.mark.parametrize(
+    ("make", "read"),
+    [
+        (lambda x: x, lambda batch: batch),
+        (lambda x: {"x": [x], "name": "a"}, lambda batch: batch["x"][0]),
+        (lambda x: Example(x, 3), lambda batch: batch.x),
+    ],
+    ids=["tensor", "dict", "dataclass"],
+)
+def test_a_copy_may_be_changed(make, read):
+    x = torch.ones(2)
+    batch = make(x)
+    copy = copied(batch)
+    read(copy).mul_(0.0)
+    assert torch.equal(x, torch.ones(2))
+    assert type(copy) is type(batch)
+
+
+class Doubling(Classifier):
+    """Knows whether it is being trained when a batch is transferred, and draws random numbers then."""
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        if isinstance(batch, list):  # of the Trainer itself
+            return batch
+        return batch * (3.0 if self.trainer.training else 2.0) + torch.rand(())
+
+
+def test_a_batch_is_prepared_as_in_validation_and_draws_from_its_seed():
+    def action(trainer, module):
+        batch, before = torch.ones(2), torch.get_rng_state()
+        first, again, other = (prepared(trainer, module, batch, seed) for seed in (1, 1, 2))
+        assert bool(((first >= 2.0) & (first < 3.0)).all())
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+        assert torch.equal(batch, torch.ones(2))
+        assert first.device.type == DEVICE.type
+        assert trainer.training
+        assert torch.equal(torch.get_rng_state(), before)
+
+    during_training(action, Doubling)
+
+
+def test_the_precision_of_the_trainer_converts_it():
+    def action(trainer, module):
+        assert prepared(trainer, module, torch.ones(2), 0).dtype == torch.float64
+
+    during_training(action, precision="64-true")
+
+
+class Data(L.LightningDataModule):
+    def train_dataloader(self):
+        return loader()
+
+    def val_dataloader(self):
+        return loader()
+
+
+class Adding(Data):
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return batch if isinstance(batch, list) else batch + 10.0
+
+
+@pytest.mark.filterwarnings("ignore:You have overridden `on_before_batch_transfer` in")
+@pytest.mark.parametrize(("make", "least", "most"), [(Adding, 11.0, 11.0), (Data, 2.0, 3.0)], ids=["its own", "none"])
+def test_a_hook_of_the_data_module_comes_first(make, least, most):
+    def action(trainer, module):
+        assert data_module(trainer) is trainer.datamodule
+        assert least <= float(prepared(trainer, module, torch.ones(2), 0)[0]) <= most
+
+    during_training(action, Doubling, datamodule=make())
+
+
+def test_the_trainer_trains_again_after_an_error():
+    class Failing(Classifier):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            if not isinstance(batch, list):
+                raise ArithmeticError
+            return batch
+
+    def action(trainer, module):
+        with pytest.raises(ArithmeticError):
+            prepared(trainer, module, torch.ones(2), 0)
+        assert trainer.training
+
+    during_training(action, Failing)
