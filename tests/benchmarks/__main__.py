@@ -24,7 +24,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parents[2]
 # glibc adapts these thresholds to what a process has freed so far, and with them the number of page faults. Two
-# versions with the same code of Nystrom differed by 53 % on a diagonal, and by 1 % with thresholds fixed at 32 MiB and 1 GiB.
+# versions with the same code of Nystrom differed by 53 % on a diagonal, and by 1 % with fixed thresholds.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 
 
