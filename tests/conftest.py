@@ -8,7 +8,9 @@ from importlib.metadata import version
 import pytest
 import torch
 
-from tests.helpers.problems import SoftmaxRegression
+pytest.register_assert_rewrite("tests.checks")  # so that a failed check shows its values
+
+from tests.helpers.problems import SoftmaxRegression  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -96,7 +96,7 @@ ROWS: dict[str, Callable[[Report], object]] = {
         report.passed("tests.system.test_two_ranks::test_processes_that_the_trainer_starts")
     ),
     "ModelParallelStrategy, weights spread by fully_shard": lambda report: len(two_ranks(report, sharded=True)),
-    "loggers read back": lambda report: len(report.passed("tests.runtime.test_loggers::")),
+    "loggers read back": lambda report: len(report.passed("tests.runtime.test_loggers::test_what_is_logged")),
     **{
         f"{column}: precisions": lambda report, column=column: (
             f"{report.features(column, list(PRECISIONS))} of {len(PRECISIONS)}"
