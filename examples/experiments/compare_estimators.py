@@ -15,53 +15,60 @@ The truth is the mean of several unrolls over different batches. "Two unrolls" i
 With AdamW everything is differentiated, its second moments included; its own decoupled decay is zero. Weights per
 example are compared on all examples: a solve sees one batch, but the mixed derivative after it the whole training set.
 
-    python examples/compare_estimators.py           # a minute on two cores
-    python examples/compare_estimators.py --full    # the table of the README
+    python -m examples.experiments.compare_estimators           # a minute on two cores
+    python -m examples.experiments.compare_estimators --full    # the table, ten minutes
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections import defaultdict
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional as F
 
+from examples.experiments.common import (
+    Figures,
+    Results,
+    conclude,
+    digits_8x8,
+    make_parser,
+    markdown,
+    number,
+    start,
+)
 from lightning_ifthpo import implicit_hypergradient
 from lightning_ifthpo.curvature import Curvature
 from lightning_ifthpo.optimizers.update_rule import UpdateRule
 from lightning_ifthpo.solvers import Amortized, ConjugateGradient, Identity, Neumann, Solver
 
+NAME = "compare_estimators"
 TRAINING, OUTER, BATCH_SIZE = 1000, 300, 128  # examples
 EVERY_N_BATCHES = 5
 WARM_UP = 400  # training steps from the first hyper step to the first comparison, for persistent estimates to settle
 GAP = 200  # training steps between comparisons
 DEFAULT, COLD = "**`Amortized(products=2)`**", "CG 20, cold, damped"
 OPTIMIZERS = ("sgd", "momentum", "adamw")
+TITLES = {"sgd": "SGD", "momentum": "momentum", "adamw": "AdamW"}
 
 
 class Setting(NamedTuple):
-    """An inner problem, and the mean cosines of two estimators in the README's table; one number for each optimizer."""
+    """An inner problem; one learning rate for each optimizer."""
 
     hidden: tuple[int, ...]
     wrong_labels: float
     start: int  # training step of the first hyper step
     rates: tuple[float, float, float]
-    amortized: tuple[float, float, float]
-    cold: tuple[float, float, float]
 
 
 SETTINGS = {
-    "A": Setting((), 0.0, 3000, (0.5, 0.1, 3e-3), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)),
-    "B": Setting((64, 64), 0.0, 500, (0.1, 0.03, 1e-3), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)),
-    "C": Setting((64, 64), 0.4, 100, (0.1, 0.03, 1e-3), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)),
-    "S": Setting((64, 64), 0.4, 100, (0.5, 0.1, 5e-3), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)),
+    "A": Setting((), 0.0, 3000, (0.5, 0.1, 3e-3)),
+    "B": Setting((64, 64), 0.0, 500, (0.1, 0.03, 1e-3)),
+    "C": Setting((64, 64), 0.4, 100, (0.1, 0.03, 1e-3)),
+    "S": Setting((64, 64), 0.4, 100, (0.5, 0.1, 5e-3)),
 }
 
 
@@ -72,9 +79,9 @@ class Problem:
         self.generator = torch.Generator().manual_seed(seed)
         self._decays = setting.wrong_labels == 0.0
         self._layers = list(zip((64, *setting.hidden), (*setting.hidden, 10), strict=True))
-        pixels, digits = map(torch.tensor, load_digits(return_X_y=True))
+        pixels, digits = digits_8x8()
         order = torch.randperm(len(digits), generator=self.generator)[: TRAINING + OUTER]
-        x, y = pixels[order] / 16, digits[order]
+        x, y = pixels[order].double(), digits[order]
         self._outer_x, self._outer_y, self._x, y = x[TRAINING:], y[TRAINING:], x[:TRAINING], y[:TRAINING]
         wrong = torch.rand(TRAINING, generator=self.generator) < setting.wrong_labels
         self._y = torch.where(wrong, (y + torch.randint(1, 10, (TRAINING,), generator=self.generator)) % 10, y)
@@ -207,52 +214,76 @@ def measure(setting: Setting, name: str, seeds: int, points: int, unroll: int, u
     return cell
 
 
-def table(cells: dict[str, Cell], seeds: int, unrolls: int) -> str:
-    """Returns the Markdown table: cosine (ratio of norms), and † where a callback would have skipped most solves."""
-    columns = list(cells.values())
-    rows = [["products", "estimator", *cells], ["---"] * (2 + len(cells))]
-    for name in columns[0].values:
-        means = [torch.tensor(cell.values[name]).mean(0).tolist() for cell in columns]
-        row = [f"{max(products for _, _, products, _ in means):.0f}", name]
-        for cosine, ratio, _, failed in means:
-            row.append(f"{cosine:.2f} ({f'{ratio:.2g}' if ratio < 1e3 else 'diverges'}){'†' if failed > 0.5 else ''}")
-        rows.append(row)
-    agreements = [torch.tensor(cell.agreements).mean().clamp_min(0) for cell in columns]
+def summarized(cell: Cell, seeds: int, unrolls: int) -> Results:
+    """Returns the means of a cell over its points, and what limits them."""
+    points = {name: torch.tensor(values).mean(0).tolist() for name, values in cell.values.items()}
+    agreement = torch.tensor(cell.agreements).mean().clamp_min(0)
     # from the cosine c between two noisy copies of a vector: that between the vector and the mean of k copies
-    perfect = [(unrolls * c / (1 + (unrolls - 1) * c)).sqrt() for c in agreements]
+    perfect = (unrolls * agreement / (1 + (unrolls - 1) * agreement)).sqrt()
     # points of one run share its weights and estimates: only seeds are independent
-    by_seed = [torch.tensor(cell.values[DEFAULT])[:, 0].view(seeds, -1).mean(1) for cell in columns]
-    errors = [values.std(correction=0) / (seeds - 1) ** 0.5 for values in by_seed]
-    for note, numbers in (("two unrolls", agreements), ("perfect", perfect), (f"standard error of {DEFAULT}", errors)):
-        rows.append(["", note, *(f"{number:.2f}" for number in numbers)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    by_seed = torch.tensor(cell.values[DEFAULT])[:, 0].view(seeds, -1).mean(1)
+    error = float(by_seed.std(correction=0) / (seeds - 1) ** 0.5) if seeds > 1 else None
+    rows = {
+        name: {"cosine": cosine, "ratio": ratio, "products": products, "failed": failed}
+        for name, (cosine, ratio, products, failed) in points.items()
+    }
+    return {"estimators": rows, "two unrolls": float(agreement), "perfect": float(perfect), "standard error": error}
 
 
-def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    """Prints the table, and returns some of it beside the values to expect."""
-    parser = argparse.ArgumentParser(description="Compares cheap hypergradients with gradients through long unrolls.")
+def summary(results: Results) -> dict[str, float]:
+    """Returns the cosines of two estimators."""
+    cells = results["cells"]
+    labels = {"amortized": DEFAULT, "cold": COLD}
+    return {f"{label} {key}": cells[key]["estimators"][row]["cosine"] for key in cells for label, row in labels.items()}
+
+
+def table(results: Results) -> str:
+    """Returns cosine (ratio of norms); † where a callback would have skipped most solves."""
+    cells = {key: cell for key, cell in results["cells"].items() if not key.startswith("S")} or results["cells"]
+    rows = []
+    for name in next(iter(cells.values()))["estimators"]:
+        entries = [cell["estimators"][name] for cell in cells.values()]
+        row = [f"{max(entry['products'] for entry in entries):.0f}", name]
+        for entry in entries:
+            failed = "†" if entry["failed"] > 0.5 else ""
+            row.append(f"{number(entry['cosine'], 2)} ({size(entry['ratio'])}){failed}")
+        rows.append(row)
+    for note in ("two unrolls", "perfect", "standard error"):
+        if all(cell[note] is not None for cell in cells.values()):
+            rows.append(
+                ["", note, *(number(cell[note], 3 if note == "standard error" else 2) for cell in cells.values())]
+            )
+    titles = [f"{setting} {TITLES[name]}" for setting, name in (key.split() for key in cells)]
+    return markdown(["products", "estimator", *titles], rows)
+
+
+def size(ratio: float) -> str:
+    """Returns a ratio of norms with two digits."""
+    if ratio < 0.01:
+        return "<.01"
+    return "diverges" if ratio > 1e3 else number(ratio, 2 if ratio < 1 else 1 if ratio < 10 else 0)
+
+
+def main(argv: list[str] | None = None) -> Figures:
+    """Measures all cells; returns what the last line says."""
+    parser = make_parser(__doc__)
     parser.add_argument("--full", action="store_true", help="setting S too, four seeds, four unrolls at each point")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS)
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS)
     parser.add_argument("--points", type=int, default=4, help="comparisons in each run")
     parser.add_argument("--unroll", type=int, default=200, help="training steps in each unroll")
-    options = parser.parse_args(argv)
-    torch.set_num_threads(2)
-    points, (seeds, unrolls) = options.points, (4, 4) if options.full else (1, 2)
-    cells: dict[str, Cell] = {}
-    headlines: dict[str, dict[str, float]] = {}
-    for key in options.settings or ("ABCS" if options.full else "ABC"):
-        for name in options.optimizers:
-            cell = measure(SETTINGS[key], name, seeds, points, options.unroll, unrolls)
-            cells[f"{key} {name}"] = cell
-            for label, row in (("amortized", DEFAULT), ("cold", COLD)):
-                measured = round(sum(cosine for cosine, *_ in cell.values[row]) / len(cell.values[row]), 2)
-                expected = getattr(SETTINGS[key], label)[OPTIMIZERS.index(name)]
-                headlines[f"{label} {key} {name}"] = {"measured": measured, "expected": expected}
-    print("cosine with the truth (ratio of norms); †: most solves failed, and a callback would have skipped them\n")
-    print(table(cells, seeds, unrolls), end="\n\n")
-    print(json.dumps(headlines))
-    return headlines
+    args = parser.parse_args(argv)
+    if args.record and not args.full:
+        parser.error("--record is for runs with --full")
+    start(threads=2)
+    seeds, unrolls = (4, 4) if args.full else (1, 2)
+    cells: Results = {}
+    for key in args.settings or ("ABCS" if args.full else "ABC"):
+        for name in args.optimizers:
+            cell = measure(SETTINGS[key], name, seeds, args.points, args.unroll, unrolls)
+            cells[f"{key} {name}"] = summarized(cell, seeds, unrolls)
+            print(f"{key} {name}: cosine of two unrolls {cells[f'{key} {name}']['two unrolls']:.2f}", flush=True)
+    return conclude(NAME, {"cells": cells}, args, summary=summary, table=table)
 
 
 if __name__ == "__main__":

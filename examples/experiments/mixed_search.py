@@ -1,53 +1,61 @@
 """Discrete choices by Optuna outside, a thousand continuous hyperparameters by hypergradients inside each trial.
 
 Implicit differentiation cannot choose a width, a depth, an activation, a batch size or an optimizer, nor a learning
-rate, on which the optimum does not depend. Optuna can, but not a weight for each of 1,000 training images of digits,
-30 % of which are labelled one too high. Four searches for a perceptron:
+rate, because the optimum does not depend on it. Optuna can choose these, but not a weight for each of 1,000 training
+images of digits, 30 % of which are labelled one too high. Four searches for a perceptron:
 
     clean      Optuna: choices, decay, smoothing; 70 clean images train, 30 validate, noisy ones stay unused
     alone      Optuna: choices, decay, smoothing; 1,000 noisy images train, 100 clean ones validate, as below
     every      Optuna: choices, decay, smoothing, and the weight of each training image
     inside     Optuna: choices; `IFTHypergradient` tunes decay, smoothing and weights inside each trial
 
-Validation loss is what Optuna and the hypergradients minimize, and what stops each training early. A tuned trial takes
-longer than a plain one, so trials are not what is equal, but training time: the searches take turns, and each goes on
-until it has spent as much as `inside`. Test images decide nothing. They measure the network of the best trial, and one
-trained anew on training and validation images, as long and with the hyperparameters found.
+Optuna and the hypergradients minimize the validation loss, which also stops each training early. A tuned trial takes
+longer than a plain one, so all searches get the same training time, not the same number of trials: they take turns, and
+each goes on until it has spent as much as `inside`. Test images decide nothing. They measure the network of the best
+trial, and one retrained on training and validation images, as long and with the hyperparameters found.
 
-Networks trained anew know 93 % of the test digits after `inside`, and at most 86 % after any other search. With few
-continuous hyperparameters (decay of each tensor, smoothing, input noise; clean labels) searching and tuning tie.
+With few continuous hyperparameters (decay of each tensor, smoothing, input noise; clean labels) searching and tuning
+tie.
 
-Run:
-    python examples/mixed_search.py --seeds 0 1 2 3 4
+    python -m examples.experiments.mixed_search --seeds 0 1 2 3 4    # one minute a seed on one core
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import math
 import time
-import warnings
 from itertools import pairwise
-from pathlib import Path
-from statistics import mean, pstdev
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import lightning as L
 import optuna
 import torch
 import torch.nn.functional as F
-from distill_dataset import silence_lightning
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import TensorDataset
 
+from examples.experiments.common import (
+    Examples,
+    Figures,
+    Results,
+    accuracy,
+    conclude,
+    digits_8x8,
+    make_parser,
+    markdown,
+    mean,
+    quiet_trainer,
+    random_batches,
+    spread,
+    start,
+    values,
+)
 from lightning_ifthpo import BilevelLightningModule, IFTHypergradient
 from lightning_ifthpo.hyperparameters import LabelSmoothing, SampleWeights, WeightDecay
 
-Examples: TypeAlias = tuple[Tensor, Tensor]  # images and digits
+NAME = "mixed_search"
 Method: TypeAlias = Literal["clean", "alone", "every", "inside"]
 METHODS: dict[Method, str] = {
     "clean": "Optuna: scalars; clean images only",
@@ -68,16 +76,6 @@ ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "silu": nn.SiLU}
 DECAY, SMOOTHING = 1e-3, 0.05  # where `inside` begins, with weights of one
 # With a rate of 0.1, or a hyper step every 10 steps, the validation loss on other splits was 1.5 times as high or more.
 HYPER_AFTER, HYPER_EVERY, HYPER_LR = 40, 5, 0.2
-# The networks are too small for anything but a CPU.
-TRAINER: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
-TRAINER |= {"enable_model_summary": False, "enable_progress_bar": False}
-# Means over seeds 0 to 4: test accuracy of the best trial's network, and of one trained anew.
-EXPECTED: dict[Method, tuple[float, float]] = {
-    "clean": (0.855, 0.862),
-    "alone": (0.868, 0.818),
-    "every": (0.853, 0.823),
-    "inside": (0.915, 0.928),
-}
 
 
 class Choices(NamedTuple):
@@ -183,7 +181,7 @@ class Search:
         self.study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
         self.spent = 0.0  # seconds of training
         self.progress: list[tuple[float, float]] = []  # seconds spent, test accuracy of the best trial so far
-        self.anew: float  # test accuracy of the network trained anew
+        self.retrained: float  # test accuracy of the retrained network
         self.best: Classifier
         self.best_step: int
 
@@ -208,9 +206,9 @@ class Search:
         self.study.tell(trial, stopping.loss)
         if self.study.best_trial.number == trial.number:
             self.best, self.best_step = module, stopping.step
-        self.progress.append((self.spent, accuracy(self.best, self.test)))
+        self.progress.append((self.spent, accuracy(self.best.net, self.test)))
 
-    def train_anew(self) -> None:
+    def retrain(self) -> None:
         """Trains a fresh network on training and validation images, the latter of weight one."""
         torch.manual_seed(self.seed + 1000)
         images, digits = map(torch.cat, zip(self.training, self.validation, strict=True))
@@ -218,28 +216,18 @@ class Search:
         for fresh, found in zip(module.hyperparameters(), self.best.hyperparameters(), strict=True):
             fresh.view(-1)[: found.numel()] = found.view(-1)
         train(module, (images, digits), self.best_step, self.seed, [])
-        self.anew = accuracy(module, self.test)
+        self.retrained = accuracy(module.net, self.test)
 
 
 def train(module: Classifier, examples: Examples, steps: int, seed: int, callbacks: list[L.Callback]) -> None:
     """Trains a network on random batches."""
-    dataset, size = TensorDataset(*examples, torch.arange(len(examples[1]))), module.choices.batch_size
-    # One long epoch: here the overhead of an epoch would exceed the work of its few batches.
-    sampler = RandomSampler(dataset, num_samples=steps * size, generator=torch.Generator().manual_seed(seed))
-    trainer = L.Trainer(max_epochs=1, callbacks=callbacks, **TRAINER)
-    trainer.fit(module, DataLoader(dataset, batch_size=None, sampler=BatchSampler(sampler, size, drop_last=False)))
-
-
-def accuracy(module: Classifier, examples: Examples) -> float:
-    """Returns the fraction of images whose digit a network knows."""
-    images, digits = examples
-    return float((module.net(images).argmax(1) == digits).float().mean())
+    dataset = TensorDataset(*examples, torch.arange(len(examples[1])))
+    quiet_trainer(callbacks).fit(module, random_batches(dataset, module.choices.batch_size, steps, seed))
 
 
 def load_data(seed: int) -> list[Examples]:
     """Splits the 1,797 digits of scikit-learn into three sets at random, and makes training labels wrong."""
-    pixels, labels = load_digits(return_X_y=True)
-    images, digits = torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(labels)
+    images, digits = digits_8x8()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     digits[order[:WRONG]] = (digits[order[:WRONG]] + 1) % 10
     return [(images[part], digits[part]) for part in torch.split(order, PARTS)]
@@ -256,73 +244,73 @@ def search_all(split: list[Examples], seed: int, trials: int, steps: int) -> dic
     return searches
 
 
-def draw(searches: dict[Method, list[Search]], path: Path) -> None:
-    """Saves how the searches proceed, and what networks trained anew are worth."""
-    figure = Figure(figsize=(12.0, 4.6), layout="constrained")
+def run(seeds: list[int], trials: int, steps: int) -> Results:
+    """Searches in all four ways for each seed."""
+    keys = ("trials", "seconds", "best trial", "retrained", "progress")
+    results: Results = {method: {key: {} for key in keys} for method in METHODS}
+    for seed in seeds:
+        for method, search in search_all(load_data(seed), seed, trials, steps).items():
+            search.retrain()
+            spent, found = search.progress[-1]
+            progress = [[round(seconds, 3), round(score, 4)] for seconds, score in search.progress]
+            measured = (len(progress), round(spent, 2), found, search.retrained, progress)
+            for key, value in zip(keys, measured, strict=True):
+                results[method][key][str(seed)] = value
+        scores = (f"{method} {results[method]['retrained'][str(seed)]:.3f}" for method in METHODS)
+        print(f"seed {seed}", *scores, sep="   ", flush=True)
+    return {"searches": results}
+
+
+def summary(results: Results) -> dict[str, float]:
+    """Returns mean test accuracies."""
+    searches = results["searches"]
+    return {f"{name}, {key}": mean(searches[name][key]) for name in METHODS for key in ("best trial", "retrained")}
+
+
+def table(results: Results) -> str:
+    """Returns test accuracies and the number of trials."""
+    rows = []
+    for name, meaning in METHODS.items():
+        search = results["searches"][name]
+        trials = f"{mean(search['trials']):.0f}" if search["trials"] else ""
+        rows.append([meaning, trials, spread(search["best trial"]), spread(search["retrained"])])
+    return markdown(["search", "trials", "test accuracy of the best trial", "retrained with what was found"], rows)
+
+
+def draw(results: Results) -> Figure:
+    """Returns how the searches proceed, and the accuracy of retrained networks."""
+    figure = Figure(figsize=(12.0, 4.6), layout="constrained", dpi=90)
     figure.suptitle("Searches of the same training time, on digits of which 30 % have a wrong label", fontsize=15)
     along, final = figure.subplots(1, 2, sharey=True)
-    for column, (method, runs) in enumerate(searches.items()):
-        color, anew = f"C{column}", [run.anew for run in runs]
-        for run in runs:
-            label = f"{method}: {len(run.progress)} trials" if run is runs[0] else None
-            along.step(*zip(*run.progress, strict=True), where="post", color=color, alpha=0.7, label=label)
-        final.plot([column] * len(runs), anew, "o", color=color, markersize=8, alpha=0.5)
-        final.plot(column, mean(anew), "_", color=color, markersize=40, markeredgewidth=2.5)
+    for column, (name, search) in enumerate(results["searches"].items()):
+        color, label = f"C{column}", f"{name}: {mean(search['trials']):.0f} trials"
+        for progress in search["progress"].values():
+            along.step(*zip(*progress, strict=True), where="post", color=color, alpha=0.7, label=label)
+            label = ""
+        retrained = values(search["retrained"])
+        final.plot([column] * len(retrained), retrained, "o", color=color, markersize=8, alpha=0.5)
+        final.plot(column, mean(search["retrained"]), "_", color=color, markersize=40, markeredgewidth=2.5)
     along.set(xlabel="seconds of training", ylabel="test accuracy", title="Network of the best trial so far")
     along.legend(frameon=False, fontsize=11, loc="lower right")
-    final.set(xticks=range(len(searches)), xticklabels=list(searches), xlim=(-0.5, len(searches) - 0.5))
-    final.set_title("Network trained anew with what was found: seeds and their mean")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
-
-
-def report(searches: dict[Method, list[Search]]) -> dict[str, dict[str, float]]:
-    """Prints means over seeds, and returns test accuracies beside the expected ones."""
-    print(f"\n{'test accuracy':54}trials  seconds     best trial   trained anew")
-    result = {}
-    for method, runs in searches.items():
-        trials, seconds = mean(len(run.progress) for run in runs), mean(run.progress[-1][0] for run in runs)
-        print(f"{method:9}{METHODS[method]:45}{trials:6.1f}{seconds:9.1f}", end="")
-        columns = {
-            "best trial": [run.progress[-1][1] for run in runs],
-            "trained anew": [run.anew for run in runs],
-        }
-        for (name, values), expected in zip(columns.items(), EXPECTED[method], strict=True):
-            print(f"{mean(values):9.3f} ± {pstdev(values):.3f}", end="")
-            result[f"{method}, {name}"] = {"measured": round(mean(values), 4), "expected": expected}
-        print()
-    return result
+    final.set(xticks=range(len(METHODS)), xticklabels=list(METHODS), xlim=(-0.5, len(METHODS) - 0.5))
+    final.set_title("Network retrained with what was found: seeds and their mean")
+    return figure
 
 
 def silence() -> None:
-    """Hides the log of each trial, hardware lines, tips, and warnings about trials that diverge."""
+    """Hides the log of each trial, what Lightning prints, and warnings about trials that diverge."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    silence_lightning()
-    warnings.filterwarnings("ignore", ".*hyper step")
+    start(ignore=["hyper step"])
 
 
-def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    """Searches for each seed and returns mean test accuracies."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+def main(argv: list[str] | None = None) -> Figures:
+    """Searches for each seed; returns what the last line says."""
+    parser = make_parser(__doc__, seeds=[0])
     parser.add_argument("--trials", type=int, default=8, help="with hypergradients; the others get the same time")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of training in each trial, at least {CHECK_EVERY}")
-    parser.add_argument("--output", type=Path, default=Path("results"), help="folder for the picture")
     args = parser.parse_args(argv)
     silence()
-    torch.set_num_threads(1)  # at this size a second brings nothing, and on a busy machine it costs much
-    searches: dict[Method, list[Search]] = {method: [] for method in METHODS}
-    for seed in args.seeds:
-        for method, search in search_all(load_data(seed), seed, args.trials, args.steps).items():
-            search.train_anew()
-            searches[method].append(search)
-        print(f"seed {seed}", *(f"{m} {runs[-1].anew:.3f}" for m, runs in searches.items()), sep="   ", flush=True)
-    result = report(searches)
-    picture = args.output / "mixed_search.png"
-    draw(searches, picture)
-    print(f"See {picture}")
-    print(json.dumps(result))
-    return result
+    return conclude(NAME, run(args.seeds, args.trials, args.steps), args, summary=summary, table=table, draw=draw)
 
 
 if __name__ == "__main__":

@@ -2,36 +2,41 @@
 
 A small network learns a thousand handwritten digits by full-batch gradient descent, then by Adam. `SharpnessMonitor`
 logs the largest eigenvalue of the Hessian, in the metric of the optimizer, and the value at which that optimizer
-becomes unstable: 2/η for gradient descent, 38/η for Adam with β₁ = 0.9. Their ratio comes to one and stays there (Cohen
+becomes unstable: 2/η for gradient descent, 38/η for Adam with β₁ = 0.9. Their ratio rises to one and stays there (Cohen
 et al. 2021, "Gradient descent on neural networks typically occurs at the edge of stability"; 2022 for Adam).
 
-Run:
-    python examples/edge_of_stability.py            # some twenty seconds on two cores
+    python -m examples.experiments.edge_of_stability            # twenty seconds on two cores
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
-import json
-import logging
-import warnings
 from pathlib import Path
-from statistics import mean, median
+from statistics import fmean, median
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
+from examples.experiments.common import (
+    Figures,
+    Results,
+    conclude,
+    digits_8x8,
+    full_batches,
+    make_parser,
+    markdown,
+    quiet_trainer,
+    start,
+)
 from lightning_ifthpo import SharpnessMonitor
 from lightning_ifthpo.plots import plot_sharpness
 
+NAME = "edge_of_stability"
 IMAGES = 1000
 EVERY = 10  # steps between two measurements
 OPTIMIZERS: dict[str, tuple[str, type[torch.optim.Optimizer], float, int]] = {
@@ -63,22 +68,12 @@ class Classifier(L.LightningModule):
 def train(name: str, steps: int, folder: Path) -> Path:
     """Trains with one optimizer and returns the log."""
     _, optimizer, lr, _ = OPTIMIZERS[name]
-    pixels, labels = load_digits(return_X_y=True)
-    images = torch.tensor(pixels[:IMAGES], dtype=torch.float32) / 16
-    everything = (images - images.mean(0), torch.tensor(labels[:IMAGES]))
+    images, labels = (part[:IMAGES] for part in digits_8x8())
     torch.manual_seed(0)
     logger = CSVLogger(folder, name=name)
-    trainer = L.Trainer(
-        accelerator="cpu",  # the network is too small for anything else
-        max_epochs=1,
-        callbacks=[SharpnessMonitor(every_n_batches=EVERY, max_overhead=None)],
-        logger=logger,
-        log_every_n_steps=EVERY,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
-    trainer.fit(Classifier(optimizer, lr), DataLoader([everything] * steps, batch_size=None))  # type: ignore[arg-type]
+    monitor = SharpnessMonitor(every_n_batches=EVERY, max_overhead=None)
+    trainer = quiet_trainer([monitor], logger=logger, log_every_n_steps=EVERY)
+    trainer.fit(Classifier(optimizer, lr), full_batches((images - images.mean(0), labels), steps))
     return Path(logger.log_dir) / "metrics.csv"
 
 
@@ -88,35 +83,43 @@ def column(log: Path, name: str) -> list[float]:
         return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
-def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    """Trains with both optimizers; returns what the last line says."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--fraction", type=float, default=1.0, help="of the training steps, to look only at the start")
-    parser.add_argument("--output", type=Path, default=Path("results"), help="folder for the picture and the logs")
-    args = parser.parse_args(argv)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for advice in ("does not have many workers", r"`isinstance\(treespec, LeafSpec\)`"):
-        warnings.filterwarnings("ignore", f".*{advice}")
-    torch.set_num_threads(1)  # at this size a second brings nothing, and on a busy machine it costs much
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    figures = {}
-    for axes, (name, (title, _, lr, steps)) in zip(figure.subplots(1, 2), OPTIMIZERS.items(), strict=True):
-        log = train(name, max(round(steps * args.fraction), 4 * EVERY), args.output / "edge_of_stability")
+def run(fraction: float, folder: Path) -> tuple[Results, Figure]:
+    """Trains with both optimizers; returns the ratio to the edge over the last quarter, and the picture of the logs."""
+    results: Results = {}
+    figure = Figure(figsize=(10, 4), layout="constrained", dpi=110)
+    for axes, (name, (title, _, _, steps)) in zip(figure.subplots(1, 2), OPTIMIZERS.items(), strict=True):
+        log = train(name, max(round(steps * fraction), 4 * EVERY), folder)
         ratios = column(log, "sharpness/edge_ratio")
         settled = ratios[-len(ratios) // 4 :]
-        print(
-            f"{name:17} η = {lr:g}: λ_max over the edge, mean of the last quarter {mean(settled):.3f} "
-            f"(from {min(settled):.3f} to {max(settled):.3f}; expected: 1), "
-            f"{median(column(log, 'sharpness/products')):.0f} products a measurement"
-        )
-        figures[name] = {"measured": round(mean(settled), 4), "expected": 1.0}
+        products = median(column(log, "sharpness/products"))
+        results[name] = {"mean": fmean(settled), "least": min(settled), "most": max(settled), "products": products}
         plot_sharpness(log, axes).set_title(title)
-    picture = args.output / "edge_of_stability.png"
-    figure.savefig(picture, dpi=110)
-    print(f"The picture: {picture}")
-    print(json.dumps(figures))
-    return figures
+    return results, figure
+
+
+def summary(results: Results) -> dict[str, float]:
+    """Returns the mean ratios."""
+    return {name: results[name]["mean"] for name in OPTIMIZERS}
+
+
+def table(results: Results) -> str:
+    """Returns the ratios and the cost of a measurement."""
+    rows = []
+    for name, (title, _, lr, steps) in OPTIMIZERS.items():
+        ratio = results[name]
+        span = f"{ratio['mean']:.3f} ({ratio['least']:.3f} to {ratio['most']:.3f})"
+        rows.append([title, f"{lr:g}", f"{steps:,}", span, f"{ratio['products']:.0f}"])
+    return markdown(["", "η", "steps", "λ_max over the edge, last quarter", "products per measurement"], rows)
+
+
+def main(argv: list[str] | None = None) -> Figures:
+    """Trains with both optimizers; returns what the last line says."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--fraction", type=float, default=1.0, help="of the training steps, to see only the start")
+    args = parser.parse_args(argv)
+    start()
+    results, figure = run(args.fraction, args.output / NAME)
+    return conclude(NAME, results, args, summary=summary, table=table, draw=lambda _: figure)
 
 
 if __name__ == "__main__":

