@@ -68,7 +68,8 @@ def load_data() -> tuple[TensorDataset, TensorDataset, TensorDataset, Tensor]:
     images, digits = torch.tensor(pixels, dtype=torch.float32)[order] / 16, torch.tensor(labels)[order]
     digits[:WRONG] = (digits[:WRONG] + torch.randint(1, 10, (WRONG,))) % 10
     sizes = [TRAINING, OUTER, len(labels) - TRAINING - OUTER]
-    train, outer, test = (TensorDataset(*part) for part in zip(images.split(sizes), digits.split(sizes), strict=True))
+    parts = zip(torch.split(images, sizes), torch.split(digits, sizes), strict=True)
+    train, outer, test = (TensorDataset(*part) for part in parts)
     return train, outer, test, torch.arange(TRAINING) < WRONG
 
 

@@ -231,8 +231,8 @@ def draw(results: Results) -> Figure:
         color, several = "tab:gray" if ROWS[name].hyper_rate is None else "tab:blue", values(scores[name])
         panel.plot(several, [place] * len(several), "o", color=color, alpha=0.4, markersize=6)
         panel.plot(mean(scores[name]), place, "|", color=color, markersize=22, markeredgewidth=3)
-        spot = {"xy": (1.02, place), "xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 12}
-        panel.annotate(number(mean(scores[name])), **spot)
+        shown = number(mean(scores[name]))
+        panel.annotate(shown, (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=12)
     panel.set(ylim=(len(names) - 0.5, -0.5), yticks=[])
     panel.set_xlabel("accuracy: a dot for each seed, a bar for the mean; blue: learned", fontsize=11)
     panel.grid(axis="x", alpha=0.3)

@@ -1,7 +1,7 @@
 """Runs the examples and writes what they measure to `examples/results.json`, from which they read what to expect.
 
-    python -m examples.experiments.record                 # all
-    python -m examples.experiments.record weight_decay    # one
+python -m examples.experiments.record                 # all
+python -m examples.experiments.record weight_decay    # one
 """
 
 from __future__ import annotations

@@ -259,7 +259,7 @@ def draw(results: Results) -> Figure:
         pace, method = name.split(", ")
         covered = torch.tensor(list(game["covered"].values()))
         fractions = torch.arange(1, covered.shape[1] + 1) / covered.shape[1]
-        panel = panels[pace]  # type: ignore[index]
+        panel = panels[pace]
         panel.plot(fractions, covered.T, color=colors[method], alpha=0.25, linewidth=1)
         panel.plot(fractions, covered.mean(0), color=colors[method], linewidth=2.5, label=method)
     for pace, (generator, discriminator) in RATES.items():
