@@ -1,8 +1,8 @@
 """Watch curvature grow to the edge of stability, and stay there.
 
-`SharpnessMonitor` logs the largest eigenvalue of the Hessian while a network learns by gradient descent. Gradient descent
-is stable while that eigenvalue is below 2/η. Curvature grows until it gets there and then stays: `edge_ratio` becomes 1
-(Cohen et al. 2021). The monitor works with any LightningModule and changes nothing in its training.
+`SharpnessMonitor` logs the largest eigenvalue of the Hessian while a network learns. Gradient descent is stable while
+that eigenvalue is below 2/η. It grows until it gets there and then stays: `edge_ratio` becomes 1 (Cohen et al. 2021).
+The monitor works with any LightningModule and changes nothing in its training.
 
     python examples/sharpness.py
 """

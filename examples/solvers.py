@@ -1,8 +1,9 @@
 """Choose a solver, and read what a failed solve says.
 
 Before training has converged the Hessian has negative eigenvalues. Conjugate gradients then stop at negative curvature,
-and the result says so: it carries a status, a residual and a diagnosis. Gauss–Newton curvature is positive semi-definite.
-At the minimum the exact hypergradient is known, from a dense solve, and shows what each solver's products buy.
+and the result says so: it carries a status, a residual and a diagnosis. Gauss–Newton curvature is positive
+semi-definite, so that they succeed. At the minimum a dense solve gives the exact hypergradient, and the cosine with it
+shows how good the other solvers are.
 
     python examples/solvers.py
 """

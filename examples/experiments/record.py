@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 
 from examples.experiments.common import HERE, read, stamp, write
 
@@ -23,10 +24,15 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.names or names:
         if name not in names:
             parser.error(f"expected names among {', '.join(names)}, got {name}")
-        printed = importlib.import_module(f"examples.{name}").main()
-        measured = {key: entry["measured"] for key, entry in printed.items()}
+        sys.argv[1:] = []  # LightningCLI reads them, too
+        example = importlib.import_module(f"examples.{name}")
+        if name == "cli":
+            runs = {path.stem: example.main(["--config", str(path)]) for path in sorted(example.CONFIGS.glob("*.yaml"))}
+            measured = {config: printed["test accuracy"]["measured"] for config, printed in runs.items()}
+        else:
+            measured = {key: entry["measured"] for key, entry in example.main().items()}
         results = read("results", EXAMPLES)
-        write("results", {**results, name: {"measured": stamp(), **measured}}, EXAMPLES)
+        write("results", {**results, "measured": stamp(), name: measured}, EXAMPLES)
 
 
 if __name__ == "__main__":

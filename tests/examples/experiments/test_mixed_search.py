@@ -1,17 +1,16 @@
 import pytest
 import torch
 
-from tests.examples.test_all import load
+from examples.experiments import mixed_search as example
+from examples.experiments.common import digits_8x8
 
 
-@pytest.fixture(name="example")
-def _example():
-    module = load("mixed_search")
-    module.silence()
-    return module
+@pytest.fixture(autouse=True)
+def _silent():
+    example.silence()
 
 
-def enqueued(example, method, steps, *choices):
+def enqueued(method, steps, *choices):
     """A search whose only trial was of given choices."""
     search = example.Search(method, example.load_data(100), seed=0, steps=steps)
     wanted = example.Choices(*(choices or (64, 1, "relu", 50, "sgd", 0.1)))
@@ -21,9 +20,9 @@ def enqueued(example, method, steps, *choices):
     return search
 
 
-def test_sets_are_disjoint_and_only_training_labels_are_wrong(example):
-    pixels, digits = example.load_digits(return_X_y=True)
-    known = {tuple(image): digit for image, digit in zip(pixels.tolist(), digits.tolist(), strict=True)}
+def test_sets_are_disjoint_and_only_training_labels_are_wrong():
+    pixels, digits = digits_8x8()
+    known = {tuple(image): digit for image, digit in zip((16 * pixels).tolist(), digits.tolist(), strict=True)}
     sets = example.load_data(0)
     assert [len(labels) for _, labels in sets] == example.PARTS
     assert len(torch.cat([images for images, _ in sets]).unique(dim=0)) == 1797  # no two are the same
@@ -34,8 +33,8 @@ def test_sets_are_disjoint_and_only_training_labels_are_wrong(example):
 
 
 @pytest.mark.parametrize("method", ["clean", "alone", "every", "inside"])
-def test_each_method_moves_what_it_should(example, method):
-    search = enqueued(example, method, 60)
+def test_each_method_moves_what_it_should(method):
+    search = enqueued(method, 60)
     values = dict(search.best.named_hyperparameters())
     start = dict(example.Classifier(search.best.choices, len(search.training[1])).named_hyperparameters())
     moved = {name.split(".")[0] for name in values if not torch.equal(values[name], start[name])}
@@ -48,25 +47,25 @@ def test_each_method_moves_what_it_should(example, method):
             assert value.view(-1).tolist() == pytest.approx(found)
 
 
-def test_clean_images_are_split_for_the_search_that_uses_no_others(example):
+def test_clean_images_are_split_for_the_search_that_uses_no_others():
     sets = example.load_data(100)
     search = example.Search("clean", sets, seed=0, steps=20)
     assert [len(search.training[1]), len(search.validation[1])] == [70, 30]
     assert torch.equal(torch.cat([search.training[0], search.validation[0]]), sets[1][0])
 
 
-def test_training_ends_where_the_validation_loss_was_lowest(example):
-    search = enqueued(example, "alone", 300, 128, 2, "relu", 100, "adam", 1e-2)
+def test_training_ends_where_the_validation_loss_was_lowest():
+    search = enqueued("alone", 300, 128, 2, "relu", 100, "adam", 1e-2)
     assert 0 < search.best_step < 300  # of later steps, which learn wrong labels by heart, nothing is left
     loss = search.best.outer_loss(search.validation).item()
     assert search.study.best_value == pytest.approx(loss)
 
 
-def test_a_network_trained_anew_has_the_hyperparameters_found_and_weights_of_one(example, monkeypatch):
-    search = enqueued(example, "inside", 60)
+def test_a_network_retrained_has_the_hyperparameters_found_and_weights_of_one(monkeypatch):
+    search = enqueued("inside", 60)
     calls = []
     monkeypatch.setattr(example, "train", lambda *arguments: calls.append(arguments))
-    search.train_anew()
+    search.retrain()
     ((module, (_, digits), steps, _, callbacks),) = calls
     assert steps == search.best_step
     assert callbacks == []
@@ -77,7 +76,7 @@ def test_a_network_trained_anew_has_the_hyperparameters_found_and_weights_of_one
     assert torch.equal(module.decay.log_decay[0], search.best.decay.log_decay[0])
 
 
-def test_searches_get_the_same_time(example):
+def test_searches_get_the_same_time():
     searches = example.search_all(example.load_data(100), seed=0, trials=2, steps=20)
     assert len(searches["inside"].progress) == 2
     for search in searches.values():
@@ -86,12 +85,12 @@ def test_searches_get_the_same_time(example):
         assert spent[-2] <= searches["inside"].spent <= search.spent  # no trial after that
 
 
-def test_hypergradients_find_weights_that_pay(example):
+def test_hypergradients_find_weights_that_pay():
     """For the same choices, against weights of one, and against weights that Optuna drew."""
-    searches = {method: enqueued(example, method, 300) for method in ("alone", "every", "inside")}
+    searches = {method: enqueued(method, 300) for method in ("alone", "every", "inside")}
     for search in searches.values():
-        search.train_anew()
-    assert searches["inside"].anew > max(searches["alone"].anew, searches["every"].anew) + 0.03
+        search.retrain()
+    assert searches["inside"].retrained > max(searches["alone"].retrained, searches["every"].retrained) + 0.03
     weights = searches["inside"].best.weights(torch.arange(1000))
     assert weights[: example.WRONG].mean() < weights[example.WRONG :].mean() - 0.5  # wrong labels come first
     assert searches["inside"].study.best_value < 0.5 * searches["alone"].study.best_value

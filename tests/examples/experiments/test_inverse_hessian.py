@@ -3,18 +3,13 @@ import json
 import pytest
 import torch
 
+from examples.experiments import inverse_hessian as example
 from lightning_ifthpo.curvature import HessianOperator
 from lightning_ifthpo.solvers import Identity, Neumann
-from tests.examples.test_all import load
 
 
 @pytest.fixture(scope="module")
-def example():
-    return load("inverse_hessian")
-
-
-@pytest.fixture(scope="module")
-def trained(example):
+def trained():
     """Sixteen pixels: 170 weights."""
     problem = example.Problem(pooling=7)
     problem.train()
@@ -23,18 +18,18 @@ def trained(example):
 
 
 @pytest.mark.parametrize("solver", [Identity(0.7), Neumann(7, step_size=0.3, damping=0.1)], ids=["identity", "neumann"])
-def test_a_series_is_the_same_in_the_eigenbasis_as_by_columns(example, trained, solver):
+def test_a_series_is_the_same_in_the_eigenbasis_as_by_columns(trained, solver):
     _, hessian, spectrum = trained
     torch.testing.assert_close(spectrum.inverse_by(solver), example.inverse_by_columns(solver, hessian))
 
 
-def test_unrolled_steps_invert_as_the_neumann_series(example, trained):
+def test_unrolled_steps_invert_as_the_neumann_series(trained):
     problem, _, spectrum = trained
     assert example.unrolled_difference(problem, spectrum) < 1e-6  # the gradient at the end, 1e-9, is magnified
 
 
 def test_more_work_is_nearer_to_the_exact_inverse(tmp_path, capsys):
-    result = load("inverse_hessian").main(["--pooling", "7", "--output", str(tmp_path)])
+    result = example.main(["--pooling", "7", "--output", str(tmp_path)])
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
     assert all(entry["expected"] is None for name, entry in result.items() if name != "unrolled beside Neumann")
     error = {name.removesuffix(", error"): entry["measured"] for name, entry in result.items()}
