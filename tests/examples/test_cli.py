@@ -6,9 +6,9 @@ import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
 
+from examples import cli as example
 from lightning_ifthpo import ExactGeN, IFTHypergradient, SharpnessMonitor
 from lightning_ifthpo.solvers import ConjugateGradient
-from tests.examples.test_all import EXAMPLES, QUIET, load
 
 
 @pytest.fixture(autouse=True)
@@ -16,14 +16,13 @@ def _no_other_arguments(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["cli.py"])
 
 
-CONFIGS = EXAMPLES / "configs"
+QUIET = [f"--trainer.enable_{option}=false" for option in ("progress_bar", "model_summary", "checkpointing")]
 SHORT = ["--trainer.max_epochs", "1", "--trainer.logger=false", *QUIET]
 
 
 def configured(name, *arguments):
     """What LightningCLI makes of a file."""
-    example = load("cli")
-    arguments = ["--config", str(CONFIGS / f"{name}.yaml"), *SHORT, *arguments]
+    arguments = ["--config", str(example.CONFIGS / f"{name}.yaml"), *SHORT, *arguments]
     return LightningCLI(
         example.Digits,
         example.DigitsData,
@@ -63,8 +62,8 @@ def test_a_wrong_name_is_told(capsys):
     assert "every_n_steps" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in example.CONFIGS.glob("*.yaml")))
 def test_every_configuration_trains(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = load("cli").main(["--config", str(CONFIGS / f"{name}.yaml"), "--trainer.max_epochs", "10", *QUIET])
+    result = example.main(["--config", str(example.CONFIGS / f"{name}.yaml"), "--trainer.max_epochs", "10", *QUIET])
     assert result["test accuracy"]["measured"] > 0.6

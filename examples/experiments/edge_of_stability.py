@@ -1,0 +1,126 @@
+"""Training runs at the edge of stability: curvature grows until the optimizer is about to diverge, and stays there.
+
+A small network learns a thousand handwritten digits by full-batch gradient descent, then by Adam. `SharpnessMonitor`
+logs the largest eigenvalue of the Hessian, in the metric of the optimizer, and the value at which that optimizer
+becomes unstable: 2/η for gradient descent, 38/η for Adam with β₁ = 0.9. Their ratio rises to one and stays there (Cohen
+et al. 2021, "Gradient descent on neural networks typically occurs at the edge of stability"; 2022 for Adam).
+
+    python -m examples.experiments.edge_of_stability            # twenty seconds on two cores
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from examples.experiments.common import (
+    Figures,
+    Results,
+    conclude,
+    digits_8x8,
+    full_batches,
+    make_parser,
+    markdown,
+    quiet_trainer,
+    start,
+)
+from lightning_ifthpo import SharpnessMonitor
+from lightning_ifthpo.plots import plot_sharpness
+
+NAME = "edge_of_stability"
+IMAGES = 1000
+EVERY = 10  # steps between two measurements
+OPTIMIZERS: dict[str, tuple[str, type[torch.optim.Optimizer], float, int]] = {
+    "gradient_descent": ("gradient descent, edge 2/η", torch.optim.SGD, 0.2, 3000),
+    "adam": ("Adam, edge 38/η", torch.optim.Adam, 3e-3, 1500),
+}
+
+
+class Classifier(L.LightningModule):
+    """A tanh network with squared error: with cross-entropy, curvature falls before it reaches the edge."""
+
+    def __init__(self, optimizer: type[torch.optim.Optimizer], lr: float) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(64, 50), nn.Tanh(), nn.Linear(50, 50), nn.Tanh(), nn.Linear(50, 10))
+        self.optimizer, self.lr = optimizer, lr
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Returns the squared error, summed over classes, halved."""
+        images, digits = batch
+        loss: Tensor = (self.net(images) - F.one_hot(digits, 10)).square().sum(1).mean() / 2
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """Returns the optimizer in question."""
+        return self.optimizer(self.parameters(), lr=self.lr)  # type: ignore[call-arg]
+
+
+def train(name: str, steps: int, folder: Path) -> Path:
+    """Trains with one optimizer and returns the log."""
+    _, optimizer, lr, _ = OPTIMIZERS[name]
+    images, labels = (part[:IMAGES] for part in digits_8x8())
+    torch.manual_seed(0)
+    logger = CSVLogger(folder, name=name)
+    monitor = SharpnessMonitor(every_n_batches=EVERY, max_overhead=None)
+    trainer = quiet_trainer([monitor], logger=logger, log_every_n_steps=EVERY)
+    trainer.fit(Classifier(optimizer, lr), full_batches((images - images.mean(0), labels), steps))
+    return Path(logger.log_dir) / "metrics.csv"
+
+
+def column(log: Path, name: str) -> list[float]:
+    """Returns what was logged under a name."""
+    with log.open(encoding="utf-8", newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+def run(fraction: float, folder: Path) -> tuple[Results, Figure]:
+    """Trains with both optimizers; returns the ratio to the edge over the last quarter, and the picture of the logs."""
+    results: Results = {}
+    figure = Figure(figsize=(10, 4), layout="constrained", dpi=110)
+    for axes, (name, (title, _, _, steps)) in zip(figure.subplots(1, 2), OPTIMIZERS.items(), strict=True):
+        log = train(name, max(round(steps * fraction), 4 * EVERY), folder)
+        ratios = column(log, "sharpness/edge_ratio")
+        settled = ratios[-len(ratios) // 4 :]
+        products = median(column(log, "sharpness/products"))
+        results[name] = {"mean": fmean(settled), "least": min(settled), "most": max(settled), "products": products}
+        plot_sharpness(log, axes).set_title(title)
+    return results, figure
+
+
+def summary(results: Results) -> dict[str, float]:
+    """Returns the mean ratios."""
+    return {name: results[name]["mean"] for name in OPTIMIZERS}
+
+
+def table(results: Results) -> str:
+    """Returns the ratios and the cost of a measurement."""
+    rows = []
+    for name, (title, _, lr, steps) in OPTIMIZERS.items():
+        ratio = results[name]
+        span = f"{ratio['mean']:.3f} ({ratio['least']:.3f} to {ratio['most']:.3f})"
+        rows.append([title, f"{lr:g}", f"{steps:,}", span, f"{ratio['products']:.0f}"])
+    return markdown(["", "η", "steps", "λ_max over the edge, last quarter", "products per measurement"], rows)
+
+
+def main(argv: list[str] | None = None) -> Figures:
+    """Trains with both optimizers; returns what the last line says."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--fraction", type=float, default=1.0, help="of the training steps, to see only the start")
+    args = parser.parse_args(argv)
+    start()
+    results, figure = run(args.fraction, args.output / NAME)
+    return conclude(NAME, results, args, summary=summary, table=table, draw=lambda _: figure)
+
+
+if __name__ == "__main__":
+    main()

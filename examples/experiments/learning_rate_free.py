@@ -1,0 +1,272 @@
+"""A learning rate that nobody set: `ExactGeN`, the best rates of a grid, AutoGeN and Prodigy.
+
+A perceptron learns digits, and with `--full` 4,000 images of MNIST too, as does a network of convolutions with
+BatchNorm, for 20 epochs by SGD, SGD with momentum and AdamW. `ExactGeN` is given rates between 1e-6 and 1, and does not
+use them. A constant rate and a cosine schedule need a run for each rate of a grid. The best of these is chosen by test
+accuracy, which nobody could do in practice, so the comparison favours them. AutoGeN (`pip install gen-optim`) and
+Prodigy (`pip install prodigyopt`, with the cosine schedule that its authors recommend) take part where installed.
+
+    python -m examples.experiments.learning_rate_free                       # digits, one seed: half a minute
+    python -m examples.experiments.learning_rate_free --full --seeds 0 1 2  # all data: half an hour on one core
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from examples.experiments.common import (
+    Figures,
+    Results,
+    accuracy,
+    conclude,
+    digits_8x8,
+    make_parser,
+    markdown,
+    mean,
+    mnist_5k,
+    quiet_trainer,
+    spread,
+    start,
+    values,
+)
+from lightning_ifthpo import ExactGeN
+
+NAME = "learning_rate_free"
+EPOCHS, BATCH, HIDDEN = 20, 100, 64
+STARTS = (1e-6, 1e-4, 1e-2, 1.0)
+Method = Literal["constant", "cosine", "ExactGeN", "AutoGeN", "Prodigy"]
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "digits": lambda: perceptron(64),
+    "MNIST": lambda: perceptron(784),
+    "convolutions": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 28, 28)),
+        *(nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(16 * 49, 10)),
+    ),
+}
+GRIDS: dict[str, tuple[float, ...]] = {
+    "SGD": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0),
+    "momentum": (0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.25, 0.3, 0.4),
+    "AdamW": (1e-3, 2e-3, 3e-3, 5e-3, 7e-3, 1e-2, 1.4e-2, 2e-2, 3e-2),
+}
+PACKAGES = {"AutoGeN": "GeN", "Prodigy": "prodigyopt"}
+
+
+def perceptron(inputs: int) -> nn.Module:
+    """Returns one with two hidden layers."""
+    return nn.Sequential(
+        nn.Linear(inputs, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 10)
+    )
+
+
+class Classifier(L.LightningModule):
+    """A network, an optimizer and maybe a schedule.
+
+    Args:
+        net: The network.
+        optimizer: "SGD", "momentum", "AdamW" or "Prodigy".
+        lr: Learning rate that the optimizer is made with.
+        cosine: Lower it to zero along a cosine.
+    """
+
+    def __init__(self, net: nn.Module, optimizer: str, lr: float, *, cosine: bool) -> None:
+        super().__init__()
+        self.net, self.optimizer, self.lr, self.cosine = net, optimizer, lr, cosine
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Returns the cross-entropy."""
+        images, labels = batch
+        return F.cross_entropy(self.net(images), labels)
+
+    def configure_optimizers(self) -> Any:
+        """Returns the optimizer in question."""
+        if not self.cosine:
+            return self._optimizer()
+        optimizer = self._optimizer()
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        if self.optimizer == "Prodigy":
+            prodigy: Any = importlib.import_module("prodigyopt")
+            optimizer: torch.optim.Optimizer = prodigy.Prodigy(self.parameters(), lr=1.0, weight_decay=0.01)
+            return optimizer
+        if self.optimizer == "AdamW":
+            return torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.01)
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9 if self.optimizer == "momentum" else 0.0)
+
+
+class Rates(Callback):
+    """Notes the learning rate of each step."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
+        """Notes one."""
+        self.rates.append(float(trainer.optimizers[0].param_groups[0]["lr"]))
+
+
+class AutoGeN(Callback):
+    """The published implementation as its documentation uses it, every eighth step, with its linear decay."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Opens a second stream of training batches."""
+
+        def batches() -> Iterator[Any]:
+            while True:
+                yield from trainer.train_dataloader  # type: ignore[misc]
+
+        self._batches = batches()
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        """Adapts the rate."""
+        gen: Any = importlib.import_module("GeN.GeN")
+        if trainer.global_step % 8 == 7:
+            scale = 1.0 - trainer.global_step / trainer.estimated_stepping_batches
+            gen.lr_parabola(
+                pl_module.net, optimizer, tr_iter=self._batches, task="image_cls", device="cpu", scale=scale
+            )
+
+
+class Data:
+    """Images of a data set, a fixed part of them for testing, and a network for them."""
+
+    def __init__(self, name: str) -> None:
+        pixels, labels = digits_8x8() if name == "digits" else mnist_5k()
+        images = pixels if name == "digits" else pixels.flatten(1) / 255
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(123))
+        images, labels = images[order], labels[order]
+        cut = 1400 if name == "digits" else 4000
+        self.net = NETS[name]
+        self.training = TensorDataset(images[:cut], labels[:cut])
+        self.test = images[cut:], labels[cut:]
+
+    def train(self, method: Method, optimizer: str, lr: float, seed: int) -> tuple[float, list[float]]:
+        """Returns test accuracy in percent, and the rates."""
+        torch.manual_seed(seed)
+        module = Classifier(self.net(), optimizer, lr, cosine=method in ("cosine", "Prodigy"))
+        rates = Rates()
+        callbacks: dict[str, list[Callback]] = {"ExactGeN": [ExactGeN()], "AutoGeN": [AutoGeN()]}
+        trainer = quiet_trainer([*callbacks.get(method, []), rates], max_epochs=EPOCHS)
+        generator = torch.Generator().manual_seed(seed)
+        trainer.fit(module, DataLoader(self.training, BATCH, shuffle=True, generator=generator))
+        return 100 * accuracy(module.net.eval(), self.test), rates.rates
+
+    def accuracies(self, method: Method, optimizer: str, rates: tuple[float, ...], seeds: list[int]) -> Results:
+        """Returns the accuracy of each seed for each rate."""
+        by_rate: Results = {f"{lr:g}": {} for lr in rates}
+        for lr in rates:
+            for seed in seeds:
+                by_rate[f"{lr:g}"][str(seed)] = round(self.train(method, optimizer, lr, seed)[0], 3)
+        return by_rate
+
+
+def pooled(by_rate: Results) -> dict[str, float]:
+    """Returns the accuracies of all rates and seeds under one number each."""
+    if "mean" in by_rate:  # of an earlier run, of which no more was kept
+        return by_rate
+    accuracies = [accuracy for by_seed in by_rate.values() for accuracy in values(by_seed)]
+    return {str(place): accuracy for place, accuracy in enumerate(accuracies)}
+
+
+def best(by_rate: Results) -> tuple[float | None, dict[str, float]]:
+    """Returns the rate with the highest mean accuracy, and its accuracies."""
+    if "mean" in by_rate:
+        return None, by_rate
+    lr = max(by_rate, key=lambda rate: mean(by_rate[rate]))
+    return float(lr), by_rate[lr]
+
+
+def summary(results: Results) -> dict[str, float]:
+    """Returns the accuracy with `ExactGeN` minus that of the best constant rate, in points."""
+    return {name: round(difference(cell), 2) for name, cell in results["cells"].items()}
+
+
+def difference(cell: Results) -> float:
+    """Returns it for one cell."""
+    return mean(pooled(cell["ExactGeN"])) - mean(best(cell["constant"])[1])
+
+
+def table(results: Results) -> str:
+    """Returns accuracies in percent; `ExactGeN` and AutoGeN over all rates they are given."""
+    cells = results["cells"]
+    titles = {"constant": "constant rate", "cosine": "cosine", "AutoGeN": "AutoGeN", "Prodigy": "Prodigy"}
+    shown = [method for method in titles if any(method in cell for cell in cells.values())]
+    rows = []
+    for name, cell in cells.items():
+        row = [name.replace("/", ", ")]
+        for method in shown:
+            chosen = pooled if method == "AutoGeN" else lambda by_rate: best(by_rate)[1]
+            row.append(spread(chosen(cell[method]), 1) if method in cell else "")
+        rows.append([*row, spread(pooled(cell["ExactGeN"]), 1), f"{difference(cell):+.2f}".replace("-", "−")])
+    return markdown(["", *(titles[method] for method in shown), "`ExactGeN`", "minus constant"], rows)
+
+
+def draw(results: Results) -> Figure:
+    """Returns accuracy against the rate that was given, and the rates that were chosen."""
+    cells = results["cells"]
+    columns = len({name.split("/")[1] for name in cells})
+    rows = len(cells) // columns
+    figure = Figure(figsize=(2.7 * columns, 4.6 * rows), layout="constrained", dpi=100 if rows == 1 else 70)
+    axes = figure.subplots(2 * rows, columns, squeeze=False)
+    for index, (name, cell) in enumerate(cells.items()):
+        above, below = axes[2 * (index // columns) : 2 * (index // columns) + 2, index % columns]
+        for label, style in (("constant", "o-"), ("cosine", "v-"), ("AutoGeN", "x-"), ("ExactGeN", "s-")):
+            if label in cell:
+                means = {float(lr): mean(by_seed) for lr, by_seed in cell[label].items()}
+                above.semilogx(*zip(*means.items(), strict=True), style, markersize=3, label=label)
+        above.set(title=name, xlabel="rate that was given", ylabel="test accuracy (%)", ylim=(88, 99))
+        below.semilogy(cell["rates"], color="tab:red", label="ExactGeN")
+        below.axhline(best(cell["constant"])[0], color="tab:blue", linestyle="--", label="best constant rate")
+        below.set(xlabel="step", ylabel="learning rate", ylim=(1e-4, 3))
+    for panel in axes[:2, 0]:
+        panel.legend(fontsize=8, loc="lower center")
+    return figure
+
+
+def main(argv: list[str] | None = None) -> Figures:
+    """Runs all cells; returns what the last line says."""
+    parser = make_parser(__doc__, seeds=[0])
+    parser.add_argument("--full", action="store_true", help="all data sets, starts, competitors and fine grids")
+    parser.add_argument("--optimizers", nargs="+", default=list(GRIDS), choices=list(GRIDS))
+    args = parser.parse_args(argv)
+    start(ignore=["Covariance of the parameters"])  # in AutoGeN's fit
+    others = [method for method, package in PACKAGES.items() if args.full and importlib.util.find_spec(package)]
+    cells: Results = {}
+    for name in list(NETS) if args.full else ["digits"]:
+        data = Data(name)
+        for optimizer in args.optimizers:
+            grid, starts = (GRIDS[optimizer], STARTS) if args.full else (GRIDS[optimizer][::3], STARTS[::3])
+            cell: Results = {"constant": data.accuracies("constant", optimizer, grid, args.seeds)}
+            if args.full:
+                cell["cosine"] = data.accuracies("cosine", optimizer, grid, args.seeds)
+            if "AutoGeN" in others:
+                cell["AutoGeN"] = data.accuracies("AutoGeN", optimizer, starts, args.seeds)
+            if "Prodigy" in others and optimizer == "AdamW":
+                cell["Prodigy"] = data.accuracies("Prodigy", "Prodigy", (1.0,), args.seeds)
+            cell["ExactGeN"] = data.accuracies("ExactGeN", optimizer, starts, args.seeds)
+            rates = data.train("ExactGeN", optimizer, starts[0], args.seeds[0])[1]
+            cell["rates"] = [float(f"{rate:.3g}") for rate in rates]
+            cells[f"{name}/{optimizer}"] = cell
+            lr, constant = best(cell["constant"])
+            print(f"{name}, {optimizer}: constant {spread(constant, 2)} at {lr:g}", end="")
+            print(f"; ExactGeN {spread(pooled(cell['ExactGeN']), 2)}", flush=True)
+    return conclude(NAME, {"cells": cells}, args, summary=summary, table=table, draw=draw)
+
+
+if __name__ == "__main__":
+    main()

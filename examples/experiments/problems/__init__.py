@@ -1,0 +1,1 @@
+"""Data and models that more than one experiment trains."""

@@ -1,0 +1,95 @@
+"""Tune one weight decay for each tensor of a network, inside a single training run.
+
+The decays start at 0.1, which is far too much. 200 digits train the network, and 600 others, the outer data, show in
+which direction each decay should move. What makes the module bilevel: the mixin, the hyperparameter, the penalty in the
+training loss, the outer loss, and the callback.
+
+    python examples/weight_decay.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset, random_split
+
+from lightning_ifthpo import BilevelLightningModule, IFTHypergradient
+from lightning_ifthpo.hyperparameters import WeightDecay
+
+
+class Digits(BilevelLightningModule, L.LightningModule):
+    """A perceptron with a weight decay for each of its four tensors."""
+
+    decay: WeightDecay
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        self.register_hyperparameter("decay", WeightDecay(self.net, "tensor", initial=0.1))
+
+    def inner_loss(self, batch: list[Tensor]) -> Tensor:
+        """Returns what the weights minimize, on the training data."""
+        images, digits = batch
+        loss: Tensor = F.cross_entropy(self.mark_outputs(self.net(images)), digits) + self.decay()
+        return loss
+
+    def outer_loss(self, batch: list[Tensor]) -> Tensor:
+        """Returns what the decays minimize, on data that the weights are not trained on."""
+        images, digits = batch
+        return F.cross_entropy(self.net(images), digits)
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        """Logs the loss on data that neither weights nor decays have seen."""
+        self.log("test_loss", self.outer_loss(batch))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Returns the optimizer of the weights."""
+        return torch.optim.SGD(self.inner_parameters(), lr=0.1, momentum=0.9)
+
+    def configure_hyper_optimizer(self) -> torch.optim.Optimizer:
+        """Returns the optimizer of the decays, which are tuned on a logarithmic scale."""
+        return torch.optim.Adam(self.hyperparameters(), lr=0.1)
+
+
+def test_loss(*, tuned: bool) -> tuple[float, list[float]]:
+    """Trains a network and returns its test loss and its final decays."""
+    L.seed_everything(0)
+    pixels, labels = load_digits(return_X_y=True)
+    data = TensorDataset(torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(labels))
+    train, outer, test = (DataLoader(part, 100) for part in random_split(data, [200, 600, 997]))
+    hypergradient = IFTHypergradient(every_n_batches=5, outer_dataloader=outer)
+    trainer = L.Trainer(
+        max_epochs=150,
+        callbacks=[hypergradient] if tuned else [],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    module = Digits()
+    trainer.fit(module, train)
+    (metrics,) = trainer.test(module, test)
+    return metrics["test_loss"], [float(decay) for decay in module.decay.decays()]
+
+
+def main() -> dict[str, dict[str, float]]:
+    """Trains with decays left as they are and with tuned ones; returns what the last line says."""
+    untuned, _ = test_loss(tuned=False)
+    tuned, decays = test_loss(tuned=True)
+    print(f"test loss {untuned:.3f} with all decays at 0.1, {tuned:.3f} with tuned decays:")
+    print(", ".join(f"{decay:.1e}" for decay in decays), "for weights and biases of both layers")
+
+    measured = {"test loss, not tuned": untuned, "test loss, tuned": tuned}
+    expected = json.loads(Path(__file__).with_name("results.json").read_text()).get("weight_decay", {})
+    result = {name: {"measured": round(value, 4), "expected": expected.get(name)} for name, value in measured.items()}
+    print(json.dumps(result))
+    return result
+
+
+if __name__ == "__main__":
+    main()
