@@ -97,6 +97,7 @@ def test_closed_forms_serve_an_adaptive_optimizer(curvature, solver):
     assert all(decay.item() != pytest.approx(0.01, rel=1e-3) for decay in module.decay.decays()[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("horizon", "tolerance"), [(10_000, 0.03), (100, 0.2)])
 def test_the_amortized_solver_finds_the_best_decay_of_ridge(horizon, tolerance):
     """A finite horizon sees less of the slow directions, and so ends near the optimum rather than on it."""

@@ -86,6 +86,7 @@ def test_fixed_examples_are_prepared_like_validation_data_and_dropout_draws_the_
     assert values == pytest.approx([values[0]] * 4, rel=1e-4)  # the weights rest, the starts differ
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}, {"precision": "bf16-mixed"}],

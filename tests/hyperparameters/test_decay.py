@@ -74,6 +74,7 @@ def test_weights_follow_the_module_and_are_not_parameters_of_the_decay():
     assert {id(p) for p in decay.parameters()}.isdisjoint({id(p) for p in module.parameters()})
 
 
+@pytest.mark.slow
 def test_training_stays_finite_when_decay_is_driven_to_its_bound():
     class Driven(Classifier):
         def outer_loss(self, batch):

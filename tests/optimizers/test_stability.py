@@ -88,6 +88,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_training_is_stable_below_the_edge_and_grows_beyond_it(name):
     optimizer_type, options = CASES[name]

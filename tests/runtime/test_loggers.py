@@ -112,6 +112,7 @@ LOGGERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:spectral_density=True, but no logger takes figures")
 @pytest.mark.parametrize("name", LOGGERS)
 def test_what_is_logged_can_be_read_back(name, tmp_path, monkeypatch):

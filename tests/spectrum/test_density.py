@@ -17,6 +17,7 @@ def wasserstein_distance(values, others, weights):
     return _wasserstein_distance(*(numbers.cpu().numpy() for numbers in (values, others, weights)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECTRA)
 def test_the_density_of_a_known_matrix(name):
     """Wasserstein distance at most 1 % of the range on average, which is what the reported error stands for."""

@@ -130,6 +130,7 @@ def test_refuses(options, message):
         lanczos(MatrixOperator(torch.eye(4, device=DEVICE)), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1], ids=["at the start", "trained"])
 def test_the_spectrum_of_a_network_in_sixty_products(perceptrons, which):
     """Ritz values converge with the square of their residual; slowest at the lower end, where many are close."""
@@ -143,6 +144,7 @@ def test_the_spectrum_of_a_network_in_sixty_products(perceptrons, which):
         assert bool(((found[:, None] - values[None]).abs().amin(1) <= bounds + 1e-12 * scale).all())
 
 
+@pytest.mark.slow
 def test_eigenvectors_belong_to_their_values(perceptrons):
     operator, _, _ = perceptrons[1]
     result = lanczos(operator, k=3, max_iterations=60, vectors=True)

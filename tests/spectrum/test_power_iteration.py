@@ -62,6 +62,7 @@ def test_power_iteration_starts_where_it_is_told():
     assert firsts[0] == firsts[1] != firsts[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1], ids=["at the start", "trained"])
 def test_power_iteration_in_float32_keeps_its_vector_a_unit_vector(perceptrons, which):
     """A bulk of tiny eigenvalues: near convergence the residual is rounding, and not orthogonal to the vector."""

@@ -11,6 +11,7 @@ from tests.helpers.device import DEVICE, WHERE
 from tests.helpers.problems import SPECTRA, operator_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize("products", [30, 90])
 def test_the_error_of_the_trace_is_what_it_is_said_to_be(name, products):

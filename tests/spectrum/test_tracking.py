@@ -29,6 +29,7 @@ def test_a_tracker_sees_one_eigenvalue_overtake_another(method, delay):
             assert result.smallest[0].item() == pytest.approx(-0.5, abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_tracker_follows_gradient_descent_with_five_products():
     """2,000 full-batch steps, measured every 20: λ_max to 1 % of a cold and precise measurement, each time."""
     images, labels = digits_data()

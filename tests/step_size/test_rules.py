@@ -29,6 +29,7 @@ def test_the_averaged_rule_climbs_to_the_optimal_step_and_rests_there():
     assert rule.settled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_the_averaged_rule_rests_in_the_stationary_state_of_noisy_descent(seed):
     """There slope / curvature is half the rate, whatever the rate: a rule that follows it would be gone long ago."""

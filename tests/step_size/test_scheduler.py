@@ -49,6 +49,7 @@ def two_groups(per_group, curvature="three_point", steps=300):
     return scheduler, [group["lr"] for group in optimizer.param_groups]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("curvature", ["three_point", "hessian"])
 def test_each_group_finds_its_own_rate(curvature):
     scheduler, (first, second) = two_groups(per_group=True, curvature=curvature)

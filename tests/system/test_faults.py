@@ -17,6 +17,8 @@ from tests.helpers import killed
 from tests.helpers.features import Simple
 from tests.helpers.trainers import quiet_trainer, same
 
+pytestmark = pytest.mark.slow
+
 KILLS = 20
 
 

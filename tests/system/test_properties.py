@@ -28,6 +28,8 @@ from lightning_ifthpo import (
 from tests.helpers.features import Simple
 from tests.helpers.trainers import Callback, DataLoader, quiet_trainer, same
 
+pytestmark = pytest.mark.slow
+
 PACKAGE = Path(lightning_ifthpo.__file__).parent
 
 

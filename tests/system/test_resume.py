@@ -53,6 +53,7 @@ CALLBACKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_killed_at_any_batch_and_resumed_equals_uninterrupted(name, tmp_path):

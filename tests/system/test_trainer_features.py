@@ -10,6 +10,8 @@ from lightning_ifthpo import ExactGeN, IFTHypergradient, SharpnessMonitor
 from tests.helpers.features import FEATURES
 from tests.helpers.trainers import Recorder, quiet_trainer, same
 
+pytestmark = pytest.mark.slow
+
 
 def run(feature, callbacks, **options):
     torch.manual_seed(7)

@@ -10,6 +10,8 @@ import torch
 
 from tests.helpers.two_ranks import CASES, possible, run
 
+pytestmark = pytest.mark.slow
+
 
 def python(*arguments):
     """Runs Python in a process of its own."""
