@@ -325,7 +325,7 @@ def test_a_callback_that_has_been_used_holds_no_data():
 
     callback = ExactGeN()
     trainer, _ = fit(Noting(), callback)
-    assert not trainer.lr_scheduler_configs[0].scheduler.pending
+    assert not trainer.lr_scheduler_configs[0].scheduler.is_pending
     gc.collect()
     assert all(batch() is None for batch in seen)
 
