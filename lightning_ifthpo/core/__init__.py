@@ -1,1 +1,1 @@
-"""What everything else stands on: losses, flat vectors, derivatives, random numbers, checks of arguments."""
+"""Losses, flat parameter vectors, derivatives, random numbers and checks of arguments."""

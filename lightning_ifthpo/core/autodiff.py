@@ -19,46 +19,27 @@ def vjp(
 ) -> list[Tensor | None]:
     """Returns cotangentᵀ ∂outputs/∂inputs, one tensor for each input; `None` if no graph connects it to an output.
 
-    Outputs that are `None` or constant, and inputs that do not require a gradient, count as zero blocks;
-    `torch.autograd.grad` would raise on them. The graph is kept for further products.
-
-    Args:
-        outputs: Tensors of any shape.
-        inputs: Tensors of any shape.
-        cotangents: One for each output, of its shape; None stands for 1, for a scalar output.
-        create_graph: Make the result differentiable.
+    Each cotangent has the shape of its output; `None` stands for 1. Outputs that are `None` or constant, and inputs
+    that do not require a gradient, count as zero blocks, where `torch.autograd.grad` would raise. The graph is kept for
+    further products.
     """
     cotangents = [None] * len(outputs) if cotangents is None else cotangents
-    live = [
-        (output, cotangent)
-        for output, cotangent in zip(outputs, cotangents, strict=True)
-        if output is not None and output.requires_grad
-    ]
-    differentiable_inputs = [tensor for tensor in inputs if tensor.requires_grad]
-    if not live or not differentiable_inputs:
+    pairs = [(y, u) for y, u in zip(outputs, cotangents, strict=True) if y is not None and y.requires_grad]
+    variables = [tensor for tensor in inputs if tensor.requires_grad]
+    if not pairs or not variables:
         return [None] * len(inputs)
-    gradients = iter(
-        torch.autograd.grad(
-            [output for output, _ in live],
-            differentiable_inputs,
-            [cotangent for _, cotangent in live],
-            retain_graph=True,
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-    )
-    return [next(gradients) if tensor.requires_grad else None for tensor in inputs]
+    ys, us = zip(*pairs, strict=True)
+    gradients = torch.autograd.grad(ys, variables, us, retain_graph=True, create_graph=create_graph, allow_unused=True)
+    remaining = iter(gradients)
+    return [next(remaining) if tensor.requires_grad else None for tensor in inputs]
 
 
 @contextmanager
 def tangents(tensors: Sequence[Tensor], directions: Sequence[Tensor]) -> Iterator[None]:
     """Turns on forward mode: results computed from the tensors in the block carry derivatives along the directions.
 
-    For losses that use the tensors themselves, so that no copies can be passed; `tangent` reads the derivatives.
-
-    Args:
-        tensors: Tensors of any shape; their values do not change.
-        directions: One for each, of its shape.
+    The tensors themselves become dual numbers, because a loss without arguments cannot be given copies. Their values
+    do not change. Each direction has the shape of its tensor.
     """
     with forward_ad.dual_level():
         with torch.no_grad():
@@ -68,7 +49,7 @@ def tangents(tensors: Sequence[Tensor], directions: Sequence[Tensor]) -> Iterato
 
 
 def tangent(tensor: Tensor) -> Tensor:
-    """Returns the derivative that a tensor carries in a block of `tangents`, zeros if it carries none."""
+    """Returns the derivative that a tensor carries in a block of `tangents`; zeros if it carries none."""
     carried: Tensor | None = forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call]
     return torch.zeros_like(tensor) if carried is None else carried
 
@@ -82,7 +63,7 @@ def gradients_on() -> Iterator[None]:
 
 @contextmanager
 def differentiable(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Records graphs in the block and makes the leaf tensors require gradients; restores their flags after it."""
+    """Records graphs in the block, and lets the leaf tensors require gradients there."""
     frozen = [tensor for tensor in tensors if not tensor.requires_grad]
     try:
         for tensor in frozen:
@@ -97,3 +78,8 @@ def differentiable(tensors: Sequence[Tensor]) -> Iterator[None]:
 def add(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Returns the elementwise sum of two lists of tensors; `None` stands for zero."""
     return [b if a is None else a if b is None else a + b for a, b in zip(left, right, strict=True)]
+
+
+def zeros_for_none(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the tensors, with zeros shaped like the second list in place of `None`."""
+    return [torch.zeros_like(b) if a is None else a for a, b in zip(tensors, like, strict=True)]

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.core.autodiff import vjp
-from lightning_ifthpo.core.graph import LossGraph
+from lightning_ifthpo.core.autodiff import vjp, zeros_for_none
 from lightning_ifthpo.core.marking import recording_outputs
 from lightning_ifthpo.core.random_state import RandomState
 from lightning_ifthpo.core.space import ParameterSpace
 
-LossValue: TypeAlias = Tensor | tuple[Tensor, Tensor | Sequence[Tensor]]
-"""What a loss function returns: the loss, or (loss, outputs of the model)."""
-
-LossFunction: TypeAlias = Callable[[], LossValue]
+LossFunction: TypeAlias = Callable[[], Tensor | tuple[Tensor, Tensor | Sequence[Tensor]]]
+"""Returns the scalar loss, or (loss, outputs of the model)."""
 
 AllReduce: TypeAlias = Callable[[Tensor], Tensor]
 """Returns the sum of a tensor over all processes, the same to the last bit in each of them."""
 
 
+@dataclass(eq=False, repr=False)
 class Loss:
     """L(λ, w) on one batch, in one process or as one process's share of a sum.
 
     Every evaluation draws the same random numbers. The first one advances the generators, as a call of the function
-    does, unless `fix_random_numbers` was called before; later ones leave the generators unchanged.
+    does, unless `fix_random_numbers` was called before. Later ones leave the generators unchanged.
 
     Args:
         function: Callable without arguments that returns the scalar loss, or (loss, outputs).
@@ -37,8 +37,8 @@ class Loss:
         share: This process's part of the global batch. The function returns the mean over its own examples, so that
             the sum of share · L over all processes is the mean over all examples.
         all_reduce: Sums a tensor over the processes, such as `sum_over_processes`; None for a single process.
-        scale: Factor by which the loss is multiplied before it is differentiated, a power of two, which keeps small
-            gradients above zero in float16. `combine` divides by it.
+        scale: A power of two by which the loss is multiplied before it is differentiated, so that small gradients do
+            not become zero in float16. `combine` divides by it.
         session: Makes a context manager inside which the loss must be evaluated and differentiated.
 
     Raises:
@@ -53,38 +53,27 @@ class Loss:
     (8.5, 2.5)
     """
 
-    def __init__(
-        self,
-        function: LossFunction,
-        parameters: Sequence[Tensor],
-        *,
-        name: str = "the loss",
-        share: float = 1.0,
-        all_reduce: AllReduce | None = None,
-        scale: float = 1.0,
-        session: Callable[[], AbstractContextManager[object]] = nullcontext,
-    ) -> None:
-        self.function = function
-        self.space = ParameterSpace(parameters)
-        self.name = name
-        self.share = share
-        self.all_reduce = all_reduce
-        self.scale = scale
-        self.session = session
-        self._random_state: RandomState | None = None
+    function: LossFunction
+    parameters: Sequence[Tensor]
+    _: KW_ONLY
+    name: str = "the loss"
+    share: float = 1.0
+    all_reduce: AllReduce | None = None
+    scale: float = 1.0
+    session: Callable[[], AbstractContextManager[object]] = nullcontext
 
-    @property
-    def parameters(self) -> list[Tensor]:
-        """The tensors w."""
-        return self.space.tensors
+    def __post_init__(self) -> None:
+        self.space = ParameterSpace(self.parameters)
+        self.parameters = self.space.tensors
+        self._random_state: RandomState | None = None
 
     def over(self, parameters: Sequence[Tensor]) -> Loss:
         """Returns the same loss as a function of other parameters."""
-        return self._copy(parameters, self.all_reduce)
+        return replace(self, parameters=parameters)
 
     def own_share(self) -> Loss:
         """Returns this process's share as a loss of a single process."""
-        return self._copy(self.parameters, None)
+        return replace(self, all_reduce=None)
 
     def fix_random_numbers(self) -> None:
         """Lets all evaluations draw the numbers that come next, and leave the generators unchanged."""
@@ -98,7 +87,9 @@ class Loss:
             TypeError: If the function does not return a real floating-point tensor.
             ValueError: If it is not a scalar, or depends on no tensor that requires a gradient.
         """
-        with self._same_random_numbers(), recording_outputs() as marked:
+        random_numbers = nullcontext() if self._random_state is None else self._random_state.replayed()
+        self.fix_random_numbers()
+        with random_numbers, recording_outputs() as marked:
             returned = self.function()
         value, outputs = returned if isinstance(returned, tuple) else (returned, ())
         _check_value(value, self.name)
@@ -122,77 +113,88 @@ class Loss:
     def along(self, direction: Sequence[Tensor | None]) -> Iterator[Callable[[float], Tensor]]:
         """Gives a function that moves w to w + α · direction and evaluates this process's scaled share there.
 
-        Take derivatives before the next call, because activation checkpointing computes the forward pass again at the
-        weights of that moment. After the block w is restored bit for bit, and the generators are unchanged.
-
-        Args:
-            direction: Shaped like the parameters; `None` for zeros.
-
-        Cost: a copy of the parameters.
+        The direction is shaped like the parameters, with `None` for zeros. Take derivatives before the next call,
+        because activation checkpointing repeats the forward pass at the current weights. After the block w is restored
+        bit for bit, and the generators are unchanged. Cost: a copy of the parameters.
         """
         self.fix_random_numbers()
         with self.space.restored() as originals:
 
-            @torch.no_grad()
-            def move(alpha: float) -> None:
-                for tensor, original, part in zip(self.parameters, originals, direction, strict=True):
-                    if alpha and part is not None:
-                        torch.add(original, part, alpha=alpha, out=tensor)
-                    else:
-                        tensor.copy_(original)
-
             def at(alpha: float) -> Tensor:
-                move(alpha)
+                with torch.no_grad():
+                    for tensor, original, part in zip(self.parameters, originals, direction, strict=True):
+                        if alpha and part is not None:
+                            torch.add(original, part, alpha=alpha, out=tensor)
+                        else:
+                            tensor.copy_(original)
                 return self.evaluate()[0]
 
             yield at
 
     def combine(self, part: Tensor) -> Tensor:
-        """Returns what this process's part of a quantity that is linear in the loss stands for: sum, without scale.
+        """Returns a quantity of the whole loss: the sum of all processes' parts, divided by the scale.
 
-        Args:
-            part: Of any shape, computed from `evaluate`. All processes must combine the same quantities in the same
-                order.
+        A part has any shape and is linear in the value of `evaluate`. All processes must combine the same quantities in
+        the same order.
         """
         part = part.detach()
         total = part if self.all_reduce is None else self.all_reduce(part)
         return total if self.scale == 1.0 else total / self.scale
 
     def combine_list(self, parts: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
-        """Returns the same for several tensors by one collective; `None` stands for zeros, in all processes alike.
+        """Combines several parts by one collective, each shaped like its tensor in the second list.
 
-        Args:
-            parts: Shaped like `like`.
-            like: One tensor for each part.
+        `None` stands for zeros, and is returned where all processes pass it.
         """
         if self.all_reduce is None and self.scale == 1.0:
             return list(parts)
-        filled = [torch.zeros_like(other) if part is None else part for part, other in zip(parts, like, strict=True)]
-        known = torch.tensor([part is not None for part in parts]).to(filled[0])
-        flat = self.combine(torch.cat([known, *(part.detach().reshape(-1) for part in filled)]))
-        counts, *sums = torch.split(flat, [len(parts), *(part.numel() for part in filled)])
+        tensors = zeros_for_none(parts, like)
+        known = torch.tensor([part is not None for part in parts]).to(tensors[0])
+        flat = self.combine(torch.cat([known, *(tensor.reshape(-1) for tensor in tensors)]))
+        counts, *sums = torch.split(flat, [len(parts), *(tensor.numel() for tensor in tensors)])
         pairs = zip(counts.tolist(), sums, like, strict=True)
         return [total.view_as(other).to(other.dtype) if count else None for count, total, other in pairs]
 
-    def _copy(self, parameters: Sequence[Tensor], all_reduce: AllReduce | None) -> Loss:
-        return Loss(
-            self.function,
-            parameters,
-            name=self.name,
-            share=self.share,
-            all_reduce=all_reduce,
-            scale=self.scale,
-            session=self.session,
-        )
 
-    @contextmanager
-    def _same_random_numbers(self) -> Iterator[None]:
-        if self._random_state is None:
-            self.fix_random_numbers()
-            yield
-        else:
-            with self._random_state.replayed():
-                yield
+@dataclass(eq=False, repr=False)
+class LossGraph:
+    """A scalar loss L(λ, w) that was evaluated once and can be differentiated twice.
+
+    All products use the same graph, with the same dropout masks and batch statistics. Parameters that are frozen,
+    unused or enter linearly have zero blocks.
+
+    Attributes:
+        value: L, a scalar tensor with its graph.
+        space: The parameters w, together [n].
+
+    >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> graph = LossGraph((w**3).sum(), ParameterSpace([w]))
+    >>> graph.gradient
+    tensor([ 3., 12.])
+    >>> graph.hessian_product(torch.tensor([1.0, 1.0]))
+    tensor([ 6., 12.])
+    """
+
+    value: Tensor
+    space: ParameterSpace
+
+    @property
+    def gradient(self) -> Tensor:
+        """∂L/∂w, [n], detached."""
+        return self.space.flatten(self.differentiable_gradient)
+
+    @cached_property
+    def differentiable_gradient(self) -> list[Tensor | None]:
+        """∂L/∂w, shaped like the parameters, with its graph; the first access costs about one gradient."""
+        return vjp([self.value], self.space.tensors, create_graph=True)
+
+    def hessian_product(self, v: Tensor) -> Tensor:
+        """Returns H v, [n], with H = ∂²L/∂w∂wᵀ and v: [n]; about two gradients (Pearlmutter 1994)."""
+        return self.space.flatten(vjp(self.differentiable_gradient, self.space.tensors, self.space.split(v)))
+
+    def mixed_product(self, v: Tensor, hyperparameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """Returns (∂²L/∂w∂λᵀ)ᵀ v for v: [n], shaped like the hyperparameters; `None` where it is zero by structure."""
+        return vjp(self.differentiable_gradient, hyperparameters, self.space.split(v))
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
@@ -203,7 +205,7 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
 
 
 def as_loss(loss: LossFunction | Loss, parameters: Sequence[Tensor], name: str = "the loss") -> Loss:
-    """Returns a loss function as a `Loss`; one that is a `Loss` already as it is."""
+    """Returns a `Loss` unchanged, and a function as the `Loss` of these parameters."""
     return loss if isinstance(loss, Loss) else Loss(loss, parameters, name=name)
 
 

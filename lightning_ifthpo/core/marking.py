@@ -1,4 +1,4 @@
-"""Marking the outputs of a model inside a loss; Gauss–Newton curvature and KFAC need to know them."""
+"""Marking the outputs of a model inside a loss, for Gauss–Newton curvature and KFAC."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _recorder: ContextVar[list[Tensor] | None] = ContextVar("_recorder", default=Non
 
 
 def mark_outputs(output: Tensor) -> Tensor:
-    """Returns the output unchanged, and records that the model ends here and the loss begins.
+    """Returns the output unchanged, and records that the model ends here while a `Loss` is evaluated.
 
-    It has an effect only while a `Loss` is evaluated. Call it on every tensor through which the data term of the loss
-    depends on the parameters, usually the logits, and compute the loss from the tensors that it returns.
+    Call it on every tensor through which the data term of the loss depends on the parameters, usually the logits, and
+    compute the loss from the tensors that it returns.
 
     Args:
         output: Floating-point tensor of any shape.

@@ -12,38 +12,29 @@ import torch
 
 
 class Stream(IntEnum):
-    """A purpose of random numbers. Streams of different purposes are independent."""
+    """A purpose of random numbers. Streams of different purposes are independent.
+
+    OUTER_TRANSFORMS are transforms of single examples of the outer data in this process, and BATCH_TRANSFORMS those of
+    whole batches in Lightning's hooks. LOSSES covers dropout and noise in losses. START_VECTORS are for eigenvalue
+    solvers, TRACE and DENSITY are probe vectors, and SKETCH gives the directions of a low-rank approximation.
+    """
 
     OUTER_ORDER = 0
-    """The order of the outer data."""
     OUTER_WORKERS = 1
-    """Worker processes that load outer data."""
     OUTER_TRANSFORMS = 2
-    """Random transforms of examples, in this process, when a batch is loaded."""
     BATCH_TRANSFORMS = 3
-    """Random transforms of a whole batch, in Lightning's hooks."""
     LOSSES = 4
-    """Dropout and noise in losses."""
     START_VECTORS = 5
-    """First vectors of eigenvalue solvers."""
     TRACE = 6
-    """Probe vectors of a trace."""
     DENSITY = 7
-    """Probe vectors of a spectral density."""
     SKETCH = 8
-    """Directions of a low-rank approximation."""
 
 
 def derive_seed(stream: Stream, *, seed: int = 0, step: int = 0, rank: int = 0) -> int:
-    """Returns a seed that depends on all arguments, by numpy's `SeedSequence`.
+    """Returns a seed that depends on all arguments, by NumPy's `SeedSequence`.
 
-    Any two different combinations give independent random numbers, and a resumed run derives the same seeds again.
-
-    Args:
-        stream: What the numbers are for.
-        seed: The user's seed, not negative.
-        step: Batch, step or measurement, not negative.
-        rank: The process, where processes draw different numbers.
+    Different arguments, integers >= 0, give independent random numbers. A resumed run derives the same seeds again.
+    The rank matters only where processes must draw different numbers.
 
     >>> derive_seed(Stream.LOSSES, step=1) != derive_seed(Stream.BATCH_TRANSFORMS, step=1)
     True
@@ -53,15 +44,12 @@ def derive_seed(stream: Stream, *, seed: int = 0, step: int = 0, rank: int = 0) 
 
 
 def generator_of(stream: Stream, *, seed: int = 0, step: int = 0) -> torch.Generator:
-    """Returns a CPU generator with a derived seed, so that every device and process draws the same."""
+    """Returns a CPU generator with a derived seed; it draws the same numbers on every device and in every process."""
     return torch.Generator().manual_seed(derive_seed(stream, seed=seed, step=step))
 
 
 class RandomState:
     """The state of the generators of Python, NumPy and torch (the CPU's and one device's) at one moment.
-
-    Args:
-        device: The device whose generator matters beside the CPU's.
 
     >>> state = RandomState(torch.device("cpu"))
     >>> with state.replayed():
@@ -73,38 +61,37 @@ class RandomState:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = None if device.type == "cpu" else device
+        self._device = device
         self._python = random.getstate()
         self._numpy = np.random.get_state()  # noqa: NPY002 - the legacy state is the global one
         self._cpu = torch.get_rng_state()
-        if self._device is not None:
-            self._accelerator = torch.get_device_module(self._device).get_rng_state(self._device)
+        self._accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
     def restore(self) -> None:
         """Sets all generators back to this moment."""
         random.setstate(self._python)
         np.random.set_state(self._numpy)  # noqa: NPY002
         torch.set_rng_state(self._cpu)
-        if self._device is not None:
+        if self._accelerator is not None:
             torch.get_device_module(self._device).set_rng_state(self._accelerator, self._device)
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Inside the block random numbers are those that followed this moment; after it, those that were due anyway."""
-        with isolated(self._device or torch.device("cpu")):
+        """Draws the random numbers that followed this moment in the block; restores all generators after it."""
+        with isolated(self._device):
             self.restore()
             yield
 
 
 @contextmanager
 def isolated(device: torch.device, seed: int | None = None) -> Iterator[None]:
-    """Restores all random states after the block; inside it, seeds torch, NumPy and Python where a seed is given."""
+    """Seeds torch, NumPy and Python in the block if a seed is given; restores all generators after it."""
     before = RandomState(device)
     try:
         if seed is not None:
             random.seed(seed)
             np.random.seed(seed % 2**32)  # noqa: NPY002
-            # not torch.manual_seed, which takes a millisecond to tell devices that nobody uses
+            # torch.manual_seed also seeds every unused accelerator, which costs about 1 ms.
             torch.default_generator.manual_seed(seed)
             if device.type != "cpu":
                 torch.get_device_module(device).manual_seed(seed)

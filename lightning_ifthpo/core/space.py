@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ from torch.distributed.tensor import DTensor
 class ParameterSpace:
     """The flat vector space of a sequence of real tensors.
 
-    The dtype of the vector is the widest of the tensors' floating dtypes. Entries are in the logical (row-major) order
-    of each tensor, whatever its memory layout (channels-last, for example).
+    The vector has the widest of the tensors' dtypes. Entries are in the row-major order of each tensor's indices,
+    whatever its memory layout.
 
     Args:
         tensors: The tensors, each of any shape; together they have n entries.
@@ -32,12 +33,18 @@ class ParameterSpace:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = list(tensors)
-        _check(self.tensors)
+        if not self.tensors:
+            raise ValueError("expected at least one tensor, got none")
+        for index, tensor in enumerate(self.tensors):
+            check_real(tensor, f"tensor {index}")
+        if len({id(tensor) for tensor in self.tensors}) < len(self.tensors):
+            raise ValueError("a tensor appears twice; pass each (tied) tensor once, as module.parameters() does")
+        devices = {tensor.device for tensor in self.tensors}
+        if len(devices) > 1:
+            raise ValueError(f"expected all tensors on one device, got {sorted(map(str, devices))}")
         self.size = sum(tensor.numel() for tensor in self.tensors)
         self.device = self.tensors[0].device
-        self.dtype = self.tensors[0].dtype
-        for tensor in self.tensors:
-            self.dtype = torch.promote_types(self.dtype, tensor.dtype)
+        self.dtype = reduce(torch.promote_types, (tensor.dtype for tensor in self.tensors))
 
     def flatten(self, tensors: Iterable[Tensor | None]) -> Tensor:
         """Returns a detached vector [n]: tensors shaped like the space's, in order; `None` stands for zeros."""
@@ -50,8 +57,9 @@ class ParameterSpace:
         return torch.cat(parts)
 
     def split(self, vector: Tensor) -> list[Tensor]:
-        """Returns a vector [n] as a list of tensors with the shapes and dtypes of the space's."""
-        self.check(vector)
+        """Returns the parts of a vector, with the tensors' shapes and dtypes; raises ValueError unless it is [n]."""
+        if vector.shape != (self.size,):
+            raise ValueError(f"expected a vector of shape ({self.size},), got {tuple(vector.shape)}")
         parts = torch.split(vector, [tensor.numel() for tensor in self.tensors])
         return [part.view(like.shape).to(like.dtype) for part, like in zip(parts, self.tensors, strict=True)]
 
@@ -62,9 +70,7 @@ class ParameterSpace:
 
     def assign(self, vector: Tensor) -> None:
         """Writes a vector [n] into the tensors, in place."""
-        with torch.no_grad():
-            for tensor, value in zip(self.tensors, self.split(vector), strict=True):
-                tensor.copy_(value)
+        self._write(self.split(vector))
 
     @contextmanager
     def restored(self) -> Iterator[list[Tensor]]:
@@ -73,18 +79,16 @@ class ParameterSpace:
         try:
             yield originals
         finally:
-            with torch.no_grad():
-                for tensor, original in zip(self.tensors, originals, strict=True):
-                    tensor.copy_(original)
+            self._write(originals)
 
-    def check(self, vector: Tensor) -> None:
-        """Raises ValueError unless the vector has shape [n]."""
-        if vector.shape != (self.size,):
-            raise ValueError(f"expected a vector of shape ({self.size},), got {tuple(vector.shape)}")
+    @torch.no_grad()
+    def _write(self, values: Sequence[Tensor]) -> None:
+        for tensor, value in zip(self.tensors, values, strict=True):
+            tensor.copy_(value)
 
 
 def check_real(tensor: Tensor, name: str) -> None:
-    """Raises TypeError unless this is a real floating-point tensor; complex ones are not supported."""
+    """Raises TypeError unless the tensor is real and floating-point; complex tensors are not supported."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
@@ -92,17 +96,5 @@ def check_real(tensor: Tensor, name: str) -> None:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Returns a tensor; if it is spread over processes, all of its parts as one tensor (a collective)."""
+    """Returns a tensor; gathers it, by a collective, if it is sharded over processes."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _check(tensors: Sequence[Tensor]) -> None:
-    if not tensors:
-        raise ValueError("expected at least one tensor, got none")
-    for index, tensor in enumerate(tensors):
-        check_real(tensor, f"tensor {index}")
-    if len({id(tensor) for tensor in tensors}) < len(tensors):
-        raise ValueError("a tensor appears twice; pass each (tied) tensor once, as module.parameters() does")
-    devices = {tensor.device for tensor in tensors}
-    if len(devices) > 1:
-        raise ValueError(f"expected all tensors on one device, got {sorted(map(str, devices))}")

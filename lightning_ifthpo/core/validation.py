@@ -1,4 +1,4 @@
-"""Checks of arguments that many constructors share; a value of a wrong type fails each of them."""
+"""Checks of arguments that many constructors share. A value of a wrong type fails every check."""
 
 from __future__ import annotations
 

@@ -13,11 +13,11 @@ from lightning_ifthpo.curvature.base import CurvatureOperator
 class AverageOperator(CurvatureOperator):
     """Σ wᵢAᵢ / Σ wᵢ. With wᵢ the size of batch i this is the curvature of the mean loss over all examples.
 
-    Each operator is made again for each product and then discarded, so that the memory is that of one. The random state
-    is that of the construction every time, so that dropout draws the same masks. A single operator is made once.
+    Every product makes each operator again and then discards it, so that only one is in memory. Dropout draws the same
+    masks every time, from the random state at construction. A single operator is made once.
 
     Args:
-        operators: Functions without arguments that make the operators, all on vectors [n].
+        operators: Callables without arguments that return Aᵢ, all on vectors [n].
         weights: wᵢ, positive.
 
     Raises:

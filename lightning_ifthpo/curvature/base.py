@@ -1,4 +1,4 @@
-"""The interface that solvers and spectrum code see: a fixed symmetric linear map, given by its products."""
+"""The interface of curvature for solvers and spectrum code: a fixed symmetric linear map, known by its products."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.core.graph import LossGraph
-from lightning_ifthpo.core.loss import Loss
+from lightning_ifthpo.core.loss import Loss, LossGraph
 
 
 class CurvatureOperator(ABC):
-    """A symmetric linear map A on vectors [n]. It is the same map at every product."""
+    """A symmetric linear map A on vectors [n], the same map at every product."""
 
     size: int
     dtype: torch.dtype
@@ -39,7 +38,7 @@ class CurvatureOperator(ABC):
         return v @ self.matvec(v)
 
     def to_dense(self) -> Tensor:
-        """Returns A as a matrix [n, n], by n products."""
+        """Returns A as a matrix, [n, n]; n products."""
         identity = torch.eye(self.size, dtype=self.dtype, device=self.device)
         return torch.stack([self.matvec(row) for row in identity], dim=1)
 
@@ -55,12 +54,17 @@ class CurvatureOperator(ABC):
 class LossOperator(CurvatureOperator):
     """The curvature of an inner loss L(λ, w) in w, with the mixed derivatives of w and λ.
 
-    Where several processes have a share of the loss each, all of them must ask for the same products in the same order.
-    Each computes the product of its share, and `Loss.combine` sums them: one collective for each product.
+    If examples are spread over processes, each process computes the product of its share, and `Loss.combine` sums them
+    by one collective. All processes must ask for the same products in the same order.
+
+    A subclass sets `_graph`, the graph of this process's scaled share, or defines `_own_loss`, `_own_gradient` and
+    `_own_mixed_product`.
 
     Args:
         loss: L with its parameters w, together [n].
     """
+
+    _graph: LossGraph
 
     def __init__(self, loss: Loss) -> None:
         self._loss = loss
@@ -77,7 +81,7 @@ class LossOperator(CurvatureOperator):
         return self._loss.combine(self._own_gradient())
 
     def mixed_product(self, v: Tensor, hyperparameters: Sequence[Tensor]) -> list[Tensor | None]:
-        """Returns (∂²L/∂w∂λᵀ)ᵀ v for v: [n], shaped like the hyperparameters, `None` where it is zero by structure.
+        """Returns (∂²L/∂w∂λᵀ)ᵀ v for v: [n], shaped like the hyperparameters; `None` where it is zero by structure.
 
         It is exact for every curvature except finite differences. Cost: one to two gradients.
         """
@@ -87,33 +91,8 @@ class LossOperator(CurvatureOperator):
         return self._loss.combine(self._own_product(v))
 
     @abstractmethod
-    def _own_loss(self) -> Tensor:
-        """Returns this process's scaled share of L."""
-
-    @abstractmethod
-    def _own_gradient(self) -> Tensor:
-        """Returns this process's scaled share of ∂L/∂w, [n]."""
-
-    @abstractmethod
     def _own_product(self, v: Tensor) -> Tensor:
         """Returns this process's scaled share of A v, [n]."""
-
-    @abstractmethod
-    def _own_mixed_product(self, v: Tensor, hyperparameters: Sequence[Tensor]) -> list[Tensor | None]:
-        """Returns this process's scaled share of (∂²L/∂w∂λᵀ)ᵀ v."""
-
-
-class GraphOperator(LossOperator):
-    """A curvature whose loss is evaluated once, and whose graph is kept.
-
-    Args:
-        loss: L with its parameters w, together [n].
-        graph: That of its evaluation, where it is known already.
-    """
-
-    def __init__(self, loss: Loss, graph: LossGraph | None = None) -> None:
-        super().__init__(loss)
-        self._graph = loss.graph() if graph is None else graph
 
     def _own_loss(self) -> Tensor:
         return self._graph.value
@@ -130,7 +109,7 @@ class InvertibleOperator(CurvatureOperator):
 
     @abstractmethod
     def solve(self, b: Tensor, delta: float | Tensor) -> Tensor:
-        """Returns (A + δI)⁻¹ b, or (A + diag(δ))⁻¹ b for δ: [n], for b: [n]; a subclass says where it approximates."""
+        """Returns (A + δI)⁻¹ b, or (A + diag(δ))⁻¹ b for δ: [n], for b: [n]; subclasses say where they approximate."""
 
 
 class MatrixOperator(CurvatureOperator):
@@ -151,50 +130,36 @@ class MatrixOperator(CurvatureOperator):
         if not bool(((matrix - matrix.T).abs() <= tolerance).all()):
             raise ValueError("expected a symmetric matrix; take (M + M.T) / 2, or M.T @ M for a least-squares problem")
         self.matrix = matrix
-        self.size = matrix.shape[0]
-        self.dtype = matrix.dtype
-        self.device = matrix.device
+        self.size, self.dtype, self.device = len(matrix), matrix.dtype, matrix.device
 
     def _product(self, v: Tensor) -> Tensor:
         return self.matrix @ v
 
 
 class DampedOperator(CurvatureOperator):
-    """A + δI or A + diag(δ), in loss / parameter².
-
-    Raises:
-        ValueError: If δ is a vector that does not have shape [n].
-    """
+    """A + δI, or A + diag(δ) for δ: [n], in loss / parameter²; raises ValueError for δ of another shape."""
 
     def __init__(self, operator: CurvatureOperator, delta: float | Tensor) -> None:
         if isinstance(delta, Tensor) and delta.ndim > 0 and delta.shape != (operator.size,):
             raise ValueError(f"expected damping of shape ({operator.size},), got {tuple(delta.shape)}")
         self.operator = operator
         self.delta = delta.to(operator.device, operator.dtype) if isinstance(delta, Tensor) else delta
-        self.size = operator.size
-        self.dtype = operator.dtype
-        self.device = operator.device
+        self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
 
     def _product(self, v: Tensor) -> Tensor:
         return (self.delta * v).add_(self.operator.matvec(v))
 
 
 class PreconditionedOperator(CurvatureOperator):
-    """P^½ A P^½ with a diagonal P. It is symmetric and similar to PA, the matrix of a preconditioned gradient step.
-
-    Raises:
-        ValueError: If P does not have shape [n].
-    """
+    """P^½ A P^½ for a diagonal P: [n], which is symmetric and similar to PA; raises ValueError for another shape."""
 
     def __init__(self, operator: CurvatureOperator, preconditioner: Tensor) -> None:
         if preconditioner.shape != (operator.size,):
-            shape = tuple(preconditioner.shape)
-            raise ValueError(f"expected a preconditioner of shape ({operator.size},), got {shape}")
+            expected, shape = (operator.size,), tuple(preconditioner.shape)
+            raise ValueError(f"expected a preconditioner of shape {expected}, got {shape}")
         self.operator = operator
         self._root = preconditioner.sqrt()
-        self.size = operator.size
-        self.dtype = operator.dtype
-        self.device = operator.device
+        self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
 
     def _product(self, v: Tensor) -> Tensor:
         return self._root * self.operator.matvec(self._root * v)

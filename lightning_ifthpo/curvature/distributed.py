@@ -9,9 +9,9 @@ from lightning_ifthpo.curvature.base import CurvatureOperator
 
 
 class DistributedOperator(CurvatureOperator):
-    """Σ wᵣAᵣ, with one operator Aᵣ in each process; one collective for each product.
+    """Σ wᵣAᵣ, with one operator Aᵣ in each process.
 
-    All processes must ask for the same products in the same order.
+    All processes must ask for the same products in the same order. Cost: one collective for each product.
 
     Args:
         own: Aᵣ, the operator of this process.

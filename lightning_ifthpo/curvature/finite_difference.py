@@ -1,4 +1,4 @@
-"""Curvature from first-order gradients alone, for losses without a second derivative."""
+"""Curvature from gradients alone, for losses without a second derivative."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lightning_ifthpo.curvature.base import LossOperator
 class FiniteDifferenceOperator(LossOperator):
     """Hv ≈ [∇L(w + εv) − ∇L(w − εv)] / 2ε, with w moved in place and restored from a copy.
 
-    For kernels without a second derivative (fused attention), compiled graphs and sharded parameters. The loss is
-    evaluated again at each product, always with the same random numbers, so that dropout draws the same mask.
-    ε‖v‖ = cbrt(machine epsilon) · max(1, ‖w‖), which balances truncation and rounding: expect a relative error of 1e-4
-    in float32 and 1e-9 in float64; below float32 the result is not reliable.
+    It serves kernels without a second derivative (fused attention), compiled graphs and sharded parameters. Every
+    product evaluates the loss again with the same random numbers, so that dropout draws the same mask. The step length
+    ε‖v‖ = cbrt(machine epsilon) · max(1, ‖w‖) balances truncation and rounding. Expect a relative error of 1e-4 in
+    float32 and 1e-9 in float64; below float32 the result is not reliable.
 
-    Cost: two gradients a product, and one extra copy of the parameters.
+    Cost: two gradients for a product, and one extra copy of the parameters.
 
     Args:
         loss: Callable without arguments that returns the scalar loss, or (loss, outputs); or a `Loss`.
@@ -38,7 +38,7 @@ class FiniteDifferenceOperator(LossOperator):
         self._loss.fix_random_numbers()
 
     def slope_and_curvature(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns ∇L·v and vᵀHv, scalars, for v: [n], from the same two gradients; the slope to second order in ε."""
+        """Returns ∇L·v, with an error of O(ε²), and vᵀHv, scalars, for v: [n]; the cost of one product."""
         space = self._loss.space
         ahead, behind, inverse_width = self._gradients(v, space.tensors)
         first, second = (self._loss.combine(space.flatten(gradients) @ v) for gradients in (ahead, behind))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from lightning_ifthpo.core.autodiff import add, tangent, tangents, vjp
+from lightning_ifthpo.core.autodiff import add, tangent, tangents, vjp, zeros_for_none
 from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
 from lightning_ifthpo.curvature.base import LossOperator
 from lightning_ifthpo.curvature.outputs import checked_outputs, cut_at
@@ -17,12 +16,12 @@ class GaussNewtonOperator(LossOperator):
     """G = [Jᵀ I] ∇²L [Jᵀ I]ᵀ for a loss L(z, w) of the model's outputs z and J = ∂z/∂w (Schraudolph 2002).
 
     For a loss of the outputs alone this is Jᵀ L_zz J. A term that depends on the parameters directly (a penalty) enters
-    with its exact Hessian, including the cross terms with the outputs. G is positive semi-definite wherever L is convex
-    in (z, w) together: cross-entropy or squared error of the outputs plus a convex penalty. It equals the Hessian where
-    the model is linear or the residuals vanish.
+    with its exact Hessian and its cross terms with the outputs. G is positive semi-definite where L is convex in (z, w)
+    together, as for cross-entropy or squared error plus a convex penalty. G equals the Hessian where the model is
+    linear or the residuals vanish.
 
-    Cost: one forward pass and one differentiable gradient when made. A product by double vjp then costs 1.2 gradients
-    with linear layers, and 2 to 2.6 with convolutions, because torch's second derivative of a convolution also computes
+    Cost: one forward pass and one differentiable gradient when made. A product by double vjp costs 1.2 gradients with
+    linear layers, and 2 to 2.6 with convolutions, because torch's second derivative of a convolution also computes
     terms that are not needed.
 
     Args:
@@ -33,6 +32,7 @@ class GaussNewtonOperator(LossOperator):
     Raises:
         TypeError, ValueError: If the loss is not a scalar tensor with a graph, or no outputs are known.
 
+    >>> import torch
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> def loss():
     ...     z = w**2
@@ -50,10 +50,11 @@ class GaussNewtonOperator(LossOperator):
         self._output_gradient = vjp([self._total], self._outputs, create_graph=True)
         with cut_at(self._outputs):
             self._penalty_gradient = vjp([self._total], parameters, create_graph=True)
-        # Jᵀu is linear in u, so that its own vjp with respect to u is Jv, whatever u is. With u = ∂L/∂z, Jᵀu is also
-        # the gradient of the loss.
-        pairs = zip(self._output_gradient, self._outputs, strict=True)
-        self._u = [_variable(slope, output) for slope, output in pairs]
+        # Jᵀu is linear in u, so that its own vjp with respect to u is Jv for any u. With u = ∂L/∂z, Jᵀu is also the
+        # gradient of the loss. Views make the entries of u separate variables: one tensor may be the gradient of two
+        # outputs (of z₁ + z₂), or one gradient may be computed from the other (of z₁ − z₂).
+        slopes = zeros_for_none(self._output_gradient, self._outputs)
+        self._u = [u.view_as(u) if u.requires_grad else u.detach().requires_grad_() for u in slopes]
         self._transposed_product = vjp(self._outputs, parameters, self._u, create_graph=True)
 
     def _own_loss(self) -> Tensor:
@@ -65,15 +66,13 @@ class GaussNewtonOperator(LossOperator):
     def _own_product(self, v: Tensor) -> Tensor:
         outputs, space = self._outputs, self._loss.space
         vs = space.split(v)
-        jv = [
-            torch.zeros_like(u) if product is None else product  # of an output that depends on no parameter
-            for product, u in zip(vjp(self._transposed_product, self._u, vs), self._u, strict=True)
-        ]
+        jv = zeros_for_none(vjp(self._transposed_product, self._u, vs), self._u)
         with cut_at(outputs):
             gradients = [*self._output_gradient, *self._penalty_gradient]
             curved = vjp(gradients, [*outputs, *space.tensors], [*jv, *vs])
         through_outputs, direct = curved[: len(outputs)], curved[len(outputs) :]
-        return space.flatten(add(_nonzero_vjp(outputs, space.tensors, through_outputs), direct))
+        used = [None if u is None else z for z, u in zip(outputs, through_outputs, strict=True)]
+        return space.flatten(add(vjp(used, space.tensors, through_outputs), direct))
 
     def _own_mixed_product(self, v: Tensor, hyperparameters: Sequence[Tensor]) -> list[Tensor | None]:
         return vjp(self._differentiable_gradient, hyperparameters, self._loss.space.split(v))
@@ -84,11 +83,7 @@ class GaussNewtonOperator(LossOperator):
 
 
 def forward_slope_and_curvature(loss: Loss, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns ∇L·v and vᵀGv of this process's share, scalars, by one forward pass in forward mode, no backward pass.
-
-    Args:
-        loss: As for `GaussNewtonOperator`.
-        v: [n].
+    """Returns ∇L·v and vᵀGv for v: [n] of this process's share, scalars, by one forward pass in forward mode.
 
     Raises:
         RuntimeError: If an operation of the loss has no derivative in forward mode.
@@ -99,27 +94,7 @@ def forward_slope_and_curvature(loss: Loss, v: Tensor) -> tuple[Tensor, Tensor]:
         total, outputs = loss.evaluate()
         inputs = [*checked_outputs(outputs), *space.tensors]
         with cut_at(inputs[: -len(space.tensors)]):
-            gradients = vjp([total], inputs)  # they carry ∇²L [Jv v] along
+            gradients = vjp([total], inputs)  # their tangents are ∇²L [Jv v]
         pairs = [(gradient, tensor) for gradient, tensor in zip(gradients, inputs, strict=True) if gradient is not None]
-        curvature = sum(
-            ((tangent(gradient) * tangent(tensor)).sum() for gradient, tensor in pairs), start=v.new_zeros(())
-        )
+        curvature = sum(((tangent(left) * tangent(right)).sum() for left, right in pairs), start=v.new_zeros(()))
         return tangent(total).reshape(()), curvature
-
-
-def _variable(slope: Tensor | None, output: Tensor) -> Tensor:
-    """Returns ∂L/∂z as a separate tensor to differentiate by.
-
-    A view makes it separate: without it, one tensor may be the gradient of two outputs (of z₁ + z₂), or one gradient
-    may be computed from the other (of z₁ − z₂).
-    """
-    slope = torch.zeros_like(output) if slope is None else slope
-    return slope.view_as(slope) if slope.requires_grad else slope.detach().requires_grad_()
-
-
-def _nonzero_vjp(
-    outputs: Sequence[Tensor], parameters: Sequence[Tensor], cotangents: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """Returns Jᵀu; `None` in u stands for zeros."""
-    pairs = [(output, u) for output, u in zip(outputs, cotangents, strict=True) if u is not None]
-    return vjp([output for output, _ in pairs], parameters, [u for _, u in pairs])

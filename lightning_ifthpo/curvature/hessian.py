@@ -7,16 +7,14 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
-from lightning_ifthpo.curvature.base import GraphOperator
+from lightning_ifthpo.curvature.base import LossOperator
 
 
-class HessianOperator(GraphOperator):
-    """H = ∂²L/∂w∂wᵀ of a loss that is evaluated once.
+class HessianOperator(LossOperator):
+    """H = ∂²L/∂w∂wᵀ of a loss that is evaluated once. Away from a minimum, as in most of training, H is indefinite.
 
-    H is indefinite away from a minimum, which is the normal case in training.
-
-    Cost: one forward pass, and one differentiable gradient at the first product (memory of two graphs); then about two
-    gradients a product.
+    Cost: one forward pass, one differentiable gradient at the first product (memory of two graphs), and about two
+    gradients for each product.
 
     Args:
         loss: Callable without arguments that returns the scalar loss, or (loss, outputs); or a `Loss`.
@@ -34,6 +32,7 @@ class HessianOperator(GraphOperator):
 
     def __init__(self, loss: LossFunction | Loss, parameters: Sequence[Tensor]) -> None:
         super().__init__(as_loss(loss, parameters))
+        self._graph = self._loss.graph()
 
     def _own_product(self, v: Tensor) -> Tensor:
         return self._graph.hessian_product(v)

@@ -11,37 +11,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from lightning_ifthpo.core.autodiff import vjp
-from lightning_ifthpo.core.graph import LossGraph
-from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
-from lightning_ifthpo.curvature.base import GraphOperator, InvertibleOperator
+from lightning_ifthpo.core.autodiff import vjp, zeros_for_none
+from lightning_ifthpo.core.loss import Loss, LossFunction, LossGraph, as_loss
+from lightning_ifthpo.curvature.base import InvertibleOperator, LossOperator
 from lightning_ifthpo.curvature.outputs import checked_outputs
 
 
-class KFACOperator(GraphOperator, InvertibleOperator):
+class KFACOperator(LossOperator, InvertibleOperator):
     """One block for each linear or convolutional layer, a Kronecker product of two covariances (Martens, Grosse 2015).
 
-    The first is the covariance of the layer's inputs, the second that of gradients at its outputs, computed with the
-    exact Hessian of the loss in the model's outputs, or its positive part. KFAC is exact for one linear layer with
+    The factors are the covariance of the layer's inputs and the covariance of the gradients at its outputs. They use
+    the exact Hessian of the loss in the model's outputs, or its positive part. KFAC is exact for one linear layer with
     squared error, if all rows have the same weight and no dimension is pooled. Elsewhere it approximates Gauss–Newton,
-    and ignores how layers interact and penalties on weights. Use it with `Direct(damping=...)`. It needs curvlinops:
-    `pip install lightning_ifthpo[kfac]`.
+    and ignores penalties on weights and curvature between layers. Use it with `Direct(damping=...)`.
 
     Cost: two forward passes, one differentiable gradient and C + 1 backward passes for C outputs of an example when
-    made; a product costs O(d_in² d_out + d_in d_out²) for each layer, and an inverse O(d_in³ + d_out³) more.
+    made. A product costs O(d_in² d_out + d_in d_out²) for each layer, and an inverse O(d_in³ + d_out³) more.
 
     Args:
         loss: Callable without arguments that returns (loss, outputs) with outputs one tensor or several of shape
             [B, ..., C], or the loss alone if it calls `mark_outputs`; or a `Loss`. A sum or a mean over B.
         parameters: The tensors w, together [n]: weights and biases of Linear and Conv2d layers that the loss calls.
-            Parameters that are frozen, or on which no output depends, have blocks of zeros.
+            Parameters that are frozen, or on which no output depends, have blocks of zeros. KFAC does not notice that
+            a weight is also used outside of its layer.
 
     Raises:
-        ImportError: If curvlinops is not installed.
+        ImportError: If curvlinops is not installed: `pip install lightning_ifthpo[kfac]`.
         TypeError, ValueError: If the loss is not a scalar tensor with a graph, no outputs are known, or the loss is not
             a sum over their rows.
         ValueError: If a parameter belongs to no layer that KFAC knows or to a layer that is called several times, or if
-            the examples are spread over processes. A weight that is also used outside of its layer is not noticed.
+            the examples are spread over processes.
 
     >>> layer = nn.Linear(2, 1, bias=False)
     >>> def loss():
@@ -60,25 +59,23 @@ class KFACOperator(GraphOperator, InvertibleOperator):
         loss = as_loss(loss, parameters)
         if loss.all_reduce is not None or loss.scale != 1.0:
             raise ValueError("curvature='kfac' needs all examples in one process; with several use 'gauss_newton'")
-        with _recording_layers() as calls:
+        with _record_layers() as calls:
             total, outputs = loss.evaluate()
-        super().__init__(loss, LossGraph(total, loss.space))
+        super().__init__(loss)
+        self._graph = LossGraph(total, loss.space)
         outputs = checked_outputs(outputs)
         slopes = vjp(outputs, parameters, [torch.zeros_like(output) for output in outputs])
-        pairs = list(zip(parameters, slopes, strict=True))
         # vjp returns None for frozen or unused parameters
-        reached = [parameter for parameter, slope in pairs if slope is not None]
-        if not reached:
+        used = [parameter for parameter, slope in zip(parameters, slopes, strict=True) if slope is not None]
+        if not used:
             raise ValueError("no marked output depends on any of the parameters")
-        examples = _checked_layers(calls, reached)
-        self._reached = torch.cat(
-            [torch.full_like(w, slope is not None, dtype=torch.bool).reshape(-1) for w, slope in pairs]
-        )
+        examples = _check_layers(calls, used)
+        self._used = loss.space.flatten(None if slope is None else torch.ones_like(slope) for slope in slopes).bool()
         model = _SquaredError(loss, [layer for layer, _ in calls], _roots(total, outputs))
         self._kfac = self._library.KFACLinearOperator(
             model,
             nn.MSELoss(reduction="sum"),
-            reached,
+            used,
             [(torch.zeros(examples, device=self.device), torch.zeros_like(model.roots[:, 0]))],
             fisher_type="type-2",
             check_deterministic=False,
@@ -89,14 +86,14 @@ class KFACOperator(GraphOperator, InvertibleOperator):
 
     def _own_product(self, v: Tensor) -> Tensor:
         product = torch.zeros_like(v)
-        product[self._reached] = self._kfac @ v[self._reached]
+        product[self._used] = self._kfac @ v[self._used]
         return product
 
     def solve(self, b: Tensor, delta: float | Tensor) -> Tensor:
         """Returns (A + δI)⁻¹ b, exactly, by eigendecompositions of the factors.
 
-        Kronecker products can be damped by one number only: of δ: [n] it takes the geometric mean. The residual that
-        `Direct` reports shows the error.
+        A Kronecker product can be damped by one number only, so that δ: [n] is replaced by its geometric mean. The
+        residual that `Direct` reports shows the error.
 
         Args:
             b: Right side, [n], or several of them, [n, k].
@@ -111,19 +108,14 @@ class KFACOperator(GraphOperator, InvertibleOperator):
         damping = float(delta.log().mean().exp())
         inverse = self._library.KFACInverseLinearOperator(self._kfac, damping=damping, use_exact_damping=True)
         solution = b / delta
-        solution[self._reached] = inverse @ b[self._reached]
+        solution[self._used] = inverse @ b[self._used]
         return solution
 
 
 class _SquaredError(nn.Module):
-    """The model behind a loss, with outputs transformed so that the loss has the curvature of their squared sum.
+    """A model of z ↦ Sᵀz whose squared error has the curvature of the loss in its outputs z.
 
-    curvlinops supports three losses; with this model its squared error stands for any loss.
-
-    Args:
-        loss: As for `KFACOperator`.
-        layers: The layers that the loss calls.
-        roots: S with 2 S Sᵀ = ∂²L/∂z∂zᵀ for each row z of the outputs, [R, C, C].
+    curvlinops supports three losses only. With this model its squared error stands for any loss.
     """
 
     def __init__(self, loss: Loss, layers: Sequence[nn.Module], roots: Tensor) -> None:
@@ -131,35 +123,35 @@ class _SquaredError(nn.Module):
         self._loss = loss
         self.layers = nn.ModuleList(layers)
         self.roots = roots
-        self._hooks = [hooks for layer in layers for hooks in (layer._forward_pre_hooks, layer._forward_hooks)]
-        self._users = [set(hooks) for hooks in self._hooks]
+        # These dicts are private to torch. curvlinops keeps the handles of its hooks to itself until the backward pass
+        # is done, and torch has no public way to remove a hook without its handle.
+        hooks_of_layers = [hooks for layer in layers for hooks in (layer._forward_pre_hooks, layer._forward_hooks)]
+        self._hooks = [(hooks, set(hooks)) for hooks in hooks_of_layers]
 
     def forward(self, _: Tensor) -> Tensor:
         """Returns Sᵀz for each row, [R, C]. The argument is ignored, because the loss holds its own batch.
 
-        The hooks that curvlinops has put on the layers are removed after the forward pass: activation checkpointing
-        would call them again, and an error would leave them behind.
+        The forward pass removes the hooks of curvlinops from the layers. Otherwise activation checkpointing would call
+        them again in the backward pass, and an error would leave them on the layers.
         """
         try:
             _, outputs = self._loss.evaluate()
         finally:
-            for hooks, users in zip(self._hooks, self._users, strict=True):
-                for added in hooks.keys() - users:
+            for hooks, own in self._hooks:
+                for added in hooks.keys() - own:
                     del hooks[added]
         return torch.einsum("rij,ri->rj", self.roots, _rows(outputs))
 
 
 def _roots(loss: Tensor, outputs: Sequence[Tensor]) -> Tensor:
     """Returns S with 2 S Sᵀ = ∂²L/∂z∂zᵀ, or its positive part, for each row z of the outputs, [R, C, C]."""
-    slopes = vjp([loss], outputs, create_graph=True)
-    used = [torch.zeros_like(z) if slope is None else slope for z, slope in zip(outputs, slopes, strict=True)]
+    slopes = zeros_for_none(vjp([loss], outputs, create_graph=True), outputs)
 
     def times(v: Tensor) -> Tensor:
-        """∂²L/∂z∂zᵀ v, [R, C]."""
+        """Returns ∂²L/∂z∂zᵀ v, [R, C]."""
         columns = torch.split(v, [_width(output) for output in outputs], dim=1)
-        images = vjp(used, outputs, [part.reshape(z.shape) for part, z in zip(columns, outputs, strict=True)])
-        pairs = zip(images, outputs, strict=True)
-        return _rows([torch.zeros_like(z) if image is None else image for image, z in pairs])
+        images = vjp(slopes, outputs, [part.reshape(z.shape) for part, z in zip(columns, outputs, strict=True)])
+        return _rows(zeros_for_none(images, outputs))
 
     like = _rows(outputs).detach()
     units = torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
@@ -191,12 +183,12 @@ def _width(output: Tensor) -> int:
 
 
 @contextmanager
-def _recording_layers() -> Iterator[list[tuple[nn.Module, torch.Size]]]:
-    """Collects the linear and convolutional layers that are called inside the block, with the shape of their inputs."""
+def _record_layers() -> Iterator[list[tuple[nn.Module, torch.Size]]]:
+    """Collects the Linear and Conv2d layers that are called inside the block, with the shapes of their inputs."""
     calls: list[tuple[nn.Module, torch.Size]] = []
 
     def record(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        # not subclasses with a forward pass of their own
+        # A subclass with a forward pass of its own may compute something else.
         if type(module).forward in (nn.Linear.forward, nn.Conv2d.forward) and inputs:
             calls.append((module, inputs[0].shape))
 
@@ -207,16 +199,12 @@ def _recording_layers() -> Iterator[list[tuple[nn.Module, torch.Size]]]:
         handle.remove()
 
 
-def _checked_layers(calls: Sequence[tuple[nn.Module, torch.Size]], parameters: Sequence[Tensor]) -> int:
-    """Returns the number of examples that the layers of the parameters see."""
-    uses: dict[int, list[tuple[nn.Module, torch.Size]]] = {}
-    for call in calls:
-        for weight in call[0].parameters(recurse=False):
-            uses.setdefault(id(weight), []).append(call)
+def _check_layers(calls: Sequence[tuple[nn.Module, torch.Size]], parameters: Sequence[Tensor]) -> int:
+    """Returns the number of examples, after checking the layers of the parameters."""
     examples = set()
     for parameter in parameters:
         name = f"a parameter of shape {tuple(parameter.shape)}"
-        owners = uses.get(id(parameter), [])
+        owners = [call for call in calls if any(parameter is weight for weight in call[0].parameters(recurse=False))]
         if len(owners) > 1:
             raise ValueError(f"{name} is shared between layers or used several times, which KFAC cannot express")
         if not owners:
@@ -225,18 +213,15 @@ def _checked_layers(calls: Sequence[tuple[nn.Module, torch.Size]], parameters: S
                 "other; freeze it, or use curvature='gauss_newton'"
             )
         ((layer, shape),) = owners
-        _check_layer(layer, shape)
+        # curvlinops would compute the curvature of these layers wrongly, without an error.
+        convolutional = isinstance(layer, nn.Conv2d)
+        if convolutional and layer.padding_mode != "zeros":
+            raise ValueError(f"KFAC knows zero padding only, and a Conv2d has padding_mode={layer.padding_mode!r}")
+        if convolutional and layer.groups != 1:
+            raise ValueError(f"KFAC knows no groups, and a Conv2d has groups={layer.groups}")
+        if len(shape) < (4 if convolutional else 2):
+            raise ValueError(f"KFAC needs batches, and a {type(layer).__name__} is called with shape {tuple(shape)}")
         examples.add(shape[0])
     if len(examples) > 1:
         raise ValueError(f"KFAC needs layers that see the same number of examples, got {sorted(examples)}")
     return examples.pop()
-
-
-def _check_layer(layer: nn.Module, shape: torch.Size) -> None:
-    """Raises ValueError for what curvlinops would take for something else."""
-    if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
-        raise ValueError(f"KFAC knows padding with zeros only, and a Conv2d has padding_mode={layer.padding_mode!r}")
-    if isinstance(layer, nn.Conv2d) and layer.groups != 1:
-        raise ValueError(f"KFAC knows no groups, and a Conv2d has groups={layer.groups}")
-    if len(shape) < (4 if isinstance(layer, nn.Conv2d) else 2):
-        raise ValueError(f"KFAC needs batches, and a {type(layer).__name__} is called with shape {tuple(shape)}")

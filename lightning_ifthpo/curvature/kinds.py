@@ -16,7 +16,7 @@ from lightning_ifthpo.curvature.kfac import KFACOperator
 from lightning_ifthpo.curvature.outer_product import GradientOuterProductOperator
 
 LossCurvature: TypeAlias = Literal["hessian", "gauss_newton", "finite_difference"]
-"""Curvatures of the loss itself. The other kinds are approximations, meant only for linear solves."""
+"""Curvatures of the loss itself. The others are approximations, meant only for linear solves."""
 
 Curvature: TypeAlias = LossCurvature | Literal["gradient_outer_product", "kfac"]
 
@@ -30,7 +30,7 @@ OPERATORS: dict[str, Callable[[LossFunction | Loss, Sequence[Tensor]], LossOpera
 
 
 def curvature_operator(curvature: Curvature, loss: LossFunction | Loss, parameters: Sequence[Tensor]) -> LossOperator:
-    """Returns the curvature of a loss under its name.
+    """Returns the curvature operator with this name.
 
     Args:
         curvature: "hessian", "gauss_newton", "gradient_outer_product", "kfac" or "finite_difference".
@@ -38,7 +38,7 @@ def curvature_operator(curvature: Curvature, loss: LossFunction | Loss, paramete
         parameters: The tensors w, together [n].
 
     Raises:
-        ValueError: If the name is unknown; and see the operators.
+        ValueError: If the name is unknown. See also the operators.
     """
     if curvature not in OPERATORS:
         raise ValueError(f"expected curvature to be one of {sorted(OPERATORS)}, got {curvature!r}")

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
-from lightning_ifthpo.curvature.base import GraphOperator, InvertibleOperator
+from lightning_ifthpo.curvature.base import InvertibleOperator, LossOperator
 
 
-class GradientOuterProductOperator(GraphOperator, InvertibleOperator):
+class GradientOuterProductOperator(LossOperator, InvertibleOperator):
     """A = g gᵀ with g = ∂L/∂w, which Lorraine, Vicol and Duvenaud (2019) call Gauss–Newton.
 
-    A has rank one and vanishes at a minimum of the loss, so that it needs damping; there only the damping is inverted.
-    Its products and its inverse are exact and free, which is its only advantage.
+    A has rank one and vanishes at a minimum of the loss, where a linear solve inverts the damping alone. Its products
+    and its inverse are exact and free, which is its only advantage.
 
-    Cost: one forward pass and one differentiable gradient; nothing more for a product.
+    Cost: one forward pass and one differentiable gradient when made.
 
     Args:
         loss: Callable without arguments that returns the scalar loss, or (loss, outputs); or a `Loss`.
@@ -37,12 +37,13 @@ class GradientOuterProductOperator(GraphOperator, InvertibleOperator):
 
     def __init__(self, loss: LossFunction | Loss, parameters: Sequence[Tensor]) -> None:
         super().__init__(as_loss(loss, parameters))
+        self._graph = self._loss.graph()
 
     def _own_product(self, v: Tensor) -> Tensor:
         return self._own_gradient() * (self.gradient @ v)
 
     def solve(self, b: Tensor, delta: float | Tensor) -> Tensor:
-        """Returns (g gᵀ + diag(δ))⁻¹ b by Sherman and Morrison; for δ = 0 the shortest least-squares solution."""
+        """Returns (g gᵀ + diag(δ))⁻¹ b by the Sherman–Morrison formula; for δ = 0 the shortest least-squares x."""
         g = self.gradient
         if not bool((torch.as_tensor(delta) > 0.0).any()):
             squared = g @ g

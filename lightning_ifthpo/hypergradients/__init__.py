@@ -1,4 +1,4 @@
-"""Gradients of an outer loss with respect to hyperparameters, by several methods."""
+"""Gradients of an outer loss with respect to hyperparameters: implicit, unrolled and by a linear best response."""
 
 from lightning_ifthpo.hypergradients.best_response import LinearBestResponse
 from lightning_ifthpo.hypergradients.check import HypergradientMismatchError, check_hypergradient

@@ -1,4 +1,4 @@
-"""A linear hypernetwork: how the best weights depend on the hyperparameters, learned during training."""
+"""A linear hypernetwork, which learns how the best weights depend on the hyperparameters."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from torch import Tensor
 from lightning_ifthpo.core.autodiff import differentiable, vjp
 from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
 from lightning_ifthpo.core.space import ParameterSpace
-from lightning_ifthpo.hypergradients.result import Hypergradient, OuterGradient, check_used, combine
+from lightning_ifthpo.hypergradients.result import Hypergradient, OuterGradient, combine
 from lightning_ifthpo.solvers import SolveResult, Status
 
 
 class LinearBestResponse:
-    """ŵ(λ + ε) = w + Jε around the present weights and hyperparameters, with J trained by gradient descent.
+    """ŵ(λ + ε) = w + Jε near the present weights and hyperparameters, with J trained by gradient descent.
 
-    A self-tuning network with a linear hypernetwork (MacKay et al. 2019; Lorraine and Duvenaud 2018): hyperparameters
-    are perturbed by random ε and the weights by Jε, and J learns to lower the inner loss there. At a minimum in w, J
-    converges to the Jacobian of the best response, −H⁻¹ ∂²L_T/∂w∂λᵀ, without any second derivative. For few
-    hyperparameters: J has n × m entries.
+    Random ε perturbs the hyperparameters, Jε perturbs the weights, and J learns to lower the inner loss there, as in a
+    self-tuning network with a linear hypernetwork (MacKay et al. 2019; Lorraine and Duvenaud 2018). At a minimum in w,
+    J converges to the Jacobian of the best response, −H⁻¹ ∂²L_T/∂w∂λᵀ, without second derivatives. J has n × m entries,
+    so that the method suits few hyperparameters.
 
     Args:
         inner_loss: L_T, a callable without arguments that returns a scalar tensor, or (loss, outputs).
         parameters: w, together [n].
         hyperparameters: λ, real leaf tensors, together [m].
-        lr: Learning rate of J, in parameter² / loss; below 2/λ_max of the inner loss it is stable.
-        scale: Standard deviation of ε, in units of the hyperparameters: small, because the response is linear, but
-            large compared with rounding.
-        generator: Generator that draws ε.
+        lr: Learning rate of J, in parameter² / loss; stable below 2/λ_max of the inner loss.
+        scale: Standard deviation of ε, in units of the hyperparameters: small, because ŵ is linear, but large compared
+            with rounding.
+        generator: Draws ε.
 
     Attributes:
         jacobian: J, [n, m].
@@ -65,9 +65,9 @@ class LinearBestResponse:
         self.jacobian = torch.zeros(shape, dtype=self._space.dtype, device=self._space.device)
 
     def step(self) -> None:
-        """Moves J by one pair of perturbations ±ε; weights and hyperparameters are left unchanged. Two gradients."""
-        like = self._hyper_space.values
-        noise = torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=self._generator)
+        """Updates J by one pair of perturbations ±ε; weights and hyperparameters stay as they are. Two gradients."""
+        space = self._hyper_space
+        noise = torch.randn(space.size, dtype=space.dtype, device=space.device, generator=self._generator)
         response = self.jacobian @ (self._scale * noise)
         direction = [*self._space.split(response), *self._hyper_space.split(self._scale * noise)]
         loss = Loss(self._inner_loss, [*self._space.tensors, *self._hyper_space.tensors], name="the inner loss")
@@ -77,7 +77,7 @@ class LinearBestResponse:
         self.jacobian -= self._lr * torch.outer(slope, noise) / (noise @ noise)
 
     def hypergradient(self, outer_loss: LossFunction) -> Hypergradient:
-        """Returns dL_V/dλ = ∂L_V/∂λ + Jᵀ ∂L_V/∂w. No linear system is solved, so that the residual is NaN.
+        """Returns dL_V/dλ = ∂L_V/∂λ + Jᵀ ∂L_V/∂w, with a NaN as residual, because no linear system is solved.
 
         Args:
             outer_loss: L_V, a callable without arguments that returns a scalar tensor.
@@ -89,6 +89,4 @@ class LinearBestResponse:
             outer = OuterGradient.of(as_loss(outer_loss, self._space.tensors, "the outer loss"), hyperparameters)
         indirect = self._hyper_space.split(-(self.jacobian.T @ outer.v))
         solution = SolveResult(torch.zeros_like(outer.v), torch.nan, 0, Status.COMPLETE)
-        result = combine(outer, hyperparameters, indirect, [], solution)
-        check_used(result, hyperparameters)
-        return result
+        return combine(outer, hyperparameters, indirect, [], solution)

@@ -1,4 +1,4 @@
-"""Comparing a hypergradient with independent references."""
+"""Comparing a hypergradient with an independent reference."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.core.loss import LossFunction, as_loss
+from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
 from lightning_ifthpo.core.space import ParameterSpace
 from lightning_ifthpo.core.validation import require_choice
 from lightning_ifthpo.curvature.hessian import HessianOperator
@@ -29,7 +29,7 @@ def check_hypergradient(
     reference: Literal["direct", "finite_difference"] = "direct",
     rtol: float = 1e-3,
 ) -> bool:
-    """Returns True if a hypergradient is right, and raises with both values if not, in the spirit of `gradcheck`.
+    """Returns True if a hypergradient is right, and raises with both values if not, like `torch.autograd.gradcheck`.
 
     Args:
         inner_loss: L_T, a callable without arguments; deterministic.
@@ -38,9 +38,9 @@ def check_hypergradient(
         hyperparameters: λ, real leaf tensors of any shape.
         curvature: As in `implicit_hypergradient`.
         solver: As in `implicit_hypergradient`.
-        reference: What to compare with. "direct" solves with the dense exact Hessian, undamped. "finite_difference"
-            moves each hyperparameter entry by ± cbrt(eps) · max(1, |λ|), solves the inner problem again by Newton's
-            method and takes the difference of the outer losses; it does not use implicit differentiation. Use float64.
+        reference: "direct" solves with the dense exact Hessian, undamped. "finite_difference" moves each hyperparameter
+            entry by ± cbrt(eps) · max(1, |λ|), solves the inner problem again by Newton's method and takes the
+            difference of the outer losses, without implicit differentiation; use float64.
         rtol: Largest ‖difference‖ / ‖reference‖ that passes.
 
     Raises:
@@ -61,7 +61,8 @@ def check_hypergradient(
     if reference == "direct":
         expected = implicit_hypergradient(*losses, solver=Direct()).gradients
     else:
-        expected = _resolved_differences(*losses)
+        outer = as_loss(outer_loss, parameters, "the outer loss")
+        expected = _resolved_differences(inner_loss, outer, hyperparameters)
     space = ParameterSpace(hyperparameters)
     got, wanted = space.flatten(result.gradients), space.flatten(expected)
     scale = torch.linalg.vector_norm(wanted)
@@ -79,14 +80,8 @@ class HypergradientMismatchError(RuntimeError):
     """A hypergradient differs from its reference."""
 
 
-def _resolved_differences(
-    inner_loss: LossFunction,
-    outer_loss: LossFunction,
-    parameters: Sequence[Tensor],
-    hyperparameters: Sequence[Tensor],
-) -> list[Tensor]:
-    """Returns differences of outer losses at inner minima for hyperparameters that are moved one entry at a time."""
-    outer = as_loss(outer_loss, parameters, "the outer loss")
+def _resolved_differences(inner_loss: LossFunction, outer: Loss, hyperparameters: Sequence[Tensor]) -> list[Tensor]:
+    """Returns central differences of the outer loss at the inner minimum, shaped like the hyperparameters."""
     result = []
     for h in hyperparameters:
         hyper_space, slopes = ParameterSpace([h]), []
@@ -94,28 +89,28 @@ def _resolved_differences(
         for index in range(h.numel()):
             # cbrt(eps) balances truncation and rounding of a central difference
             width = torch.finfo(h.dtype).eps ** (1 / 3) * max(1.0, abs(float(origin[index])))
-            unit = torch.zeros_like(origin)
-            unit[index] = width
-            ends = []
+            shift = torch.zeros_like(origin)
+            shift[index] = width
+            values = []
             with outer.space.restored(), hyper_space.restored():
-                for moved in (origin + unit, origin - unit):
+                for moved in (origin + shift, origin - shift):
                     hyper_space.assign(moved)
                     _minimize(inner_loss, outer.space)
-                    ends.append(float(outer.value()))
-            slopes.append((ends[0] - ends[1]) / (2 * width))
+                    values.append(float(outer.value()))
+            slopes.append((values[0] - values[1]) / (2 * width))
         result.append(torch.tensor(slopes, dtype=h.dtype, device=h.device).reshape(h.shape))
     return result
 
 
 def _minimize(loss: LossFunction, space: ParameterSpace) -> None:
-    """Moves the parameters to the minimum near them by Newton's method."""
+    """Moves the parameters to a nearby minimum by Newton's method."""
     best = math.inf
     for _ in range(50):
         operator = HessianOperator(loss, space.tensors)
         gradient = operator.gradient
         norm = float(torch.linalg.vector_norm(gradient))
         if norm >= best / 2 and norm <= math.sqrt(torch.finfo(space.dtype).eps):
-            return  # Newton's quadratic convergence has reached rounding
+            return  # Newton's method converges quadratically; a gradient that stops shrinking is rounding.
         best = min(best, norm)
         space.assign(space.values - Direct().solve(operator, gradient).x)
     raise RuntimeError(f"Newton's method did not solve the inner problem: gradient norm {best:.3g} after 50 steps")

@@ -1,4 +1,4 @@
-"""Gradients of an outer loss at the optimum of an inner one, with respect to hyperparameters."""
+"""Gradients of an outer loss with respect to hyperparameters, by the implicit function theorem."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_ifthpo.core.autodiff import differentiable
 from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
 from lightning_ifthpo.core.space import check_real
 from lightning_ifthpo.curvature.kinds import Curvature, curvature_operator
-from lightning_ifthpo.hypergradients.result import Hypergradient, OuterGradient, check_used, combine
+from lightning_ifthpo.hypergradients.result import Hypergradient, OuterGradient, combine
 from lightning_ifthpo.solvers import ConjugateGradient, Solver
 from lightning_ifthpo.solvers.diagnosis import diagnose
 from lightning_ifthpo.solvers.system import LinearSystem
@@ -31,31 +31,31 @@ def implicit_hypergradient(
 ) -> Hypergradient:
     """Returns dL_V/dλ = ∂L_V/∂λ − (∂²L_T/∂w∂λᵀ)ᵀ H⁻¹ ∂L_V/∂w at the present weights and hyperparameters.
 
-    The implicit function theorem (Lorraine, Vicol, Duvenaud 2019, with losses that are minimized) holds where ∂L_T/∂w =
-    0 and H = ∂²L_T/∂w∂wᵀ is positive definite. Elsewhere the result estimates what further training would do; its
-    status and residual say how well the linear system was solved, not how far the weights are from a minimum.
+    This is the implicit function theorem for losses that are minimized (Lorraine, Vicol, Duvenaud 2019). It holds where
+    ∂L_T/∂w = 0 and H = ∂²L_T/∂w∂wᵀ is positive definite. Elsewhere the result estimates the effect of further training.
+    Status and residual say how well the linear system was solved, not how far the weights are from a minimum.
 
-    Parameters that are frozen or unused have zero blocks. Neither weights nor hyperparameters nor `.grad` are changed.
+    Parameters that are frozen or unused have zero blocks. Weights, hyperparameters and `.grad` are left unchanged.
 
     Args:
-        inner_loss: L_T, a callable without arguments that returns a scalar tensor, or (loss, outputs). A `Loss` where
-            examples are spread over processes: each process gives its share, and all get the same result.
+        inner_loss: L_T, a callable without arguments that returns a scalar tensor, or (loss, outputs). Pass a `Loss` if
+            the examples are spread over processes: each process computes its share, and all get the same result.
         outer_loss: L_V, likewise.
         parameters: w, together [n].
         hyperparameters: λ, real leaf tensors of any shape, with or without `requires_grad`.
-        curvature: What stands for H: "hessian"; "gauss_newton", which needs the model's outputs (`mark_outputs`);
-            "gradient_outer_product"; "kfac", which needs them too; "finite_difference", for losses without a second
-            derivative, which also replaces the mixed derivative.
-        solver: How the linear system is solved.
-        x0: First iterate of the solve, [n]: usually the `solution.x` of a similar problem.
-        allow_unused: Return zeros for hyperparameters that enter neither loss, instead of raising.
+        curvature: The matrix H: "hessian"; "gauss_newton" or "kfac", which need the model's outputs (`mark_outputs`);
+            "gradient_outer_product"; "finite_difference", for losses without a second derivative, which also
+            replaces the mixed derivative.
+        solver: Solves the linear system.
+        x0: First iterate of the solve, [n], such as the `solution.x` of a similar problem.
+        allow_unused: Return zeros for hyperparameters that influence neither loss, instead of raising.
         diagnosed: Measure why a failed solve failed, by at most 60 products.
 
     Raises:
-        ValueError: If a loss is not scalar or is detached, or a hyperparameter enters neither loss.
+        ValueError: If a loss is not scalar or is detached, or a hyperparameter influences neither loss.
         TypeError: If a hyperparameter is not a real floating-point tensor.
 
-    Cost: one gradient of each loss, one differentiable gradient, the solver's products, and one mixed product. Over
+    Cost: one gradient of each loss, one differentiable gradient, the solver's products and one mixed product. Over
     several processes, one collective for each product and three more.
 
     >>> import torch
@@ -74,9 +74,7 @@ def implicit_hypergradient(
         operator = curvature_operator(curvature, inner, parameters)
         solution = solver.solve(operator, outer_gradient.v, x0)
         mixed = operator.mixed_product(solution.x, hyperparameters)
-        result = combine(outer_gradient, hyperparameters, mixed, [operator.loss], solution)
-        if not allow_unused:
-            check_used(result, hyperparameters)
+        result = combine(outer_gradient, hyperparameters, mixed, [operator.loss], solution, allow_unused)
         if diagnosed and not result.status.succeeded:
             system = LinearSystem(operator) if solver.needs_optimizer else solver.system(operator)
             result = replace(result, diagnosis=diagnose(system, result.solution))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.core.autodiff import vjp
+from lightning_ifthpo.core.autodiff import vjp, zeros_for_none
 from lightning_ifthpo.core.loss import Loss
 from lightning_ifthpo.solvers import SolveResult, Status
 
@@ -23,7 +23,7 @@ class Hypergradient:
         outer_loss: L_V, a scalar.
         solution: The linear solve; `solution.x` is q, [n].
         diagnosis: Why the solve failed and what to do; empty if it succeeded.
-        unused: Indices of hyperparameters that enter neither loss; their gradients are zero.
+        unused: Indices of hyperparameters that influence neither loss; their gradients are zero.
     """
 
     direct: list[Tensor]
@@ -70,7 +70,7 @@ class OuterGradient:
 
     @classmethod
     def of(cls, loss: Loss, hyperparameters: Sequence[Tensor]) -> OuterGradient:
-        """Returns the gradients of a loss, by one gradient; over several processes by one collective."""
+        """Returns a loss and its gradients; one gradient, and one collective over several processes."""
         own, _ = loss.evaluate()
         gradients = vjp([own], [*loss.parameters, *hyperparameters])
         flat = loss.space.flatten(gradients[: len(loss.parameters)])
@@ -87,23 +87,23 @@ def combine(
     mixed: Sequence[Tensor | None],
     inner_losses: Sequence[Tensor],
     solution: SolveResult,
+    allow_unused: bool = False,
 ) -> Hypergradient:
-    """Returns the hypergradient from its terms; NaN or infinity in any of them makes the status NONFINITE."""
-    direct = [torch.zeros_like(h) if d is None else d for h, d in zip(hyperparameters, outer.direct, strict=True)]
-    indirect = [torch.zeros_like(h) if m is None else -m for h, m in zip(hyperparameters, mixed, strict=True)]
+    """Returns the hypergradient from its terms; a NaN or an infinity makes the status NONFINITE.
+
+    Raises:
+        ValueError: If a hyperparameter influences neither loss, unless `allow_unused`.
+    """
+    pairs = enumerate(zip(outer.direct, mixed, strict=True))
+    unused = tuple(index for index, (direct, m) in pairs if direct is None and m is None)
+    if unused and not allow_unused:
+        raise ValueError(
+            f"hyperparameter {unused[0]}, of shape {tuple(hyperparameters[unused[0]].shape)}, does not influence the "
+            "gradient of the inner loss, nor the outer loss, so that implicit differentiation cannot tune it; for a "
+            "learning rate, ExactGeN or a sweep is the tool. Pass allow_unused=True to get zeros"
+        )
+    direct = zeros_for_none(outer.direct, hyperparameters)
+    indirect = zeros_for_none([None if m is None else -m for m in mixed], hyperparameters)
     if not all(bool(torch.isfinite(t).all()) for t in [outer.value, *inner_losses, *direct, *indirect]):
         solution = replace(solution, status=Status.NONFINITE)
-    pairs = zip(outer.direct, mixed, strict=True)
-    unused = tuple(index for index, (d, m) in enumerate(pairs) if d is None and m is None)
     return Hypergradient(direct, indirect, outer.value, solution, unused=unused)
-
-
-def check_used(result: Hypergradient, hyperparameters: Sequence[Tensor]) -> None:
-    """Raises ValueError if a hyperparameter enters neither loss."""
-    if result.unused:
-        index = result.unused[0]
-        raise ValueError(
-            f"hyperparameter {index}, of shape {tuple(hyperparameters[index].shape)}, does not influence the gradient "
-            "of the inner loss, nor the outer loss, so that implicit differentiation cannot tune it; for a learning "
-            "rate, ExactGeN or a sweep is the tool. Pass allow_unused=True to get zeros"
-        )

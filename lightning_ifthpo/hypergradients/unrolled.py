@@ -1,12 +1,11 @@
-"""Hypergradients through a few steps of training, each differentiated exactly."""
+"""Hypergradients by exact differentiation through a few steps of training."""
 
 from __future__ import annotations
 
 import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from lightning_ifthpo.core.autodiff import add, differentiable, gradients_on, vj
 from lightning_ifthpo.core.loss import Loss, LossFunction
 from lightning_ifthpo.core.space import ParameterSpace
 from lightning_ifthpo.core.validation import require_at_least
-from lightning_ifthpo.hypergradients.result import Hypergradient, OuterGradient, check_used, combine
+from lightning_ifthpo.hypergradients.result import Hypergradient, OuterGradient, combine
 from lightning_ifthpo.solvers import SolveResult, Status
 
 
@@ -32,28 +31,26 @@ def unrolled_hypergradient(
 ) -> Hypergradient:
     """Returns dL_V(w_K)/dλ through K steps of an optimizer, w ← opt(λ, w), from the present weights.
 
-    Reverse mode with recomputation (Domke 2012; Maclaurin, Duvenaud, Adams 2015): the steps are taken and remembered,
-    then retraced from the last to the first, one at a time. Momentum and adaptive steps are differentiated too, through
-    whatever the optimizer keeps. Random numbers of each step are drawn again when it is retraced. From a stationary
-    point K + 1 steps of gradient descent equal the Neumann series of K terms with its rate as step size. Weights and
-    the optimizer's state are left as they were.
+    This is reverse mode with recomputation (Domke 2012; Maclaurin, Duvenaud, Adams 2015): the steps are made, then
+    repeated with a graph from the last to the first, one at a time and with the same random numbers. The derivative
+    includes momentum and adaptive steps, through the optimizer's state. Weights and state are left unchanged.
 
-    The result's `relative_residual` is ‖dL_V/dw₀‖ / ‖dL_V/dw_K‖: how much of the outer loss still depends on where the
-    unroll began, which at a stationary point is the residual of that Neumann series.
+    The result's `relative_residual` is ‖dL_V/dw₀‖ / ‖dL_V/dw_K‖: how much the outer loss still depends on the first
+    weights. From a stationary point, K + 1 steps of gradient descent equal the Neumann series of K terms with the
+    learning rate as step size, and this is the residual of the series.
 
     Args:
         inner_loss: L_T, a callable without arguments that returns a scalar tensor.
-        outer_loss: L_V, likewise; taken at the last weights.
+        outer_loss: L_V, likewise; evaluated at the last weights.
         parameters: w, together [n].
         hyperparameters: λ, real leaf tensors of any shape.
         steps: K, at least 1.
-        lr: Learning rate of gradient descent, in parameter² / loss.
-        optimizer: Instead of a rate: the optimizer of these parameters, with its state. One of torch that takes
-            `differentiable=True`.
+        lr: Learning rate of gradient descent, in parameter² / loss; or pass an optimizer.
+        optimizer: The optimizer of these parameters, with its state; one of torch that takes `differentiable=True`.
 
     Raises:
-        ValueError: If steps < 1, there is not exactly one of a positive rate and an optimizer of these parameters that
-            can be differentiated, a loss is not scalar or is detached, or a hyperparameter enters neither loss.
+        ValueError: If steps < 1, not exactly one of lr > 0 and an optimizer of these parameters that can be
+            differentiated is given, a loss is not scalar or is detached, or a hyperparameter influences neither loss.
 
     Cost: K gradients, K products and mixed products, and memory for K copies of the weights and the state.
 
@@ -82,127 +79,103 @@ def unrolled_hypergradient(
             space.assign(weights)
         outer = OuterGradient.of(Loss(outer_loss, parameters, name="the outer loss"), hyperparameters)
         adjoint, q = outer.v, torch.zeros_like(outer.v)
-        state_adjoints: dict[tuple[int, str], Tensor] = {}
+        state_adjoints: dict[_Key, Tensor] = {}
         mixed: list[Tensor | None] = [None] * len(hyperparameters)
         for loss, weights, state in reversed(visited):
             space.assign(weights)
             graph = loss.graph()
-            kept, moved, state_adjoints = update.vjp_step(weights, graph.gradient, state, adjoint, state_adjoints)
-            mixed = add(mixed, graph.mixed_product(-moved, hyperparameters))
-            adjoint, q = kept + graph.hessian_product(moved), q - moved
-    residual = _relative_norm(adjoint, outer.v)
+            adjoint, u, state_adjoints = update.vjp_step(weights, graph.gradient, state, adjoint, state_adjoints)
+            mixed = add(mixed, graph.mixed_product(-u, hyperparameters))
+            adjoint, q = adjoint + graph.hessian_product(u), q - u  # u is the adjoint of the gradient
+    first, last = (float(torch.linalg.vector_norm(vector)) for vector in (adjoint, outer.v))
+    residual = first / last if last else first  # last is zero if the outer loss does not use the weights
     solution = SolveResult(q, residual, steps - 1, Status.COMPLETE, extra_products=1, step_size=lr)
-    result = combine(outer, hyperparameters, mixed, losses, solution)
-    check_used(result, hyperparameters)
-    return result
+    return combine(outer, hyperparameters, mixed, losses, solution)
 
 
-def _relative_norm(vector: Tensor, reference: Tensor) -> float:
-    """Returns ‖vector‖ / ‖reference‖; zero where both are zero, as with an outer loss that does not use the weights."""
-    norm, scale = (float(torch.linalg.vector_norm(each)) for each in (vector, reference))
-    return norm / scale if scale else norm
+_Key: TypeAlias = tuple[int, str]
+"""Index of a parameter, and name of an entry of its optimizer state."""
 
 
-@dataclass(frozen=True)
-class _State:
-    """What an optimizer keeps: tensors shaped like weights, by parameter and name, and everything else."""
+class _State(NamedTuple):
+    """An optimizer's state: tensors shaped like weights, which are differentiated, and all other entries."""
 
-    tensors: dict[tuple[int, str], Tensor]
-    others: dict[tuple[int, str], Any]
+    tensors: dict[_Key, Tensor]
+    others: dict[_Key, Any]
 
 
 class _Update:
     """One step of an optimizer as a function of weights, gradient and state."""
 
     def __init__(self, optimizer: Optimizer, space: ParameterSpace) -> None:
-        self._optimizer, self._space = optimizer, space
+        self._class, self._space = type(optimizer), space
         groups = {id(tensor): group for group in optimizer.param_groups for tensor in group["params"]}
         missing = sum(id(tensor) not in groups for tensor in space.tensors)
         if missing:
             raise ValueError(f"{missing} of {len(space.tensors)} parameters do not belong to the optimizer")
-        if "differentiable" not in inspect.signature(type(optimizer).__init__).parameters:
+        arguments = inspect.signature(self._class.__init__).parameters
+        if "differentiable" not in arguments:
             raise ValueError(
-                f"{type(optimizer).__name__} does not take differentiable=True, and its step cannot be differentiated; "
+                f"{self._class.__name__} does not take differentiable=True, and its step cannot be differentiated; "
                 "pass lr, for gradient descent"
             )
         self._groups = [groups[id(tensor)] for tensor in space.tensors]
-        self.initial_state = self._copied(
-            [
-                ((index, name), value)
-                for index, tensor in enumerate(space.tensors)
-                for name, value in optimizer.state.get(tensor, {}).items()
-            ]
-        )
+        # Some constructors insist on a learning rate; the groups have their own.
+        self._options: dict[str, Any] = {"differentiable": True} | ({"lr": 1e-3} if "lr" in arguments else {})
+        self.initial_state = self._copy(_entries(optimizer, space.tensors))
 
     def step(self, weights: Tensor, gradient: Tensor, state: _State) -> tuple[Tensor, _State]:
         """Returns weights and state after a step."""
-        _, after, entries = self._traced(weights, gradient, state)
-        return self._space.flatten(after), self._copied(entries)
+        _, after, entries = self._trace(weights, gradient, state)
+        return self._space.flatten(after), self._copy(entries)
 
     def vjp_step(
-        self,
-        weights: Tensor,
-        gradient: Tensor,
-        state: _State,
-        adjoint: Tensor,
-        state_adjoints: dict[tuple[int, str], Tensor],
-    ) -> tuple[Tensor, Tensor, dict[tuple[int, str], Tensor]]:
+        self, weights: Tensor, gradient: Tensor, state: _State, adjoint: Tensor, state_adjoints: dict[_Key, Tensor]
+    ) -> tuple[Tensor, Tensor, dict[_Key, Tensor]]:
         """Returns the adjoints of weights, gradient and state before a step from those after it."""
-        inputs, after, entries = self._traced(weights, gradient, state)
-        outputs = [*after, *(value for key, value in entries if key in state_adjoints)]
-        cotangents = [
-            *self._space.split(adjoint),
-            *(state_adjoints[key] for key, _ in entries if key in state_adjoints),
-        ]
-        gradients = vjp(outputs, inputs, cotangents)
-        count = len(self._space.tensors)
-        before = {
-            key: part for key, part in zip(state.tensors, gradients[2 * count :], strict=True) if part is not None
-        }
+        inputs, after, entries = self._trace(weights, gradient, state)
+        keys = [key for key in entries if key in state_adjoints]
+        outputs = [*after, *(entries[key] for key in keys)]
+        gradients = vjp(outputs, inputs, [*self._space.split(adjoint), *(state_adjoints[key] for key in keys)])
+        count = len(after)
+        pairs = zip(state.tensors, gradients[2 * count :], strict=True)
+        before = {key: part for key, part in pairs if part is not None}
         return self._space.flatten(gradients[:count]), self._space.flatten(gradients[count : 2 * count]), before
 
-    def _traced(
+    def _trace(
         self, weights: Tensor, gradient: Tensor, state: _State
-    ) -> tuple[list[Tensor], list[Tensor], list[tuple[tuple[int, str], Any]]]:
-        """Makes a step with a graph; returns its inputs, the weights and the entries of the state after it."""
+    ) -> tuple[list[Tensor], list[Tensor], dict[_Key, Any]]:
+        """Makes a step with a graph; returns its inputs, and the weights and the entries of the state after it."""
         with gradients_on():
-            inputs = [
-                tensor.detach().clone().requires_grad_()
-                for tensor in (*self._space.split(weights), *self._space.split(gradient), *state.tensors.values())
-            ]
-            count = len(self._space.tensors)
+            tensors = [*self._space.split(weights), *self._space.split(gradient), *state.tensors.values()]
+            inputs = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+            count = len(self._groups)
             after = [tensor.clone() for tensor in inputs[:count]]
             for tensor, slope in zip(after, inputs[count : 2 * count], strict=True):
                 tensor.retain_grad()
                 tensor.grad = slope
-            twin = type(self._optimizer)(
-                [
-                    {**group, "params": [tensor], "differentiable": True, "foreach": False, "fused": None}
-                    for group, tensor in zip(self._groups, after, strict=True)
-                ],
-                **({"differentiable": True} | self._required()),
-            )
-            kept = dict(zip(state.tensors, inputs[2 * count :], strict=True))
-            for (index, name), value in (kept | state.others).items():
+            changes = {"differentiable": True, "foreach": False, "fused": None}
+            pairs = zip(self._groups, after, strict=True)
+            twin = self._class([group | changes | {"params": [tensor]} for group, tensor in pairs], **self._options)
+            entries = dict(zip(state.tensors, inputs[2 * count :], strict=True)) | state.others
+            for (index, name), value in entries.items():
                 twin.state[after[index]][name] = value.clone() if isinstance(value, Tensor) else value
             twin.step()
-        entries = [
-            ((index, name), value) for index, tensor in enumerate(after) for name, value in twin.state[tensor].items()
-        ]
-        return inputs, after, entries
+        return inputs, after, _entries(twin, after)
 
-    def _required(self) -> dict[str, Any]:
-        """Returns the learning rate where the constructor insists on one; the groups have their own."""
-        return {"lr": 1e-3} if "lr" in inspect.signature(type(self._optimizer).__init__).parameters else {}
-
-    def _copied(self, entries: list[tuple[tuple[int, str], Any]]) -> _State:
-        """Returns copies of the entries of a state, sorted by whether they are shaped like weights."""
-        tensors, others = {}, {}
-        for (index, name), value in entries:
+    def _copy(self, entries: dict[_Key, Any]) -> _State:
+        state = _State({}, {})
+        for (index, name), value in entries.items():
             if not isinstance(value, Tensor):
-                others[index, name] = value
+                state.others[index, name] = value
             elif value.shape == self._space.tensors[index].shape and name != "step":
-                tensors[index, name] = value.detach().clone()
+                state.tensors[index, name] = value.detach().clone()
             else:  # torch counts steps in float32, and 1 − β^step would lose half its digits
-                others[index, name] = value.detach().double() if value.is_floating_point() else value.detach().clone()
-        return _State(tensors, others)
+                dtype = torch.float64 if value.is_floating_point() else value.dtype
+                state.others[index, name] = value.detach().to(dtype, copy=True)
+        return state
+
+
+def _entries(optimizer: Optimizer, tensors: Sequence[Tensor]) -> dict[_Key, Any]:
+    states = [optimizer.state.get(tensor, {}) for tensor in tensors]
+    return {(index, name): value for index, state in enumerate(states) for name, value in state.items()}
