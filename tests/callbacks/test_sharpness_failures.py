@@ -133,7 +133,7 @@ class Empty(Dataset):
         (Plain, {"dataloader": DataLoader(Empty())}, ValueError, "dataloader of SharpnessMonitor is empty"),
         (Plain, {"dataloader": [torch.zeros(0, 4)]}, ValueError, "empty batch"),
         (Plain, {"dataloader": Empty()}, TypeError, "got Empty; wrap it in a DataLoader"),
-        (Plain, {"dataloader": (torch.zeros(3, 4), torch.zeros(3))}, TypeError, "a single batch goes into a list"),
+        (Plain, {"dataloader": (torch.zeros(3, 4), torch.zeros(3))}, TypeError, "put a single batch into a list"),
         (Plain, {"dataloader": 3}, TypeError, "expected one DataLoader, or a list of batches, got int"),
     ],
 )
