@@ -159,9 +159,9 @@ class HyperStepper:
         for name in names:
             if name not in used:
                 raise ValueError(
-                    f"hyperparameter {name!r} influences neither the gradient of the inner loss nor the outer loss, so "
-                    "implicit differentiation cannot tune it; use it in inner_loss. For a learning rate use ExactGeN "
-                    "or a sweep"
+                    f"hyperparameter {name!r} does not influence the gradient of the inner loss, nor the outer loss, "
+                    "so implicit differentiation cannot tune it; use it in inner_loss. For a learning rate use "
+                    "ExactGeN or a sweep"
                 )
 
 

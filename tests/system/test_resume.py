@@ -41,7 +41,7 @@ def everything(module, trainer, callback):
     state |= {
         f"hyper/{i}/{k}": torch.as_tensor(v) for i, s in hyper["optimizer"]["state"].items() for k, v in s.items()
     }
-    state |= {"estimate": hyper["estimate"]} if hyper["estimate"] is not None else {}
+    state |= {"x0": hyper["x0"]} if hyper["x0"] is not None else {}
     return state | {k: torch.tensor(hyper[k]) for k in ("steps", "seed", "consumed")}
 
 
