@@ -25,32 +25,31 @@ from lightning_ifthpo.step_size.scheduler import DIRECTIONAL_CURVATURES, Directi
 
 
 class ExactGeN(L.Callback):
-    """Chooses the learning rate while the Trainer trains, by the generalized Newton's method; none has to be given.
+    """Chooses the learning rate during training by the generalized Newton's method (GeN).
 
-    On every batch until the rate has settled, and on every n-th after that, it looks along the update that the
-    optimizer has just made, including momentum, preconditioning, weight decay and clipping: slope and curvature of the
-    training loss on the next batch show whether a longer or a shorter step would have been better. See `AveragedRule`.
+    On every batch until the rate has settled, then on every n-th, it looks along the update that the optimizer has just
+    made, including momentum, preconditioning, weight decay and clipping: slope and curvature of the training loss on
+    the next batch show whether a longer or a shorter step would have been better. See `AveragedRule`.
     It works on any LightningModule with one optimizer whose update is linear in its learning rate. The learning rates
     in `configure_optimizers` count only in relation to each other, and a configured scheduler is replaced.
 
     Args:
         every_n_batches: Training batches between two looks once the rate has settled, at least 1. With gradient
-            accumulation the next optimizer step after them.
+            accumulation the look follows the next optimizer step.
         rule: "averaged", the safe rule; "published", the formula of the paper with its smoothing.
         probe: "next_batch" looks on a batch that did not produce the update; "same_batch" is for gradient descent only.
-        curvature: "auto" and "three_point" use the losses at both ends of the step and one step beyond, by forward
-            passes alone; "hessian", exact; "gauss_newton", for losses that call `mark_outputs`, in one forward pass;
-            "finite_difference", from two gradients. "auto" takes the Hessian where weights are in half precision,
-            because rounding of their losses exceeds the differences.
+        curvature: "three_point" uses the losses at both ends of the step and one step beyond, by forward passes alone;
+            "hessian" is exact; "gauss_newton" needs losses that call `mark_outputs`, and one forward pass;
+            "finite_difference" uses two gradients. "auto" takes three points, or the Hessian if weights are in half
+            precision, because rounding of their losses exceeds the differences.
         lr_min: Lower bound of the rate.
         lr_max: Upper bound of the rate.
-        final_decay: Fraction of the run, at its end, over which the rate goes to zero linearly; of max_steps or
-            max_epochs, also if max_time ends the run earlier.
+        final_decay: Fraction of max_steps or max_epochs, at their end, over which the rate goes to zero linearly.
         per_group: Choose a rate for each parameter group, by one look for each group.
 
-    Logs at each look `gen/lr`, the highest of all groups; `gen/alpha`, the optimal step along the last update, where
-    there is one; `gen/directional_sharpness`; `gen/accepted`, 0 if the look was not used; and `gen/refused`, the number
-    of looks that were not used. With `per_group`, `gen/lr/0` and so on are those of each group.
+    Logs at each look `gen/lr`, the highest of all groups; `gen/alpha`, the optimal step along the last update, if there
+    is one; `gen/directional_sharpness`; `gen/accepted`, 0 if the look was not used; and `gen/refused`, the number of
+    looks that were not used. With `per_group` also `gen/lr/0` and so on, for each group.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -77,16 +76,15 @@ class ExactGeN(L.Callback):
         self.curvature = curvature
         self.options = RateOptions(rule, probe, lr_min, lr_max, final_decay, per_group)
         self._scheduler: ExactGeNLR | None = None
-        self._logged = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Checks the optimizer and replaces its scheduler."""
         _check(trainer, pl_module)
-        self._kind = self._resolved_curvature(trainer, pl_module)
+        self._kind = _three_point_or_hessian(trainer, pl_module) if self.curvature == "auto" else self.curvature
         check_precision(trainer, self._kind)
         replaced = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
         if replaced:
-            rank_zero_warn(f"ExactGeN replaces {', '.join(replaced)}; configure no scheduler together with it")
+            rank_zero_warn(f"ExactGeN replaces {', '.join(replaced)}; configure no scheduler")
         self._scheduler = ExactGeNLR(
             trainer.optimizers[0],
             every_n_steps=math.ceil(self.every_n_batches / trainer.accumulate_grad_batches),
@@ -97,13 +95,13 @@ class ExactGeN(L.Callback):
         trainer.strategy.lr_scheduler_configs = [LRSchedulerConfig(self._scheduler, interval="step", name="ExactGeN")]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Reads the length of the run; if it is read earlier, the Trainer forgets where to resume its data."""
+        """Reads the length of the run; reading it earlier makes the Trainer forget where to resume its data."""
         self._losses = ModuleLosses(trainer, pl_module, Ranks(trainer))
         steps = float(trainer.estimated_stepping_batches)
         if math.isfinite(steps):
             self._active_scheduler.total_steps = int(steps)
         elif self.options.final_decay:
-            rank_zero_warn("ExactGeN does not know how long this run is, and omits the final decay; set max_steps")
+            rank_zero_warn("ExactGeN omits the final decay, because the length of the run is unknown; set max_steps")
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -112,33 +110,17 @@ class ExactGeN(L.Callback):
         scheduler = self._active_scheduler
         if scheduler.wants_loss:
             # a look after the step needs a copy, because the training step may change the batch
-            kept = batch if scheduler.is_pending else copied(batch)
-            session = partial(self._losses.session, self._kind, step=scheduler.last_epoch)
-            scheduler.probe(self._losses.inner(kept, session=session))
+            loss = self._losses.inner(batch if scheduler.is_pending else copied(batch))
+            loss.session = partial(self._losses.session, self._kind, step=scheduler.last_epoch)
+            scheduler.probe(loss)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs the last look, if it is new."""
-        scheduler = self._active_scheduler
-        if scheduler.looks == self._logged:
-            return
-        self._logged = scheduler.looks
-        rates = [float(rate) for rate in scheduler.get_lr()]
-        metrics = {
-            "gen/lr": max(rates),
-            "gen/accepted": float(scheduler.accepted),
-            "gen/refused": float(scheduler.refused),
-        }
-        if len(scheduler.parabolas) > 1:
-            metrics |= {f"gen/lr/{index}": rate for index, rate in enumerate(rates)}
-        for index, parabola in enumerate(scheduler.parabolas):
-            suffix = f"/{index}" if len(scheduler.parabolas) > 1 else ""
-            if parabola.is_finite:
-                metrics[f"gen/directional_sharpness{suffix}"] = parabola.sharpness
-            if parabola.is_finite and parabola.optimal_step is not None:
-                metrics[f"gen/alpha{suffix}"] = parabola.optimal_step
-        log_metrics(trainer, pl_module, metrics, headline="gen/lr")
+        if self._active_scheduler.looks != self._logged:
+            self._logged = self._active_scheduler.looks
+            log_metrics(trainer, pl_module, _metrics(self._active_scheduler), headline="gen/lr")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Detaches the scheduler from the optimizer."""
@@ -146,7 +128,7 @@ class ExactGeN(L.Callback):
             self._scheduler.detach()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Does what teardown would, which is not called after an exception."""
+        """Detaches the scheduler; the Trainer does not call `teardown` after an exception."""
         self.teardown(trainer, pl_module, "fit")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -154,29 +136,50 @@ class ExactGeN(L.Callback):
         if self._active_scheduler.refused:
             rank_zero_info(f"ExactGeN: number of looks that were not used: {self._active_scheduler.refused}")
 
-    def _resolved_curvature(self, trainer: L.Trainer, module: L.LightningModule) -> DirectionalCurvature:
-        if self.curvature != "auto":
-            return self.curvature
-        half = has_half_weights(trainer) or any(p.dtype in (torch.float16, torch.bfloat16) for p in module.parameters())
-        return "hessian" if half else "three_point"
-
     @property
     def _active_scheduler(self) -> ExactGeNLR:
         assert self._scheduler is not None, "training has not started"
         return self._scheduler
 
 
-def _check(trainer: L.Trainer, module: L.LightningModule) -> None:
+def _three_point_or_hessian(trainer: L.Trainer, module: L.LightningModule) -> DirectionalCurvature:
+    half = has_half_weights(trainer) or any(p.dtype in (torch.float16, torch.bfloat16) for p in module.parameters())
+    return "hessian" if half else "three_point"
+
+
+def _metrics(scheduler: ExactGeNLR) -> dict[str, float]:
+    rates = [float(rate) for rate in scheduler.get_lr()]
+    metrics = {
+        "gen/lr": max(rates),
+        "gen/accepted": float(scheduler.accepted),
+        "gen/refused": float(scheduler.refused),
+    }
+    several = len(scheduler.parabolas) > 1
+    if several:
+        metrics |= {f"gen/lr/{index}": rate for index, rate in enumerate(rates)}
+    for index, parabola in enumerate(scheduler.parabolas):
+        suffix = f"/{index}" if several else ""
+        if parabola.is_finite:
+            metrics[f"gen/directional_sharpness{suffix}"] = parabola.sharpness
+            if parabola.optimal_step is not None:
+                metrics[f"gen/alpha{suffix}"] = parabola.optimal_step
+    return metrics
+
+
+def _check(trainer: Any, module: L.LightningModule) -> None:
     """Raises ValueError for a Trainer or a module that ExactGeN does not support."""
     check_strategy(trainer, "ExactGeN")
     if not module.automatic_optimization:
         raise ValueError(
             f"{type(module).__name__} optimizes manually, and ExactGeN needs the Trainer to make the steps; use "
-            "ExactGeNLR inside training_step"
+            "ExactGeNLR in training_step"
         )
     optimizers = [optimizer for optimizer in trainer.optimizers if optimizer.param_groups]
     if len(optimizers) != 1:
-        raise ValueError(f"ExactGeN chooses the rate of one optimizer, and there are {len(optimizers)}")
+        raise ValueError(
+            f"ExactGeN chooses the rate of one optimizer, and there are {len(optimizers)}; return one from "
+            "configure_optimizers"
+        )
     check_real_weights(module, module.parameters())
-    if any(isinstance(callback, StochasticWeightAveraging) for callback in vars(trainer)["callbacks"]):
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):
         raise ValueError("StochasticWeightAveraging sets its own learning rates; use it or ExactGeN, not both")

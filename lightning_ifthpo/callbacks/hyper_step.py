@@ -1,4 +1,4 @@
-"""The hyper steps of one fit: hypergradients of its module, the hyper-optimizer, and what resuming needs."""
+"""The hyper steps of one fit."""
 
 from __future__ import annotations
 
@@ -20,12 +20,7 @@ from lightning_ifthpo.runtime.batches import prepared
 from lightning_ifthpo.runtime.distributed import Ranks
 from lightning_ifthpo.runtime.losses import ModuleLosses, trainable
 from lightning_ifthpo.runtime.outer_data import OuterData
-from lightning_ifthpo.runtime.precision import (
-    FIRST_LOSS_SCALE,
-    CurvaturePrecision,
-    loss_scales,
-    passes_through_float16,
-)
+from lightning_ifthpo.runtime.precision import CurvaturePrecision, first_loss_scale, loss_scales
 from lightning_ifthpo.solvers import Identity, Solver, SolveResult, Status
 
 
@@ -36,11 +31,8 @@ class HyperStepper:
         trainer: The Trainer, with optimizers and data set up.
         module: A LightningModule with the bilevel mixin.
         source: Loader of outer batches.
-        curvature: As in `IFTHypergradient`.
-        solver: As in `IFTHypergradient`.
-        warm_start: As in `IFTHypergradient`.
-        precision: As in `IFTHypergradient`.
-        state: What `state_dict` returned, to resume; empty for a new start.
+        curvature, solver, warm_start, precision: As in `IFTHypergradient`.
+        state: What `state_dict` returned; empty for a new start.
     """
 
     def __init__(
@@ -62,38 +54,29 @@ class HyperStepper:
         self._warm_start = warm_start
         self._hyperparameters = list(module.hyperparameters())
         self.optimizer: torch.optim.Optimizer = module.configure_hyper_optimizer()
-        self.steps = 0
-        self.ranks = Ranks(trainer)
-        self.ranks.broadcast(self._hyperparameters)  # not every strategy does so
-        self._losses = ModuleLosses(trainer, module, self.ranks, precision)
-        # torch's initial seed is the user's, if the user set one, and reading it draws no random number
-        self._seed = self.ranks.broadcast_int(torch.initial_seed() % 2**31)
-        self._x0: Tensor | None = None
-        self._loss_scale = FIRST_LOSS_SCALE if passes_through_float16(trainer, precision) else 1.0
-        consumed = 0
+        ranks = self.ranks = Ranks(trainer)
+        ranks.broadcast(self._hyperparameters)  # not every strategy broadcasts frozen parameters
+        self._losses = ModuleLosses(trainer, module, ranks, precision)
         if state:
             self.optimizer.load_state_dict(state["optimizer"])
-            self.steps, self._seed, consumed = state["steps"], state["seed"], state["consumed"]
-            x0 = state["x0"]
-            self._x0 = None if x0 is None else x0.to(module.device)
-            self._loss_scale = state["loss_scale"]
-        self._outer_data = OuterData(
-            source,
-            module.device,
-            seed=self._seed,
-            consumed=consumed,
-            rank=self.ranks.rank,
-            world_size=self.ranks.count,
+        else:
+            # torch's initial seed is the user's, if the user set one, and reading it draws no random number
+            seed = ranks.broadcast_int(torch.initial_seed() % 2**31)
+            loss_scale = first_loss_scale(trainer, precision)
+            state = {"steps": 0, "seed": seed, "consumed": 0, "x0": None, "loss_scale": loss_scale}
+        self.steps, self._seed, self._loss_scale = state["steps"], state["seed"], state["loss_scale"]
+        self._x0: Tensor | None = None if state["x0"] is None else state["x0"].to(module.device)
+        self.outer_data = OuterData(
+            source, module.device, seed=self._seed, consumed=state["consumed"], rank=ranks.rank, world_size=ranks.count
         )
 
     def dry_run(self, batch: Any) -> None:
-        """Evaluates everything once, to find faults before training, and which curvature "auto" stands for.
+        """Evaluates everything once to find faults before training, and chooses the curvature if it is "auto".
 
         Raises:
             ValueError: If a loss is not finite, or a hyperparameter has no influence.
-            Exception: Whatever the user's losses raise.
         """
-        outer_batch = self._prepared(self._outer_data.peek())
+        outer_batch = self._prepared(self.outer_data.peek())
         with self._session():
             with differentiable(self._hyperparameters):
                 marks_outputs = _check_finite(self._losses.inner(batch))
@@ -105,7 +88,7 @@ class HyperStepper:
 
     def compute(self, batch: Any, *, diagnosed: bool) -> Hypergradient:
         """Returns the hypergradient for a training batch and the next outer batch."""
-        outer_batch = self._prepared(self._outer_data.next())
+        outer_batch = self._prepared(self.outer_data.next())
         weights = trainable(self._module)
         if self._x0 is not None and self._x0.numel() != sum(weight.numel() for weight in weights):
             self._x0 = None  # weights were frozen or unfrozen
@@ -122,16 +105,12 @@ class HyperStepper:
         return result
 
     def apply(self, result: Hypergradient) -> None:
-        """Lets the hyper-optimizer make one step."""
+        """Makes one step of the hyper-optimizer."""
         for hyperparameter, gradient in zip(self._hyperparameters, result.gradients, strict=True):
             hyperparameter.grad = gradient
         self.optimizer.step()
         for hyperparameter in self._hyperparameters:
             hyperparameter.grad = None
-
-    def close(self) -> None:
-        """Ends the worker processes of the outer data."""
-        self._outer_data.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that resuming needs, as tensors and plain numbers."""
@@ -139,7 +118,7 @@ class HyperStepper:
             "optimizer": self.optimizer.state_dict(),
             "steps": self.steps,
             "seed": self._seed,
-            "consumed": self._outer_data.consumed,
+            "consumed": self.outer_data.consumed,
             "x0": self._x0,
             "loss_scale": self._loss_scale,
         }
@@ -163,9 +142,9 @@ class HyperStepper:
     def _remember(self, solution: SolveResult) -> None:
         """Keeps the solution as the first iterate of the next solve."""
         if solution.status in (Status.NEGATIVE_CURVATURE, Status.DIVERGED):
-            self._x0 = None  # it has grown for a wrong reason
+            self._x0 = None  # the estimate may have grown along negative curvature
         elif solution.status is not Status.NONFINITE and (solution.products or solution.extra_products):
-            self._x0 = solution.x  # a bad batch, or a flat outer loss, says nothing about the estimate
+            self._x0 = solution.x  # after NaN, or without a product (flat outer loss), the earlier one stays
 
     def _session(self) -> AbstractContextManager[None]:
         return self._losses.session(self._curvature, seed=self._seed, step=self.steps)
@@ -174,23 +153,22 @@ class HyperStepper:
         return prepared(self._trainer, self._module, batch, seed=self._seed, step=self.steps)
 
     def _check_influence(self, unused: set[int]) -> None:
-        """Raises unless each registered hyperparameter, a module as a whole, has an influence."""
-        groups: dict[str, list[bool]] = {}
-        for index, (path, _) in enumerate(self._module.named_hyperparameters()):
-            groups.setdefault(path.split(".")[0], []).append(index in unused)
-        for name, idle in groups.items():
-            if all(idle):
+        """Raises ValueError unless each hyperparameter, or some tensor of a registered module, has an influence."""
+        names = [path.split(".")[0] for path, _ in self._module.named_hyperparameters()]
+        used = {name for index, name in enumerate(names) if index not in unused}
+        for name in names:
+            if name not in used:
                 raise ValueError(
                     f"hyperparameter {name!r} does not influence the gradient of the inner loss, nor the outer loss, "
-                    "so that implicit differentiation cannot tune it. Use it in inner_loss; for a learning rate, "
-                    "ExactGeN or a sweep is the tool"
+                    "so implicit differentiation cannot tune it; use it in inner_loss. For a learning rate use "
+                    "ExactGeN or a sweep"
                 )
 
 
 def _check_finite(loss: Loss) -> bool:
-    """Raises unless a loss is finite, in all processes alike; returns whether it marks outputs."""
+    """Raises ValueError unless a loss is finite, in all processes alike; returns whether it marks outputs."""
     own, outputs = loss.evaluate()
     value = float(loss.combine(own))
     if not math.isfinite(value):
-        raise ValueError(f"{loss.name} is {value} on the first batch; look at the data and the initial weights")
+        raise ValueError(f"{loss.name} is {value} on the first batch; check the data and the initial weights")
     return bool(outputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import groupby
 from typing import Any, Literal
 
 import lightning as L
@@ -22,32 +23,29 @@ from lightning_ifthpo.runtime.precision import CurvaturePrecision
 from lightning_ifthpo.runtime.requirements import check_module, check_precision
 from lightning_ifthpo.solvers import Amortized, Solver, Status
 
-_CURVATURES = ("auto", *OPERATORS)
-
 
 class IFTHypergradient(PeriodicCallback):
     """Updates the hyperparameters of a `BilevelLightningModule` by implicit differentiation during training.
 
-    After every n-th training batch it takes that batch for the inner loss and a fresh outer batch for the outer loss,
-    solves for the hypergradient, and lets the module's hyper-optimizer make one step. Nothing else changes: weights,
+    After every n-th training batch it takes that batch for the inner loss and the next outer batch for the outer loss,
+    solves for the hypergradient, and makes one step of the module's hyper-optimizer. Nothing else changes: weights,
     buffers, gradients, modes, metrics, other logged values and the random state stay as they would be without it.
 
     Args:
         every_n_batches: Training batches between two hyper steps, at least 1.
-        curvature: "hessian"; "gauss_newton", for losses that mark the model's outputs; "kfac" likewise, and
-            "gradient_outer_product", both with `Direct(damping=...)`; "finite_difference", for models without a second
-            derivative; "auto" takes Gauss–Newton if outputs are marked, else the Hessian.
-        solver: How the linear system is solved; None takes `Amortized(products=2, horizon=100)`.
+        curvature: "hessian"; "gauss_newton", for losses that call `mark_outputs`; "kfac", likewise and with
+            `Direct(damping=...)`; "gradient_outer_product", with `Direct(damping=...)`; "finite_difference", for models
+            without a second derivative; "auto" takes Gauss–Newton if outputs are marked, else the Hessian.
+        solver: Solver of the linear system; None takes `Amortized(products=2, horizon=100)`.
         warm_start: Start each solve from the last solution; `Amortized` always does.
         start_after_batches: Training batches before the first of every_n_batches is counted.
-        outer_dataloader: Loader of outer batches. None asks the module's `outer_dataloader()`, then the data module's,
-            then takes the validation data and warns.
-        on_failure: What to do with a solve that neither converged nor completed: "skip" it, "use" it if it is finite,
-            or "raise" an error. A hyper step that runs out of memory is skipped, except with "raise" or several
-            processes.
-        max_overhead: Fraction of the training time that hyper steps may cost; they become as rare as needed, and the
-            run then depends on the clock. None for no limit.
-        precision: "32" evaluates the losses without autocast in mixed precision, "inherit" as training does.
+        outer_dataloader: Loader of outer batches. None takes the module's `outer_dataloader()`, or the data module's,
+            or the validation data with a warning.
+        on_failure: "skip", "use" if it is finite, or "raise" an error for a solve that neither converged nor completed.
+            A hyper step that runs out of memory is skipped, except with "raise" or several processes.
+        max_overhead: Upper bound of the time of hyper steps over the training time; hyper steps become as rare as
+            needed, and the run then depends on the clock. None for no limit.
+        precision: In mixed precision "32" evaluates the losses without autocast, "inherit" as training does.
 
     Logs once per hyper step `hypergrad/norm`, `direct_norm`, `indirect_norm`, `outer_loss`, `residual`, `products`,
     `skipped`, and `hyperparameter/<name>/mean`, `min` and `max`.
@@ -58,10 +56,7 @@ class IFTHypergradient(PeriodicCallback):
     >>> callback = IFTHypergradient(every_n_batches=10, curvature="gauss_newton")
     """
 
-    @property
-    def headline(self) -> str:
-        """The metric for the progress bar."""
-        return "hypergrad/norm"
+    headline = "hypergrad/norm"
 
     def __init__(
         self,
@@ -79,24 +74,24 @@ class IFTHypergradient(PeriodicCallback):
         super().__init__(every_n_batches, start_after_batches=start_after_batches, max_overhead=max_overhead)
         if not isinstance(solver, Solver | None):
             raise TypeError(f"expected solver to be an instance such as ConjugateGradient(), or None, got {solver!r}")
-        require_choice("curvature", curvature, _CURVATURES)
+        require_choice("curvature", curvature, ("auto", *OPERATORS))
         require_flag("warm_start", warm_start)
         require_choice("on_failure", on_failure, ("skip", "use", "raise"))
         require_choice("precision", precision, ("32", "inherit"))
         self.curvature = curvature
         self.solver = Amortized(products=2, horizon=100) if solver is None else solver
         if isinstance(self.solver, Amortized) and not warm_start:
-            raise ValueError("Amortized moves one estimate from solve to solve, and warm_start=False would discard it")
+            raise ValueError("Amortized improves one estimate over all solves; use it with warm_start=True")
         self.warm_start = warm_start
         self.outer_dataloader = outer_dataloader
         self.on_failure = on_failure
         self.precision = precision
-        self._restored: dict[str, Any] = {}
         self._restart()
 
     def _restart(self) -> None:
         super()._restart()
         self.skipped = 0
+        self._restored: dict[str, Any] = {}
         self._stepper: HyperStepper | None = None
         self._unfrozen: list[str] = []
         self._is_tested = False
@@ -104,31 +99,23 @@ class IFTHypergradient(PeriodicCallback):
     @property
     def state_key(self) -> str:
         """Distinguishes differently configured instances in a checkpoint."""
-        return self._generate_state_key(
-            every_n_batches=self.every_n_batches, curvature=self.curvature, solver=repr(self.solver)
-        )
+        options = {"every_n_batches": self.every_n_batches, "curvature": self.curvature, "solver": repr(self.solver)}
+        return f"{type(self).__qualname__}{options}"
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that resuming needs, as tensors and plain numbers."""
         if self._stepper is None:
             return self._restored
-        return {
-            "skipped": self.skipped,
-            "cadence": self._cadence.state_dict(),
-            "stepper": self._stepper.state_dict(),
-        }
+        return {"skipped": self.skipped, "cadence": self._cadence.state_dict(), "stepper": self._stepper.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the state until training starts."""
         self._restored = state_dict
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Freezes the hyperparameters before a strategy wraps the module, and resets the callback."""
-        if stage != "fit":
-            return
-        self._restart()
-        self._restored = {}  # a checkpoint that belongs to this fit is loaded after this
-        if isinstance(pl_module, BilevelLightningModule):
+        """Resets the callback, and freezes the hyperparameters before a strategy wraps the module."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and isinstance(pl_module, BilevelLightningModule):
             tunable = dict(pl_module.named_hyperparameters())
             self._unfrozen = [name for name, parameter in tunable.items() if parameter.requires_grad]
             for parameter in tunable.values():
@@ -177,14 +164,14 @@ class IFTHypergradient(PeriodicCallback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Ends the worker processes of the outer data."""
         if self._stepper is not None:
-            self._stepper.close()
+            self._stepper.outer_data.close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Does what teardown would, which is not called after an exception."""
+        """Ends the worker processes; the Trainer does not call `teardown` after an exception."""
         self.teardown(trainer, pl_module, "fit")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Says how many hyper steps were skipped."""
+        """Reports how many hyper steps were skipped."""
         if self.skipped:
             rank_zero_info(f"IFTHypergradient: {self.skipped} of {self._active_stepper.steps} hyper steps were skipped")
 
@@ -197,39 +184,35 @@ class IFTHypergradient(PeriodicCallback):
         """Returns a hypergradient; None, with a warning, if memory runs out."""
         stepper = self._active_stepper
         try:
-            # A diagnosis costs products, so that only a failure that is reported gets one.
+            # A diagnosis costs products, so only a failure that is reported gets one.
             return stepper.compute(batch, diagnosed=not self._has_warned or self.on_failure == "raise")
         except RuntimeError as error:
-            # a process that skips alone would leave the others waiting
+            # if one process skips alone, the others wait forever
             if self.on_failure == "raise" or trainer.world_size > 1 or not is_oom_error(error):
                 raise
             reason = f"hyper step {stepper.steps} ran out of memory ({str(error).splitlines()[0]})"
-        garbage_collection_cuda()  # the error no longer holds its tensors
-        self._skip(f"{reason}; a smaller outer batch or curvature='finite_difference' takes less")
+        garbage_collection_cuda()  # outside the except block, the error no longer holds its tensors
+        self._skip(f"{reason}; a smaller outer batch or curvature='finite_difference' needs less")
         return None
 
     def _skip(self, reason: str) -> None:
-        """Counts a hyper step that is not made, and reports the first."""
         self.skipped += 1
-        self._report(f"{reason}. It is skipped")
-
-    def _report(self, what: str) -> None:
-        self._warn_once(f"{what}; further ones are not reported, but counted in hypergrad/skipped")
+        self._warn_once(f"{reason}. It is skipped; further ones are not reported, but counted in hypergrad/skipped")
 
     def _accepts(self, result: Hypergradient) -> bool:
-        """Returns whether to use a result; one whose solve failed is counted and reported."""
+        """Returns whether to use a result, and reports a failed solve."""
         if result.status.succeeded:
             return True
-        reason = (
-            f"hyper step {self._active_stepper.steps} ended with status {result.status.value!r}: {result.diagnosis}"
-        )
+        status = result.status.value
+        reason = f"hyper step {self._active_stepper.steps} ended with status {status!r}: {result.diagnosis}"
         if self.on_failure == "raise":
             raise RuntimeError(reason)
-        if self.on_failure == "use" and result.status is not Status.NONFINITE:
-            self._report(f"{reason}. It is used nevertheless")
-            return True
-        self._skip(reason)
-        return False
+        usable = self.on_failure == "use" and result.status is not Status.NONFINITE
+        if usable:
+            self._warn_once(f"{reason}. It is used nevertheless; further ones are not reported")
+        else:
+            self._skip(reason)
+        return usable
 
 
 def _metrics(result: Hypergradient) -> dict[str, float]:
@@ -244,16 +227,13 @@ def _metrics(result: Hypergradient) -> dict[str, float]:
 
 
 def _summaries(module: Any) -> dict[str, float]:
-    """Returns mean, minimum and maximum of each registered hyperparameter, a module taken as a whole."""
-    values: dict[str, list[Tensor]] = {}
-    for path, parameter in module.named_hyperparameters():
-        values.setdefault(path.split(".")[0], []).append(parameter.detach().reshape(-1))
+    """Returns mean, minimum and maximum of each registered tensor, or of all tensors of a registered module."""
     summaries: dict[str, float] = {}
-    for name, parts in values.items():
-        flat = torch.cat(parts)
-        mean, smallest, largest = torch.stack([flat.mean(), flat.min(), flat.max()]).tolist()
-        prefix = f"hyperparameter/{name}"
-        summaries |= {f"{prefix}/mean": mean, f"{prefix}/min": smallest, f"{prefix}/max": largest}
+    for name, members in groupby(module.named_hyperparameters(), lambda member: member[0].split(".")[0]):
+        flat = torch.cat([parameter.detach().reshape(-1) for _, parameter in members])
+        statistics = torch.stack([flat.mean(), flat.min(), flat.max()]).tolist()
+        names = [f"hyperparameter/{name}/{statistic}" for statistic in ("mean", "min", "max")]
+        summaries |= dict(zip(names, statistics, strict=True))
     return summaries
 
 

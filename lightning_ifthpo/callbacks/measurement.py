@@ -1,4 +1,4 @@
-"""Sharpness metrics of a curvature operator."""
+"""Sharpness metrics of a curvature operator; a FloatingPointError if one is not finite."""
 
 from __future__ import annotations
 
@@ -10,16 +10,7 @@ from lightning_ifthpo.spectrum import ExtremeEigenvalues, trace
 
 
 def spectrum_metrics(ends: ExtremeEigenvalues, edge: StabilityEdge | None) -> dict[str, float]:
-    """Returns both ends of a spectrum, and how far the upper one is from the stability edge.
-
-    Args:
-        ends: The ends, with the vectors of the largest eigenvalues.
-        edge: The stability edge of the optimizer, if it is known.
-
-    Raises:
-        FloatingPointError: If a metric is not finite.
-    """
-    assert ends.largest_vectors is not None, "measure the ends with vectors"
+    """Returns both ends of a spectrum, and their relation to the stability edge if it is known."""
     largest = ends.largest.tolist()
     metrics = {
         "lambda_max": largest[0],
@@ -29,6 +20,7 @@ def spectrum_metrics(ends: ExtremeEigenvalues, edge: StabilityEdge | None) -> di
         "products": float(ends.products),
     }
     if edge is not None:
+        assert ends.largest_vectors is not None, "measure the ends with vectors"
         metrics["edge_ratio"] = edge.ratio(largest[0], ends.largest_vectors[0])
         if math.isfinite(edge.sharpness):  # it is infinite at a learning rate of zero
             metrics["edge"] = edge.sharpness
@@ -36,16 +28,12 @@ def spectrum_metrics(ends: ExtremeEigenvalues, edge: StabilityEdge | None) -> di
 
 
 def trace_metrics(operator: CurvatureOperator) -> dict[str, float]:
-    """Returns the trace and its standard error, by at most 60 products.
-
-    Raises:
-        FloatingPointError: If a metric is not finite.
-    """
+    """Returns the trace and its standard error, by at most 60 products."""
     estimate = trace(operator)
     return _finite({"trace": estimate.trace, "trace_error": estimate.standard_error})
 
 
 def _finite(metrics: dict[str, float]) -> dict[str, float]:
     if not all(map(math.isfinite, metrics.values())):
-        raise FloatingPointError("NaN or infinity in the curvature; look at the batch, the loss and the weights")
+        raise FloatingPointError("NaN or infinity in the curvature; check the batch, the loss and the weights")
     return metrics

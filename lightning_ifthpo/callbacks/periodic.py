@@ -1,4 +1,4 @@
-"""What callbacks share that act after every n-th training batch: cadence, kept batch, metrics, one warning."""
+"""The base class of callbacks that act after every n-th training batch."""
 
 from __future__ import annotations
 
@@ -10,20 +10,17 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_ifthpo.runtime.batches import copied
-from lightning_ifthpo.runtime.cadence import Cadence, synchronization
+from lightning_ifthpo.runtime.cadence import Cadence
 from lightning_ifthpo.runtime.loggers import log_metrics
 
 
 class PeriodicCallback(L.Callback):
-    """Fires when its cadence says so, on a copy of the training batch as it was before training used it.
+    """Fires when its `Cadence` says so, on a copy of the training batch from before the training step.
 
-    A subclass calls `_restart` at the end of its constructor.
-
-    Args:
-        every_n_batches: As in `Cadence`.
-        start_after_batches: As in `Cadence`.
-        max_overhead: As in `Cadence`.
+    A subclass calls `_restart` at the end of its constructor, and sets `headline`, the metric for the progress bar.
     """
+
+    headline: str
 
     def __init__(
         self, every_n_batches: int, *, start_after_batches: int = 0, max_overhead: float | None = None
@@ -33,35 +30,35 @@ class PeriodicCallback(L.Callback):
         self.start_after_batches = start_after_batches
         self.max_overhead = max_overhead
 
-    @property
-    @abstractmethod
-    def headline(self) -> str:
-        """The metric for the progress bar."""
-
     @abstractmethod
     def _fire(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
-        """Does the work of this callback and returns metrics to log."""
+        """Does the work of the callback and returns metrics to log."""
 
     def _illustrate(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
-        """Does further work whose cost does not count against the budget."""
+        """Does further work; its time does not count against the budget."""
 
     def _restart(self) -> None:
-        """Goes back to the state before training."""
+        """Sets the state before training."""
         self._cadence = Cadence(self.every_n_batches, self.start_after_batches, self.max_overhead)
         self._batch: Any = None
         self._has_fired = False
         self._has_warned = False
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Resets the callback; a checkpoint that belongs to this fit is loaded after this."""
+        if stage == "fit":
+            self._restart()
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Keeps a copy of the batch if it may be needed, because the training step may change the batch."""
+        """Keeps a copy of the batch if it may be needed; the training step may change the batch."""
         self._batch = copied(batch) if self._cadence.may_fire(last_chance=self._is_last_chance(trainer)) else None
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Notes that the weights move."""
+        """Tells the cadence that the optimizer steps."""
         self._cadence.optimizer_stepped()
 
     def on_train_batch_end(
@@ -69,12 +66,12 @@ class PeriodicCallback(L.Callback):
     ) -> None:
         """Fires if the cadence says so."""
         if not pl_module.automatic_optimization:
-            self._cadence.optimizer_stepped()  # the hook is called for Lightning's own optimizers only
+            self._cadence.optimizer_stepped()  # torch's own optimizers do not call on_before_optimizer_step
         kept, self._batch = self._batch, None
         if not self._cadence.is_due(last_chance=self._is_last_chance(trainer)) or kept is None:
             return
         self._has_fired = True
-        synchronize = synchronization(pl_module.device)
+        synchronize = torch.accelerator.synchronize if pl_module.device.type != "cpu" else lambda: None
         with self._cadence.firing(synchronize):
             log_metrics(trainer, pl_module, self._fire(trainer, pl_module, kept), headline=self.headline)
         with self._cadence.off_budget(synchronize):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from importlib.util import find_spec
 from typing import Any, get_args
 
@@ -14,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_ifthpo.callbacks.measurement import spectrum_metrics, trace_metrics
 from lightning_ifthpo.callbacks.periodic import PeriodicCallback
 from lightning_ifthpo.core.validation import require_choice, require_flag
-from lightning_ifthpo.curvature import AverageOperator, CurvatureOperator
+from lightning_ifthpo.curvature import CurvatureOperator
 from lightning_ifthpo.curvature.kinds import LossCurvature, curvature_operator
 from lightning_ifthpo.optimizers import StabilityEdge, has_edge
 from lightning_ifthpo.runtime.batches import prepared
@@ -28,16 +27,15 @@ from lightning_ifthpo.spectrum.tracking import Method
 
 
 class SharpnessMonitor(PeriodicCallback):
-    """Logs both ends of the spectrum of the training loss's curvature, and how far training is from instability.
+    """Logs the largest and smallest eigenvalues of the training loss's curvature, and the optimizer's stability edge.
 
-    Works on any LightningModule: it measures the `inner_loss` where there is one, else the loss of `training_step`, in
-    the train/eval modes it finds, on the last training batch or on a fixed set of examples. It changes nothing:
-    weights, buffers, gradients, modes, metrics, other logged values and the random state stay as they would be without
-    it. If a measurement fails, it is reported and counted, and training goes on. With several processes an error ends
-    the run, because the other processes would wait for ever.
+    Works on any LightningModule: it measures the `inner_loss` if there is one, else the loss of `training_step`, in the
+    train/eval modes it finds. It changes nothing: weights, buffers, gradients, modes, metrics, other logged values and
+    the random state stay as they would be without it. A failed measurement is reported and counted, and training goes
+    on. With several processes an error ends the run, because the other processes would wait forever.
 
     Args:
-        every_n_batches: Training batches between two measurements, at least 1. The first measurement is made at the end
+        every_n_batches: Training batches between two measurements, at least 1. The first measurement comes at the end
             of the first epoch at the latest.
         method: "lanczos"; or "power_iteration", which needs more products, and the memory of four vectors instead of up
             to max_iterations. Both start from their last result.
@@ -51,13 +49,13 @@ class SharpnessMonitor(PeriodicCallback):
         rtol: Residual to stop at, relative to max(|λ_max|, |λ_min|). Some eigenvalue lies within the residual of each
             end, and others may lie beyond: λ_min below −rtol · λ_max proves negative curvature, but a positive λ_min
             does not exclude it.
-        dataloader: Fixed examples to measure on instead of the training batch. They are kept in memory, weighted by
-            example, and split among processes. The loss has to be a mean over examples.
+        dataloader: Fixed examples to measure on instead of the last training batch. They are kept in memory, weighted
+            by example, and split among processes. The loss has to be a mean over examples.
         spectral_density: Log a figure of the spectral density at the first measurement of each epoch, by 50 products
             for a large network and up to 1,000 for one with some hundred weights.
         trace: Log the trace too, by 60 more products.
-        max_overhead: Fraction of the training time that measurements may cost; they become as rare as needed. The first
-            measurement and figures are not counted. None for no limit.
+        max_overhead: Upper bound of the time of measurements over the training time; measurements become as rare as
+            needed. The first measurement and figures are not counted. None for no limit.
         name: Prefix of all metrics; several monitors need different ones.
 
     Logs `sharpness/lambda_max` (and `lambda_2` to `lambda_<top_k>`), `lambda_min`, `residual` (the larger residual
@@ -70,11 +68,6 @@ class SharpnessMonitor(PeriodicCallback):
 
     >>> monitor = SharpnessMonitor(every_n_batches=50, top_k=3)
     """
-
-    @property
-    def headline(self) -> str:
-        """The metric for the progress bar."""
-        return f"{self.name}/lambda_max"
 
     def __init__(
         self,
@@ -101,9 +94,7 @@ class SharpnessMonitor(PeriodicCallback):
         if not isinstance(name, str) or not name:
             raise ValueError(f"expected name to be the prefix of all metrics, got {name!r}")
         if spectral_density and find_spec("matplotlib") is None:
-            raise ModuleNotFoundError(
-                "spectral_density=True draws with matplotlib: pip install 'lightning_ifthpo[plots]'"
-            )
+            raise ModuleNotFoundError("spectral_density=True needs matplotlib: pip install 'lightning_ifthpo[plots]'")
         self.method = method
         self.top_k = top_k
         self.curvature = curvature
@@ -114,6 +105,7 @@ class SharpnessMonitor(PeriodicCallback):
         self.spectral_density = spectral_density
         self.trace = trace
         self.name = name
+        self.headline = f"{name}/lambda_max"
         self._restart()
 
     def _restart(self) -> None:
@@ -127,9 +119,8 @@ class SharpnessMonitor(PeriodicCallback):
     @property
     def state_key(self) -> str:
         """Distinguishes differently configured instances in a checkpoint."""
-        return self._generate_state_key(
-            name=self.name, method=self.method, curvature=self.curvature, preconditioned=self.preconditioned
-        )
+        options = {key: getattr(self, key) for key in ("name", "method", "curvature", "preconditioned")}
+        return f"{type(self).__qualname__}{options}"
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that resuming needs, as tensors and plain numbers."""
@@ -143,17 +134,12 @@ class SharpnessMonitor(PeriodicCallback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from a state."""
+        """Restores what `state_dict` returned."""
         self.failures, self.unconverged = state_dict["failures"], state_dict["unconverged"]
         self._cadence.load_state_dict(state_dict["cadence"])
         self._tracker.load_state_dict(state_dict["tracker"])
         self._pictured_epoch = state_dict["pictured_epoch"]
         self._has_fired = state_dict["fired"]
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Resets the callback; a checkpoint that belongs to this fit is loaded after this."""
-        if stage == "fit":
-            self._restart()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Checks what can be checked before the first batch, and loads the fixed examples."""
@@ -164,9 +150,8 @@ class SharpnessMonitor(PeriodicCallback):
         if self.dataloader is not None:
             self._examples = FixedBatches(self.dataloader, pl_module.device, self._ranks)
         self._losses = ModuleLosses(trainer, pl_module, None if self._examples else self._ranks)
-        # the first process decides: in the others, loggers are dummies that accept everything
-        has_place = self._ranks.broadcast_bool(any(map(takes_figures, trainer.loggers)))
-        self._pictures = self.spectral_density and has_place
+        # the first process decides, because the loggers of the others are dummies that accept everything
+        self._pictures = self.spectral_density and self._ranks.broadcast_bool(any(map(takes_figures, trainer.loggers)))
         if self.spectral_density and not self._pictures:
             rank_zero_warn("spectral_density=True, but no logger takes figures; add one, such as TensorBoardLogger")
 
@@ -175,7 +160,7 @@ class SharpnessMonitor(PeriodicCallback):
         self._cadence.begin(self._ranks.broadcast_bool)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Says how many measurements did not do what was asked."""
+        """Reports how many measurements failed, did not converge, or were postponed."""
         if self.failures:
             rank_zero_info(f"SharpnessMonitor: number of failed measurements: {self.failures}")
         if self.unconverged:
@@ -190,7 +175,7 @@ class SharpnessMonitor(PeriodicCallback):
             )
 
     def _fire(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
-        """Measures what was asked for; a measurement that fails is missing from the metrics."""
+        """Measures; what fails is missing from the metrics."""
         metrics: dict[str, float] = {}
         with self._tolerating_failures():
             with self._operator(trainer, module, batch) as (operator, edge):
@@ -218,21 +203,20 @@ class SharpnessMonitor(PeriodicCallback):
 
     @contextmanager
     def _tolerating_failures(self, *, alone: bool = False) -> Iterator[None]:
-        """Counts an error instead of letting a monitor end the training, and warns of the first in a fit.
+        """Counts errors and warns of the first, so that a monitor does not end the training.
 
-        Where processes measure together, the others would wait for one that has failed, so that an error ends them all,
-        unless it comes from numbers that all of them have.
+        If processes measure together, an error ends them all, because the others would wait for the failed one. A
+        FloatingPointError comes from numbers that all of them have.
         """
         try:
             yield
         except Exception as error:
-            together = self._ranks.count > 1 and not alone
-            if together and not isinstance(error, FloatingPointError):
+            if self._ranks.count > 1 and not alone and not isinstance(error, FloatingPointError):
                 raise
             self.failures += 1
             self._warn_once(
                 f"SharpnessMonitor: a measurement failed, and training goes on: {type(error).__name__}: {error}. "
-                f"Further ones are counted in {self.name}/failures"
+                f"Further failures are not reported, but counted in {self.name}/failures"
             )
 
     def _is_last_chance(self, trainer: L.Trainer) -> bool:
@@ -243,13 +227,16 @@ class SharpnessMonitor(PeriodicCallback):
     def _operator(
         self, trainer: L.Trainer, module: L.LightningModule, batch: Any
     ) -> Iterator[tuple[CurvatureOperator, StabilityEdge | None]]:
-        """Gives the operator to measure, and the stability edge for its λ_max if there is one."""
+        """Gives the operator to measure, and the edge of its λ_max if that is known."""
         edge = StabilityEdge.of(trainer.optimizers, trainable(module))
         if edge is not None and edge.metric is not None and self.preconditioned is False:
-            edge = None  # it is not an edge for the curvature without preconditioner
-        # always the same random numbers: with the same dropout masks, measurements can be compared
+            edge = None  # it is the edge of the preconditioned curvature
+        # the default seed draws the same dropout masks each time, so that measurements can be compared
         with self._losses.session(self.curvature):
-            operator = self._curvature_of(batch) if self._examples is None else self._mean_curvature(trainer, module)
+            if self._examples is None:
+                operator = self._curvature_of(batch)
+            else:
+                operator = self._examples.mean(lambda part: self._curvature_of(prepared(trainer, module, part, seed=0)))
             if edge is not None and edge.metric is not None:
                 operator = operator.preconditioned(edge.metric)
             yield operator, edge
@@ -258,24 +245,17 @@ class SharpnessMonitor(PeriodicCallback):
         loss = self._losses.inner(batch)
         return curvature_operator(self.curvature, loss, loss.parameters)
 
-    def _mean_curvature(self, trainer: L.Trainer, module: L.LightningModule) -> CurvatureOperator:
-        """Returns the mean over the fixed examples of all processes."""
-        assert self._examples is not None
-
-        def make(batch: Any) -> CurvatureOperator:
-            return self._curvature_of(prepared(trainer, module, batch, seed=0))
-
-        mean = AverageOperator([partial(make, batch) for batch in self._examples.batches], self._examples.sizes)
-        return self._ranks.weighted_mean(mean, self._examples.weight)
-
     def _check_optimizers(self, trainer: L.Trainer) -> None:
-        unknown = sorted({type(optimizer).__name__ for optimizer in trainer.optimizers if not has_edge(optimizer)})
-        if not unknown or self.preconditioned is False:
+        unknown = {type(optimizer).__name__ for optimizer in trainer.optimizers if not has_edge(optimizer)}
+        names = ", ".join(sorted(unknown))
+        if not names or self.preconditioned is False:
             return
-        names = ", ".join(unknown)
         if self.preconditioned:
-            raise ValueError(f"preconditioned=True needs an optimizer whose update is understood, and {names} is not")
+            raise ValueError(
+                f"preconditioned=True needs an optimizer whose update is understood, and {names} is not; use "
+                "preconditioned=None"
+            )
         rank_zero_warn(
-            f"the stability edge of {names} is not known: sharpness/lambda_max is that of the curvature itself, and "
-            "sharpness/edge_ratio is not logged"
+            f"the stability edge of {names} is not known: {self.name}/lambda_max is measured without a preconditioner, "
+            f"and {self.name}/edge_ratio is not logged"
         )

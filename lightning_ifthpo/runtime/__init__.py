@@ -1,1 +1,1 @@
-"""What the callbacks need of a running Trainer; nothing here knows of hypergradients."""
+"""Adapters between the callbacks and a running Trainer: data, losses, processes, precision, loggers."""

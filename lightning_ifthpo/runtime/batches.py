@@ -11,36 +11,27 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_ifthpo.core.random_state import Stream, derive_seed, isolated
+from lightning_ifthpo.training_loss import is_stub
 
 
 def copied(batch: Any) -> Any:
-    """Returns a copy of a batch, which may be changed in place and taken apart."""
+    """Returns a copy of a batch with its own containers and tensors."""
     return apply_to_collection(batch, Tensor, Tensor.clone)
 
 
 def prepared(trainer: L.Trainer, module: L.LightningModule, batch: Any, seed: int, step: int = 0) -> Any:
-    """Returns a copy of a batch on the device, converted as in validation; random transforms draw from a seed."""
-    trainer.validating = True  # augmentations that ask self.trainer.training must not touch it
+    """Returns a copy of a batch on the device, converted as in validation; random transforms draw from the seed."""
+    trainer.validating = True  # augmentations that ask self.trainer.training must not change the batch
     try:
         own_seed = derive_seed(Stream.BATCH_TRANSFORMS, seed=seed, step=step, rank=trainer.global_rank)
         with isolated(module.device, own_seed):
             batch = trainer.precision_plugin.convert_input(copied(batch))
-            batch = _transfer_hook_owner(trainer, module).on_before_batch_transfer(batch, 0)
+            # the data module takes precedence, as in the Trainer
+            hook: Any = getattr(getattr(trainer, "datamodule", None), "on_before_batch_transfer", None)
+            batch = (module.on_before_batch_transfer if is_stub(hook) else hook)(batch, 0)
             return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
     finally:
         trainer.training = True
-
-
-def _transfer_hook_owner(trainer: L.Trainer, module: Any) -> Any:
-    """Returns the data module where it overrides the hook, else the module, as the Trainer does."""
-    owner = data_module(trainer)
-    hook = None if owner is None else type(owner).on_before_batch_transfer
-    return module if hook is None or hook.__module__.split(".")[0] in ("lightning", "pytorch_lightning") else owner
-
-
-def data_module(trainer: L.Trainer) -> Any:
-    """Returns the LightningDataModule in use, if any."""
-    return getattr(trainer, "datamodule", None)
 
 
 def batch_size(batch: Any) -> int | None:

@@ -6,27 +6,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
-
 from lightning_ifthpo.core.validation import is_number, require_at_least
 
 
 class Cadence:
     """Decides after each training batch whether to fire.
 
-    It fires every n batches, after a first number of batches without firing; inside an accumulation window it waits for
-    the optimizer step. With a budget it fires as rarely as needed to keep its own time below a fraction of the training
-    time. The first firing does not count: its cost is not known before, and would delay all others. With a budget the
-    firings depend on the clock, so that a run cannot be repeated exactly.
+    Inside an accumulation window it waits for the optimizer step. With a budget it fires as rarely as needed to keep
+    its own time below a fraction of the training time. The first firing does not count: it includes compilation and
+    other one-time work, which would delay all others. With a budget the firings depend on the clock, so that a run
+    cannot be repeated exactly.
 
     Args:
         every_n_batches: Training batches from one firing to the next, at least 1.
-        start_after_batches: Training batches before the first.
-        max_overhead: Own time over training time, at most; None for no limit.
-        clock: Returns seconds; replaced in tests.
+        start_after_batches: Training batches before the first of every_n_batches is counted.
+        max_overhead: Upper bound of own time over training time; None for no limit.
 
     Attributes:
-        postponed: Number of batches after which it was due and the budget did not allow it.
+        postponed: Number of batches after which it was due but over budget.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -50,25 +47,22 @@ class Cadence:
         self._batches = 0
         self._since_last = 0
         self._stepped = False
-        self._broadcast: Callable[[bool], bool] = bool
-        self._began = clock()
-        self._own_seconds = 0.0
         self._last_cost = 0.0
         self._fired = False
         self.postponed = 0
+        self.begin()
 
     def begin(self, broadcast: Callable[[bool], bool] = bool) -> None:
-        """Starts the clock of the budget; call it when training starts.
+        """Starts the clock of the budget when training starts.
 
-        Args:
-            broadcast: Returns the first process's decision on every process, because their clocks differ.
+        The clocks of processes differ: `broadcast` returns the first process's decision on every process.
         """
         self._broadcast = broadcast
-        self._began = self._clock()
+        self._training_began = self._clock()  # moved forward by the time that is not training
         self._own_seconds = 0.0
 
     def optimizer_stepped(self) -> None:
-        """Records that the optimizer has stepped during the current batch."""
+        """Records an optimizer step during the current batch."""
         self._stepped = True
 
     def may_fire(self, *, last_chance: bool = False) -> bool:
@@ -90,28 +84,26 @@ class Cadence:
 
     @contextmanager
     def firing(self, synchronize: Callable[[], None]) -> Iterator[None]:
-        """Measures the time of a firing; synchronizes the device only if there is a budget."""
+        """Counts the time of the block as own time, except the first time."""
         self._since_last = 0
-        first, self._fired = not self._fired, True
-        if first:
+        before = self._training_began
+        try:
             with self.off_budget(synchronize):
                 yield
-            return
-        began = self._now(synchronize)
-        try:
-            yield
         finally:
-            self._last_cost = self._now(synchronize) - began
-            self._own_seconds += self._last_cost
+            if self._fired:
+                self._last_cost = self._training_began - before
+                self._own_seconds += self._last_cost
+            self._fired = True
 
     @contextmanager
     def off_budget(self, synchronize: Callable[[], None]) -> Iterator[None]:
-        """Counts the time of the block neither as own time nor as training time."""
+        """Does not count the time of the block as training time; synchronizes only if there is a budget."""
         began = self._now(synchronize)
         try:
             yield
         finally:
-            self._began += self._now(synchronize) - began
+            self._training_began += self._now(synchronize) - began
 
     def state_dict(self) -> dict[str, int]:
         """Returns the counters, as plain numbers."""
@@ -124,17 +116,10 @@ class Cadence:
     def _affordable(self) -> bool:
         if self._max_overhead is None:
             return True
-        training = self._clock() - self._began - self._own_seconds
+        training = self._clock() - self._training_began
         return self._broadcast(self._own_seconds + self._last_cost <= self._max_overhead * training)
 
     def _now(self, synchronize: Callable[[], None]) -> float:
         if self._max_overhead is not None:
             synchronize()
         return self._clock()
-
-
-def synchronization(device: torch.device) -> Callable[[], None]:
-    """Returns a function that waits until the device has finished its work."""
-    if device.type == "cpu":
-        return lambda: None
-    return torch.accelerator.synchronize

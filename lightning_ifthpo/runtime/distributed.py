@@ -18,14 +18,7 @@ from lightning_ifthpo.runtime.batches import batch_size
 class Ranks:
     """Collectives among the Trainer's processes; no-ops in a single process.
 
-    All processes must call the same methods in the same order.
-
-    Args:
-        trainer: The Trainer, with its strategy set up.
-
-    Attributes:
-        rank: The index of this process.
-        count: The number of processes.
+    All processes must call the same methods in the same order. Process `rank` is one of `count`.
     """
 
     def __init__(self, trainer: L.Trainer) -> None:
@@ -54,18 +47,18 @@ class Ranks:
         if self.count == 1:
             return number
         tensor = torch.tensor(number, device=self._device)
-        torch.distributed.broadcast(tensor, src=0)
+        self.broadcast([tensor])
         return int(tensor)
 
     def broadcast_bool(self, decision: bool) -> bool:
         """Returns the first process's decision."""
-        return bool(self.broadcast_int(int(decision))) if self.count > 1 else decision
+        return bool(self.broadcast_int(int(decision)))
 
     def share_of(self, batch: Any) -> float:
         """Returns the number of this batch's examples over the number in all processes' batches.
 
-        This rank's mean loss times its share, summed over ranks, is the mean over the global batch. Ranks count equally
-        where the number of examples is not known.
+        The mean loss of each process times its share, summed over processes, is the mean over the global batch.
+        Processes count equally where the number of examples is not known.
         """
         if self.count == 1:
             return 1.0
@@ -75,7 +68,7 @@ class Ranks:
             self._warned = True
             rank_zero_warn(
                 f"cannot tell the number of examples in a batch of type {type(batch).__name__}; all processes get the "
-                "same weight, whether their batches are equally large or not"
+                "same weight. If their batches differ in size, yield tensors, or tuples, lists or dicts of tensors"
             )
         return 1.0 / self.count if unknown or not total or size is None else size / total
 
@@ -88,7 +81,7 @@ class Ranks:
 
 
 def is_replicated(strategy: Any) -> bool:
-    """Returns whether each process is known to hold the whole model; of `lightning` or of `pytorch_lightning`."""
+    """Returns whether each process is known to hold the whole model."""
     names = _names(strategy)
     return "DDPStrategy" in names and "DeepSpeedStrategy" not in names
 
@@ -99,4 +92,5 @@ def is_gathered(strategy: Any) -> bool:
 
 
 def _names(strategy: Any) -> set[str]:
+    """Compares by name, because `lightning` and `pytorch_lightning` have classes of their own."""
     return {kind.__name__ for kind in type(strategy).__mro__}

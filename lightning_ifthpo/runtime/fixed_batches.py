@@ -1,31 +1,28 @@
-"""A fixed set of examples, kept in memory and split among processes."""
+"""A fixed set of examples that is kept in memory and split among processes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import DistributedSampler
 
 from lightning_ifthpo.core.random_state import Stream, derive_seed, isolated
+from lightning_ifthpo.curvature import AverageOperator, CurvatureOperator
 from lightning_ifthpo.runtime.batches import batch_size
 from lightning_ifthpo.runtime.distributed import Ranks
 from lightning_ifthpo.runtime.outer_data import check_batches
 
 
 class FixedBatches:
-    """This process's batches of a loader.
+    """This process's share of the batches of a loader.
 
     Args:
-        source: A DataLoader, or a list of batches of any size. It is iterated once.
-        device: The device whose random state loading must not change.
-        ranks: The processes among which batches are split, unless a `DistributedSampler` does so already.
-
-    Attributes:
-        batches: At least one; a process without examples has a batch of weight zero.
-        sizes: The number of examples in each batch.
-        weight: The number of examples of this process.
+        source: A DataLoader, or a list of batches of any size; it is iterated once.
+        device: The device whose random state must not change.
+        ranks: The processes among which batches are split, unless a `DistributedSampler` splits them already.
 
     Raises:
         TypeError: If the source does not yield batches.
@@ -38,13 +35,20 @@ class FixedBatches:
             batches = [(batch, _size(batch)) for batch in source]
         if not batches or min(size for _, size in batches) < 1:
             raise ValueError(
-                "the dataloader of SharpnessMonitor is empty, or has an empty batch: check its data set, and drop_last "
+                "the dataloader of SharpnessMonitor is empty or has an empty batch; check its data set, and drop_last "
                 "with batch_size"
             )
         is_split = isinstance(getattr(source, "sampler", None), DistributedSampler)
         own = batches if is_split else batches[ranks.rank :: ranks.count]
-        self.weight = sum(size for _, size in own)
-        self.batches, self.sizes = zip(*(own or batches[:1]), strict=True)
+        self._ranks = ranks
+        self._weight = sum(size for _, size in own)
+        # a process without examples still takes part in the collectives, with weight zero
+        self._batches, self._sizes = zip(*(own or batches[:1]), strict=True)
+
+    def mean(self, operator: Callable[[Any], CurvatureOperator]) -> CurvatureOperator:
+        """Returns the mean of the operators of all batches in all processes, weighted by example."""
+        own = AverageOperator([partial(operator, batch) for batch in self._batches], self._sizes)
+        return self._ranks.weighted_mean(own, self._weight)
 
 
 def _size(batch: Any) -> int:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import lightning as L
 import torch
@@ -18,16 +17,10 @@ from lightning_ifthpo.runtime.snapshot import restored
 
 @contextmanager
 def undisturbed(trainer: L.Trainer, module: L.LightningModule, seed: int, step: int = 0) -> Iterator[None]:
-    """Undoes the side effects that evaluations of the module's losses inside the block have.
+    """Undoes changes to the module inside the block (see `restored`) and to the random state; discards logged values.
 
-    These are changes to the module (see `restored`), logged values, and the random state. Gradients are not touched as
-    long as `torch.autograd.grad` is used.
-
-    Args:
-        trainer: The Trainer.
-        module: The module.
-        seed: Seed of the random numbers inside the block; each process draws its own masks for its own examples.
-        step: Step of the caller, so that each step draws other numbers, the same ones after resuming.
+    Use `torch.autograd.grad` inside it: `backward` would change gradients. The random numbers depend on seed, step and
+    process. A resumed run draws the same ones again.
     """
     with ExitStack() as stack:
         own_seed = derive_seed(Stream.LOSSES, seed=seed, step=step, rank=trainer.global_rank)
@@ -35,7 +28,7 @@ def undisturbed(trainer: L.Trainer, module: L.LightningModule, seed: int, step: 
         stack.enter_context(restored(module))
         stack.callback(setattr, trainer, "loggers", trainer.loggers)
         trainer.loggers = [DummyLogger()]  # accepts all calls, as under fast_dev_run
-        vars(module).update(log=_ignore, log_dict=_ignore)
+        vars(module).update(dict.fromkeys(("log", "log_dict"), lambda *_, **__: None))
         yield
 
 
@@ -43,11 +36,6 @@ def undisturbed(trainer: L.Trainer, module: L.LightningModule, seed: int, step: 
 def twice_differentiable(module: nn.Module) -> Iterator[None]:
     """Chooses kernels with a second derivative: no compiled graphs, no fused attention, no cuDNN recurrence."""
     recurrent = any(isinstance(submodule, nn.RNNBase) for submodule in module.modules())
-    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
-        if recurrent:
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+    without_cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), without_cudnn:
         yield
-
-
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Replaces `self.log` while nothing may be logged."""

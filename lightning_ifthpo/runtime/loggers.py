@@ -1,4 +1,4 @@
-"""Writes metrics and figures of a callback to the loggers, `callback_metrics` and the progress bar."""
+"""Metrics and figures of a callback in the loggers, `callback_metrics` and the progress bar."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 def log_metrics(trainer: L.Trainer, module: L.LightningModule, metrics: Mapping[str, float], *, headline: str) -> None:
     """Writes metrics to all loggers and `trainer.callback_metrics`, and the headline one to the progress bar.
 
-    `self.log` repeats the last value at every logging step, under the wrong step. Here loggers get a value once, at the
-    step of its batch.
+    `self.log` would repeat the last value at every logging step. Here loggers get it once, at the step of its batch.
     """
     step = _step(trainer)
     for logger in trainer.loggers:
@@ -30,9 +29,8 @@ def log_metrics(trainer: L.Trainer, module: L.LightningModule, metrics: Mapping[
 
 def takes_figures(logger: Any) -> bool:
     """Returns whether `log_figure` can write to a logger."""
-    return hasattr(logger, "log_image") or any(
-        hasattr(logger.experiment, method) for method in ("add_figure", "log_figure")
-    )
+    methods = ("add_figure", "log_figure")
+    return hasattr(logger, "log_image") or any(hasattr(logger.experiment, method) for method in methods)
 
 
 def log_figure(trainer: L.Trainer, name: str, figure: Figure) -> None:
@@ -50,11 +48,9 @@ def log_figure(trainer: L.Trainer, name: str, figure: Figure) -> None:
 
 
 def _step(trainer: L.Trainer) -> int:
-    """Returns the step under which `self.log` writes the values of the same batch.
-
-    Lightning has no public name for it; its own LearningRateMonitor reads the private one too. It counts batches that
-    stepped: `global_step` counts optimizer steps, and a batch may make several of those.
-    """
+    """Returns the step under which `self.log` writes the values of the same batch."""
+    # Private: Lightning has no public name for the number of batches that stepped, and its LearningRateMonitor reads
+    # this one too. `global_step` counts optimizer steps, and a batch may make several.
     return getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step - 1)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,14 +25,13 @@ BY_DIFFERENCES = ("finite_difference", "three_point")  # of gradients, of losses
 class ModuleLosses:
     """A module's losses on batches, as `Loss` objects that know this process's share.
 
-    Open a `session`, and evaluate and differentiate losses inside it. The inner loss is evaluated in the train/eval
-    modes in which the session found the module, the outer loss in eval mode, as in validation. A mode lasts until the
-    next evaluation, because activation checkpointing repeats the forward pass during the backward pass.
+    Evaluate and differentiate losses inside a `session`. The inner loss is evaluated in the train/eval modes in which
+    the session found the module, the outer loss in eval mode. A mode lasts until the next evaluation, because
+    activation checkpointing repeats the forward pass during the backward pass.
 
     Args:
-        trainer: The Trainer, during a fit.
-        module: The module, with an inner loss or a training step, and with `outer_loss` where that is evaluated.
-        ranks: The processes among which batches are split; None if every process has losses of its own.
+        module: The module, with an inner loss or a training step, and with `outer_loss` if that is evaluated.
+        ranks: The processes among which batches are split; None if they are not split.
         precision: "32" evaluates without autocast; "inherit" as training does.
     """
 
@@ -48,12 +47,9 @@ class ModuleLosses:
 
     @contextmanager
     def session(self, curvature: str, *, seed: int = 0, step: int = 0) -> Iterator[None]:
-        """Lets losses be evaluated and differentiated inside the block; their side effects are undone after it.
+        """Allows losses to be evaluated and differentiated inside the block; see `undisturbed` for seed and step.
 
-        Args:
-            curvature: Kind of curvature; those that are not differences need kernels with a second derivative.
-            seed: Seed of the random numbers that the losses draw.
-            step: Step of the caller; every step draws other numbers.
+        The curvature decides whether kernels with a second derivative are needed.
         """
         with ExitStack() as stack:
             stack.enter_context(unsharded(self._module))
@@ -64,38 +60,22 @@ class ModuleLosses:
             self._modes = {submodule: submodule.training for submodule in self._module.modules()}
             yield
 
-    def inner(
-        self,
-        batch: Any,
-        *,
-        scale: float = 1.0,
-        session: Callable[[], AbstractContextManager[object]] = nullcontext,
-    ) -> Loss:
+    def inner(self, batch: Any, *, scale: float = 1.0) -> Loss:
         """Returns the inner loss on a batch."""
-        function = partial(self._evaluate, partial(training_loss, self._module), batch, training=True)
-        return self._loss(function, batch, "inner_loss", scale, session)
+        return self._loss("inner_loss", partial(training_loss, self._module), batch, scale)
 
     def outer(self, batch: Any, *, scale: float = 1.0) -> Loss:
         """Returns the outer loss on a batch."""
-        function = partial(self._evaluate, self._module.outer_loss, batch, training=False)
-        return self._loss(function, batch, "outer_loss", scale)
+        return self._loss("outer_loss", self._module.outer_loss, batch, scale)
 
-    def _loss(
-        self,
-        function: Callable[[], Tensor],
-        batch: Any,
-        name: str,
-        scale: float,
-        session: Callable[[], AbstractContextManager[object]] = nullcontext,
-    ) -> Loss:
+    def _loss(self, name: str, function: Callable[[Any], Tensor], batch: Any, scale: float) -> Loss:
         return Loss(
-            function,
+            partial(self._evaluate, function, batch, training=name == "inner_loss"),
             trainable(self._module),
             name=name,
             share=1.0 if self._ranks is None else self._ranks.share_of(batch),
             all_reduce=None if self._ranks is None else self._ranks.sum_over_ranks,
             scale=scale,
-            session=session,
         )
 
     def _evaluate(self, loss: Callable[[Any], Tensor], batch: Any, *, training: bool) -> Tensor:

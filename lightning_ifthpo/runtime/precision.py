@@ -1,4 +1,4 @@
-"""What the Trainer's precision means for derivatives."""
+"""The Trainer's precision, and which derivatives it affects."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def is_autocast(trainer: L.Trainer, precision: CurvaturePrecision) -> bool:
     return "mixed" in precision_of(trainer) and precision == "inherit"
 
 
-def passes_through_float16(trainer: L.Trainer, precision: CurvaturePrecision) -> bool:
-    """Returns whether gradients are computed in float16, which rounds small ones to zero."""
+def first_loss_scale(trainer: L.Trainer, precision: CurvaturePrecision) -> float:
+    """Returns the first loss scale: larger than 1 for gradients in float16, which rounds small ones to zero."""
     kind = precision_of(trainer)
-    return kind == "16-true" or (kind == "16-mixed" and precision == "inherit")
+    return FIRST_LOSS_SCALE if kind == "16-true" or (kind == "16-mixed" and precision == "inherit") else 1.0
 
 
 def loss_scales(first: float) -> list[float]:
-    """Returns a loss scale and smaller ones to try where products overflow, down to 1.
+    """Returns a loss scale and smaller ones, down to 1, to try in this order where products overflow.
 
-    They fall by 16 = 2⁴, so that five evaluations reach 1 from 2¹⁶. The Trainer's GradScaler is not involved: its state
-    belongs to training.
+    They fall by 16 = 2⁴, so that five evaluations reach 1 from 2¹⁶. The Trainer's GradScaler is not used, because its
+    state belongs to training.
     """
     scales = [first]
     while scales[-1] > 1.0:

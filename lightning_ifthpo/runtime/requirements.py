@@ -1,14 +1,15 @@
-"""What must hold before the first batch; a requirement that fails is an error that says what to do."""
+"""Checks before the first batch; their errors say what to do."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from lightning_ifthpo.module import BilevelLightningModule
@@ -16,22 +17,11 @@ from lightning_ifthpo.optimizers import is_known
 from lightning_ifthpo.runtime.distributed import is_gathered, is_replicated
 from lightning_ifthpo.runtime.losses import BY_DIFFERENCES, trainable
 from lightning_ifthpo.runtime.precision import CurvaturePrecision, has_half_weights, is_autocast, precision_of
-from lightning_ifthpo.runtime.sharding import is_sharded
 from lightning_ifthpo.training_loss import has_inner_loss, has_training_step
 
 
-def check_module(trainer: L.Trainer, module: Any, unfrozen: Iterable[str]) -> None:
-    """Raises unless the module can be tuned by implicit differentiation in this Trainer.
-
-    Args:
-        trainer: The Trainer, with its optimizers set up.
-        module: The LightningModule.
-        unfrozen: Names of hyperparameters that required gradients before they were frozen.
-
-    Raises:
-        TypeError: If the module lacks the mixin.
-        ValueError: For anything else that is missing or contradictory; the message says what to do.
-    """
+def check_module(trainer: L.Trainer, module: Any, trainable_before: Collection[str]) -> None:
+    """Raises TypeError or ValueError unless implicit differentiation can tune the module in this Trainer."""
     name = type(module).__name__
     if not isinstance(module, BilevelLightningModule):
         raise TypeError(
@@ -39,11 +29,11 @@ def check_module(trainer: L.Trainer, module: Any, unfrozen: Iterable[str]) -> No
             f"class {name}(BilevelLightningModule, LightningModule)"
         )
     check_strategy(trainer, "IFTHypergradient", gathers=True)
-    if not any(True for _ in module.hyperparameters()):
+    if not any(True for _ in module.hyperparameters()):  # any(module.hyperparameters()) would ask for their values
         raise ValueError(
             f"{name} has no hyperparameters; call self.register_hyperparameter(name, tensor_or_module) in its __init__"
         )
-    spread = [path for path, tensor in module.named_hyperparameters() if is_sharded(tensor)]
+    spread = [path for path, tensor in module.named_hyperparameters() if isinstance(tensor, DTensor)]
     if spread:
         raise ValueError(
             f"hyperparameter {spread[0]!r} is spread over processes; apply fully_shard to the modules that hold "
@@ -54,17 +44,12 @@ def check_module(trainer: L.Trainer, module: Any, unfrozen: Iterable[str]) -> No
     if not has_inner_loss(module) and not has_training_step(module):
         raise ValueError(f"{name} has neither inner_loss(batch) nor training_step: define what the weights minimize")
     check_repeatable(module)
-    _check_optimizers(trainer, module, set(unfrozen))
+    names = {id(tensor): path for path, tensor in module.named_hyperparameters() if path in trainable_before}
+    _check_optimizers(trainer, module, names)
 
 
 def check_strategy(trainer: L.Trainer, callback: str, *, gathers: bool = False) -> None:
-    """Raises ValueError if the Trainer spreads the model over devices in a way that a callback does not support.
-
-    Args:
-        trainer: The Trainer, with its strategy set up.
-        callback: Name of the callback that asks.
-        gathers: Whether the callback can gather sharded weights.
-    """
+    """Raises ValueError if the Trainer spreads the model over devices and the callback cannot gather it."""
     if trainer.world_size == 1 or is_replicated(trainer.strategy) or (gathers and is_gathered(trainer.strategy)):
         return
     others = ", or ModelParallelStrategy(tensor_parallel_size=1) with fully_shard" if gathers else ""
@@ -80,10 +65,10 @@ def check_observed(trainer: L.Trainer, module: Any, top_k: int) -> None:
     name = type(module).__name__
     weights = trainable(module)
     if not weights:
-        raise ValueError(f"{name} has no trainable parameters, and so no curvature to measure")
+        raise ValueError(f"{name} has no trainable parameters, and so no curvature to measure; unfreeze some")
     size = math.inf if any(map(is_lazy, weights)) else sum(weight.numel() for weight in weights)
     if top_k > size:
-        raise ValueError(f"top_k={top_k} eigenvalues are asked for, and {name} has {size} trainable weights")
+        raise ValueError(f"top_k={top_k} eigenvalues are asked for, and {name} has {size} weights; lower top_k")
     check_real_weights(module, weights)
     check_repeatable(module)
 
@@ -91,35 +76,33 @@ def check_observed(trainer: L.Trainer, module: Any, top_k: int) -> None:
 def check_real_weights(module: Any, weights: Iterable[Tensor]) -> None:
     """Raises ValueError if some of a module's weights are complex."""
     if any(weight.is_complex() for weight in weights):
-        raise ValueError(f"{type(module).__name__} has complex weights, whose curvature is not supported")
+        raise ValueError(f"{type(module).__name__} has complex weights; only real ones are supported")
 
 
 def check_repeatable(module: Any) -> None:
-    """Raises ValueError if the training loss of a module cannot be evaluated without training."""
+    """Raises ValueError if evaluating a module's training loss would train it."""
     if not module.automatic_optimization and not has_inner_loss(module):
         raise ValueError(
-            f"{type(module).__name__} optimizes manually, so that its training_step cannot be evaluated without "
-            "training; define inner_loss(batch) to say what the weights minimize"
+            f"{type(module).__name__} optimizes manually, so its training_step cannot be evaluated without training; "
+            "define inner_loss(batch): what the weights minimize"
         )
 
 
 def check_precision(trainer: L.Trainer, curvature: str, precision: CurvaturePrecision = "32") -> None:
-    """Raises ValueError where a difference would be only rounding, or a decomposition needs float32."""
-    needs_float32 = (*BY_DIFFERENCES, "kfac")
+    """Raises ValueError in half precision for differences, which would be rounding errors, and for kfac."""
+    needs_float32 = (*BY_DIFFERENCES, "kfac")  # kfac decomposes matrices
     if curvature in needs_float32 and (has_half_weights(trainer) or is_autocast(trainer, precision)):
         raise ValueError(
-            f"curvature={curvature!r} needs float32, and the Trainer's precision is {precision_of(trainer)!r}: use "
-            "precision='32' in the callback with a mixed precision of the Trainer, or curvature='hessian'"
+            f"curvature={curvature!r} needs float32, and the Trainer's precision is {precision_of(trainer)!r}; use "
+            "curvature='hessian', or a mixed precision with precision='32' in the callback"
         )
 
 
-def _check_optimizers(trainer: L.Trainer, module: BilevelLightningModule, unfrozen: set[str]) -> None:
-    names = {id(parameter): name for name, parameter in module.named_hyperparameters()}
+def _check_optimizers(trainer: L.Trainer, module: Any, trainable_before: dict[int, str]) -> None:
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                name = names.get(id(parameter))
-                if name in unfrozen:
+                if (name := trainable_before.get(id(parameter))) is not None:
                     raise ValueError(
                         f"hyperparameter {name!r} requires a gradient and is also in the optimizer built by "
                         "configure_optimizers, which would train it on the inner loss; build it from "
@@ -127,18 +110,16 @@ def _check_optimizers(trainer: L.Trainer, module: BilevelLightningModule, unfroz
                     )
             _ask_modules(module, float(group["lr"]))
             if group.get("maximize"):
-                raise ValueError(
-                    "the inner optimizer maximizes; hypergradients are for an inner loss that is minimized"
-                )
+                raise ValueError("the inner optimizer maximizes; use maximize=False and the negative inner loss")
         if not is_known(optimizer):
             rank_zero_warn(
                 f"{type(optimizer).__name__} is not among the optimizers whose update is understood; Amortized and "
-                "damping='horizon' take it for gradient descent with its learning rate, and its weight decay is ignored"
+                "damping='horizon' treat it as gradient descent with its learning rate, and ignore its weight decay"
             )
 
 
 def _ask_modules(module: Any, lr: float) -> None:
-    """Lets submodules that have a `check_training(parameters, lr)` raise, and adds their names to the message."""
+    """Calls `check_training(parameters, lr)` of submodules that have it, and adds their names to its errors."""
     parameters = list(module.parameters())
     for name, submodule in module.named_modules():
         if hasattr(submodule, "check_training"):

@@ -1,4 +1,4 @@
-"""Full tensors, for the time of a block, of models that `fully_shard` (FSDP2) spreads over processes."""
+"""Models that `fully_shard` (FSDP2) spreads over processes: full parameters inside a block."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from lightning_ifthpo.core.space import full_tensor
 
 @contextmanager
 def unsharded(module: nn.Module) -> Iterator[None]:
-    """Gives a module, inside the block, full parameters and no FSDP hooks, as on one device.
+    """Gives a sharded module full parameters and no FSDP hooks inside the block; other modules stay as they are.
 
-    FSDP's hooks have no second derivative. Changes of the weights inside the block are discarded. A module without
-    sharded parameters stays as it is.
+    FSDP's hooks have no second derivative. Changes of the weights inside the block are discarded.
 
     Cost: one collective for each sharded parameter, and the memory of all full parameters.
     """
@@ -31,20 +30,15 @@ def unsharded(module: nn.Module) -> Iterator[None]:
                     stack.callback(setattr, submodule, name, parameter)
                     setattr(submodule, name, gathered[id(parameter)])
         for submodule in module.modules() if gathered else ():
-            # private: torch offers no public list of the hooks of a module
+            # Private: torch has no public list of a module's hooks.
             for hooks in (submodule._forward_pre_hooks, submodule._forward_hooks):
                 stack.enter_context(_without_sharding(hooks))
         yield
 
 
-def is_sharded(tensor: Any) -> bool:
-    """Returns whether a tensor is spread over processes, so that each holds only a part."""
-    return isinstance(tensor, DTensor)
-
-
 @contextmanager
 def _without_sharding(hooks: dict[int, Any]) -> Iterator[None]:
-    """Removes the hooks that gather and release weights around a forward pass; restores all hooks, in order, after."""
+    """Removes FSDP's hooks inside the block, and restores all hooks, in order, after it."""
     before = hooks.copy()
     for key, hook in before.items():
         if type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed."):

@@ -6,6 +6,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,10 @@ from torchmetrics import Metric
 def restored(module: nn.Module) -> Iterator[None]:
     """Undoes, after the block, what the block changed in a module and its submodules, bit for bit.
 
-    Restored are: attributes; the contents of lists, dicts, sets and deques; the values of tensors (parameters, buffers,
-    metric states, others); random generators; train/eval modes and requires_grad. Inside the block buffers and metric
-    states are copies, because a graph recorded there may still need them. Deeper state is not restored: a list in a
-    list, an object of the user's own class, what a hook writes elsewhere.
+    It restores attributes, also train/eval modes; the contents of lists, dicts, sets and deques; tensors, with their
+    requires_grad; and random generators. Inside the block buffers and metric states are copies, because a graph
+    recorded there may still need them. It does not restore deeper state: a list in a list, an object of the user's own
+    class, what a hook writes elsewhere.
 
     Cost: a copy of all tensors of the module.
     """
@@ -36,42 +37,27 @@ def restored(module: nn.Module) -> Iterator[None]:
 
 
 def _restorers(module: nn.Module) -> Iterator[Callable[[], object]]:
-    """Yields functions that restore one module. They run in reverse: first contents, last the attributes."""
-    if not isinstance(module, torch.jit.ScriptModule):  # its attributes live in C++
-        yield _attributes_restorer(module)
+    """Yields functions that restore one module. They run in reverse order: contents first, the attributes last."""
+    attributes = {} if isinstance(module, torch.jit.ScriptModule) else vars(module)  # a ScriptModule's live in C++
+    yield partial(_refill, attributes, attributes.copy())
     for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
         yield _tensor_restorer(tensor)
-    for value in () if isinstance(module, torch.jit.ScriptModule) else vars(module).values():
+    for value in attributes.values():
         if isinstance(value, Tensor):
             yield _tensor_restorer(value)
         elif isinstance(value, (list, dict, set, deque)):
-            yield _contents_restorer(value)
-        elif isinstance(value, (torch.Generator, np.random.Generator, random.Random)):
-            yield _generator_restorer(value)
+            yield partial(_refill, value, value.copy())
+        elif isinstance(value, torch.Generator):
+            yield partial(value.set_state, value.get_state())
+        elif isinstance(value, random.Random):
+            yield partial(value.setstate, value.getstate())
+        elif isinstance(value, np.random.Generator):
+            yield partial(setattr, value.bit_generator, "state", value.bit_generator.state)
 
 
-def _attributes_restorer(module: nn.Module) -> Callable[[], object]:
-    attributes = vars(module).copy()
-
-    def restore() -> None:
-        vars(module).update(attributes)
-        for name in vars(module).keys() - attributes.keys():
-            del vars(module)[name]
-
-    return restore
-
-
-def _contents_restorer(container: Any) -> Callable[[], object]:
-    contents = container.copy()
-
-    def restore() -> None:
-        container.clear()
-        if isinstance(container, (list, deque)):
-            container.extend(contents)
-        else:
-            container.update(contents)
-
-    return restore
+def _refill(container: Any, contents: Any) -> None:
+    container.clear()
+    (container.extend if isinstance(container, (list, deque)) else container.update)(contents)
 
 
 def _tensor_restorer(tensor: Tensor) -> Callable[[], object]:
@@ -87,17 +73,6 @@ def _tensor_restorer(tensor: Tensor) -> Callable[[], object]:
             tensor.requires_grad_(flag)
 
     return restore
-
-
-def _generator_restorer(generator: torch.Generator | np.random.Generator | random.Random) -> Callable[[], object]:
-    if isinstance(generator, torch.Generator):
-        state = generator.get_state()
-        return lambda: generator.set_state(state)
-    if isinstance(generator, np.random.Generator):
-        numpy_state = generator.bit_generator.state
-        return lambda: setattr(generator.bit_generator, "state", numpy_state)
-    python_state = generator.getstate()
-    return lambda: generator.setstate(python_state)
 
 
 def _exchange_state(module: nn.Module, copies: dict[int, Tensor]) -> None:

@@ -68,7 +68,7 @@ def test_small_gradients_survive_float16_by_a_loss_scale_of_our_own(curvature, m
     scaled, trainers = in_float16(IFTHypergradient(1, curvature=curvature, solver=solver, precision="inherit"))
     assert scaled == pytest.approx(exact, rel=0.02)
     assert trainers == 2.0**12  # whose scaler is not touched
-    monkeypatch.setattr("lightning_ifthpo.callbacks.hyper_step.FIRST_LOSS_SCALE", 1.0)
+    monkeypatch.setattr("lightning_ifthpo.runtime.precision.FIRST_LOSS_SCALE", 1.0)
     unscaled, _ = in_float16(IFTHypergradient(1, curvature=curvature, solver=solver, precision="inherit"))
     assert unscaled != pytest.approx(exact, rel=0.1)
 

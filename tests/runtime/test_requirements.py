@@ -35,7 +35,7 @@ def test_weights_that_are_spread_over_devices_are_put_together_or_refused(monkey
 
 
 def test_a_hyperparameter_that_is_spread_over_devices_is_refused(monkeypatch):
-    monkeypatch.setattr(requirements, "is_sharded", lambda tensor: True)
+    monkeypatch.setattr(requirements, "DTensor", torch.Tensor)
     with pytest.raises(ValueError, match=r"'decay.log_decay.0' is spread over processes; apply fully_shard to"):
         IFTHypergradient().on_fit_start(quiet_trainer(), Classifier())
 
