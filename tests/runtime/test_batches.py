@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.runtime.batches import copied, data_module, prepared
+from lightning_ifthpo.runtime.batches import copied, prepared
 from tests.helpers.device import DEVICE
 from tests.helpers.trainers import Classifier, during_training, loader
 
@@ -84,7 +84,6 @@ class Adding(Data):
 @pytest.mark.parametrize(("make", "least", "most"), [(Adding, 11.0, 11.0), (Data, 2.0, 3.0)], ids=["its own", "none"])
 def test_a_hook_of_the_data_module_comes_first(make, least, most):
     def action(trainer, module):
-        assert data_module(trainer) is trainer.datamodule
         assert least <= float(prepared(trainer, module, torch.ones(2), 0)[0]) <= most
 
     during_training(action, Doubling, datamodule=make())

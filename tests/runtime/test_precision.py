@@ -10,7 +10,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
 from lightning_ifthpo import BilevelLightningModule, IFTHypergradient
-from lightning_ifthpo.runtime.precision import has_half_weights, is_autocast, loss_scales, passes_through_float16
+from lightning_ifthpo.runtime.precision import first_loss_scale, has_half_weights, is_autocast, loss_scales
 from lightning_ifthpo.solvers import ConjugateGradient, Direct
 from tests.helpers.device import DEVICE
 from tests.helpers.trainers import loader, quiet_trainer
@@ -116,5 +116,5 @@ def test_what_a_precision_means(kind, half, autocast, float16):
     assert has_half_weights(trainer) == half
     assert is_autocast(trainer, "inherit") == autocast
     assert not is_autocast(trainer, "32")
-    assert passes_through_float16(trainer, "inherit") == float16
-    assert passes_through_float16(trainer, "32") == (float16 and half)
+    assert first_loss_scale(trainer, "inherit") == (2.0**16 if float16 else 1.0)
+    assert first_loss_scale(trainer, "32") == (2.0**16 if float16 and half else 1.0)
