@@ -36,15 +36,14 @@ class Parabola:
 
     @property
     def optimal_step(self) -> float | None:
-        """α* = slope / curvature, where the parabola is lowest; None where it has no lowest point.
+        """α* = slope / curvature (Bu and Xu 2024, eq. 3.1), where the parabola is lowest; None without a lowest point.
 
-        That is where the curvature is not positive: a linear or concave stretch, or 0/0, as in a network whose units
-        are all dead or exactly at their kink (Bu and Xu 2024, eq. 3.1).
+        It has none where the curvature is not positive: on a linear or concave stretch, or where all units are dead.
         """
         return self.slope / self.curvature if self.curvature > 0.0 and math.isfinite(self.slope) else None
 
     def at(self, step: float) -> Parabola:
-        """Returns the same parabola as seen from w − step · ω."""
+        """Returns the same parabola, seen from w − step · ω."""
         return Parabola(self.slope - step * self.curvature, self.curvature, self.squared_length)
 
     @property
@@ -54,7 +53,7 @@ class Parabola:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all three numbers are."""
+        """Whether all three numbers are finite."""
         return all(map(math.isfinite, (self.slope, self.curvature, self.squared_length)))
 
 
@@ -74,8 +73,8 @@ def exact_parabola(
         curvature: "hessian", exact; "gauss_newton", never negative for a convex loss of the outputs;
             "finite_difference", from two gradients on either side of w.
 
-    Cost: for the Hessian one forward pass, one differentiable gradient and one product; for Gauss–Newton a forward pass
-    in forward mode, or the cost of the Hessian if an operation has no derivative in forward mode; by finite differences
+    Cost: for the Hessian one forward pass, one differentiable gradient and one product. For Gauss–Newton a forward pass
+    in forward mode, or the cost of the Hessian if an operation has no derivative in forward mode. By finite differences
     two gradients. Over several processes, one collective of two numbers.
 
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -105,9 +104,9 @@ def three_point_parabola(
         loss: Callable without arguments that returns the scalar loss, or (loss, outputs); or a `Loss`.
         parameters: The tensors w.
         direction: ω, shaped like the parameters; `None` for zeros.
-        step: α. It is made longer where the second difference would drown in rounding, so that α‖ω‖ is at least
-            cbrt(machine epsilon) · max(1, ‖w‖). If it is zero, up to a hundred times that length is tried, until the
-            second difference exceeds rounding.
+        step: α; at least cbrt(machine epsilon) · max(1, ‖w‖) / ‖ω‖ is used, because the second difference of a shorter
+            step drowns in rounding. If α is zero, 1, 10 and 100 times that length are tried in turn, until the second
+            difference exceeds rounding.
 
     Cost: three forward passes, up to nine if no step is given, and one extra copy of the parameters.
 
@@ -145,9 +144,8 @@ def fitted_parabola(
 ) -> Parabola:
     """Returns the parabola that fits losses at several steps best, by least squares.
 
-    With the steps −a, 0, a it takes the differences of the published approximate method. The curvature is a second
-    difference of the losses. For short steps rounding exceeds that difference; then the curvature is returned as zero,
-    and the parabola has no optimal step.
+    The steps −a, 0, a give the differences of the published approximate method. For short steps rounding exceeds the
+    second difference of the losses; then the curvature is returned as zero, and the parabola has no optimal step.
 
     Args:
         loss_at: Returns L(w − αω) for a step α.
@@ -158,7 +156,7 @@ def fitted_parabola(
     Raises:
         ValueError: If there are fewer than three different steps.
 
-    Cost: one forward pass for each step.
+    Cost: one call of `loss_at` for each step.
 
     >>> parabola = fitted_parabola(lambda step: (1 - step) ** 2, [-0.1, 0.0, 0.1])
     >>> round(parabola.slope, 6), round(parabola.curvature, 6)
@@ -171,23 +169,21 @@ def fitted_parabola(
     if not all(map(math.isfinite, losses)):
         return Parabola(math.nan, math.nan, squared_length)
     first, second = _parabola([step / scale for step in steps], losses)
-    # a loss is known to half a unit in the last place; a fit sees about twice that in its last coefficient
+    # rounding is half a unit in the last place of a loss, and about twice that in the last coefficient of the fit
     noise = 2 * torch.finfo(dtype).eps * max(map(abs, losses))
     curvature = 2 * second / scale**2 if abs(second) > noise else 0.0
     return Parabola(-first / scale, curvature, squared_length)
 
 
 def _parabola(steps: Sequence[float], losses: Sequence[float]) -> tuple[float, float]:
-    """Returns b and c of the least-squares parabola a + bx + cx² through points, in exact arithmetic.
-
-    LAPACK's rounding depends on the alignment of its arguments in memory, and a run could not be repeated bit for bit.
-    """
+    """Returns b and c of the least-squares parabola a + bx + cx² through points."""
+    # in exact arithmetic: LAPACK rounds by the alignment of its arguments, and runs would not repeat bit for bit
     x, y = list(map(Fraction, steps)), list(map(Fraction, losses))
     center = sum(x, Fraction()) / len(x)
     linear = [value - center for value in x]
     variance = _dot(linear, linear) / len(x)
     skew = _dot(linear, [value * value for value in linear]) / (len(x) * variance)
-    quadratic = [value * value - skew * value - variance for value in linear]  # orthogonal to 1 and to the linear one
+    quadratic = [value * value - skew * value - variance for value in linear]  # orthogonal to 1 and to `linear`
     first = _dot(linear, y) / _dot(linear, linear)
     second = _dot(quadratic, y) / _dot(quadratic, quadratic)
     return float(first - second * (2 * center + skew)), float(second)
@@ -198,7 +194,7 @@ def _dot(left: Sequence[Fraction], right: Sequence[Fraction]) -> Fraction:
 
 
 def _slope_and_curvature(loss: Loss, omega: Tensor, curvature: LossCurvature) -> tuple[Tensor, Tensor]:
-    """Returns ∇L·ω and ωᵀAω of a loss of a single process."""
+    """Returns ∇L·ω and ωᵀAω of this process's loss."""
     if curvature == "gauss_newton":
         with suppress(RuntimeError):  # an operation without a derivative in forward mode
             slope, curved = forward_slope_and_curvature(loss, omega)
