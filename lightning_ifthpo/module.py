@@ -32,9 +32,7 @@ class BilevelLightningModule:
     ...         self.linear = nn.Linear(3, 1)
     ...         self.register_hyperparameter("log_decay", torch.tensor(-2.0))
     ...     def inner_loss(self, batch):
-    ...         x, y = batch
-    ...         penalty = self.log_decay.exp() * self.linear.weight.square().sum() / 2
-    ...         return nn.functional.mse_loss(self.linear(x), y) + penalty
+    ...         return self.outer_loss(batch) + self.log_decay.exp() * self.linear.weight.square().sum() / 2
     ...     def outer_loss(self, batch):
     ...         x, y = batch
     ...         return nn.functional.mse_loss(self.linear(x), y)
@@ -81,13 +79,13 @@ class BilevelLightningModule:
 
     def named_hyperparameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields (name, tensor) for each hyperparameter; those of a registered module as "<name>.<its own name>"."""
-        names: dict[nn.Parameter, str] = {}  # a tensor is equal to itself only, and is yielded once
+        names: dict[nn.Parameter, str] = {}  # a tensor's hash is its identity: a shared one is yielded once
         for name in self._hyperparameter_names:
             value = getattr(self, name)
             pairs = value.named_parameters(prefix=name) if isinstance(value, nn.Module) else [(name, value)]
-            for path, parameter in pairs:
-                names.setdefault(parameter, path)
-        yield from ((path, parameter) for parameter, path in names.items())
+            for path, tensor in pairs:
+                names.setdefault(tensor, path)
+        yield from ((path, tensor) for tensor, path in names.items())
 
     def hyperparameters(self) -> Iterator[nn.Parameter]:
         """Yields the hyperparameter tensors."""
@@ -120,7 +118,7 @@ class BilevelLightningModule:
         raise NotImplementedError(f"{type(self).__name__} needs outer_loss(batch): what the hyperparameters minimize")
 
     def outer_dataloader(self) -> Any:
-        """Returns the loader of outer batches; by default None: the data module or the callback has it."""
+        """Returns the loader of outer batches, or None if the data module or the callback has one; by default None."""
         return None
 
     def configure_hyper_optimizer(self) -> torch.optim.Optimizer:

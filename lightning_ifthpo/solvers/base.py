@@ -70,7 +70,7 @@ def at_least(minimum: int, *, default: int) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Solver(ABC):
-    """Options of a method for A x = b. It holds no state, so that one instance can serve many solves.
+    """Options of a method for A x = b. It has no state, so that one instance can serve many solves.
 
     Attributes:
         damping: δ in (A + δI) x = b, in loss / parameter²; or "horizon" for 1/(η·horizon), which needs an optimizer.
@@ -99,11 +99,7 @@ class Solver(ABC):
         return isinstance(self.damping, str) and self.rule is None
 
     def system(self, operator: CurvatureOperator) -> LinearSystem:
-        """Returns the linear system that is solved, with the matrix A + δI.
-
-        Raises:
-            ValueError: If damping="horizon" and no optimizer is known.
-        """
+        """Returns the system with A + δI; raises ValueError if damping="horizon" and no optimizer is known."""
         if self.needs_optimizer:
             raise ValueError(
                 "damping='horizon' stands for 1/(η·horizon) and needs the inner optimizer: use the solver inside "
@@ -129,7 +125,7 @@ class Solver(ABC):
         for name, vector in (("b", b), ("x0", x0)):
             if vector is not None and vector.shape != (operator.size,):
                 raise ValueError(f"expected {name} of shape ({operator.size},), got {tuple(vector.shape)}")
-        # squares of very small or large entries under- or overflow: solve for b of length one
+        # the squares of very small or large entries under- or overflow: solve for b of length one
         largest = float(torch.linalg.vector_norm(b, math.inf))
         if not math.isfinite(largest):
             return SolveResult(torch.zeros_like(b), math.nan, 0, Status.NONFINITE)
@@ -137,7 +133,7 @@ class Solver(ABC):
             return SolveResult(torch.zeros_like(b), 0.0, 0, Status.CONVERGED)
         norm = largest * torch.linalg.vector_norm(b / largest)
         x0 = None if x0 is None else x0 / norm
-        # max^(1/3): the sum of as many squares stays below max; a longer x0 is replaced by zero
+        # below max^(1/3), the sum of max^(1/3) squares does not overflow; a longer x0 is replaced by zero
         if x0 is not None and not bool(torch.linalg.vector_norm(x0, math.inf) < torch.finfo(b.dtype).max ** (1 / 3)):
             x0 = None
         result = self._solve(self.system(operator), b / norm, x0)

@@ -27,7 +27,12 @@ def diagnose(system: LinearSystem, result: SolveResult) -> str:
     ends = lanczos(system.matrix, max_iterations=60, rtol=1e-2)
     smallest, largest = float(ends.smallest[0]), float(ends.largest[0])
     spectrum = f"λ_min = {smallest:.4g}, λ_max = {largest:.4g}"
-    too_long = _too_long(result.step_size, largest)
+    too_long, step_size = "", result.step_size
+    if step_size is not None and step_size * largest > 2.0:
+        too_long = (
+            f"step is too long: step_size η = {step_size:.4g} sums a series only up to curvature 2/η = "
+            f"{2 / step_size:.4g}, and λ_max = {largest:.4g}. Use step_size='auto', or at most {1 / largest:.4g}"
+        )
     if smallest < 0.0:
         return (
             f"negative curvature ({spectrum}): the weights are not at a minimum of the inner loss, where no step size "
@@ -36,12 +41,3 @@ def diagnose(system: LinearSystem, result: SolveResult) -> str:
             "or train further" + (f"; besides, the {too_long}" if too_long else "")
         )
     return f"{too_long or 'operator is singular, and b does not lie in its range: use damping'} ({spectrum})"
-
-
-def _too_long(step_size: float | None, largest: float) -> str:
-    if step_size is None or step_size * largest <= 2.0:
-        return ""
-    return (
-        f"step is too long: step_size η = {step_size:.4g} sums a series only up to curvature 2/η = "
-        f"{2 / step_size:.4g}, and λ_max = {largest:.4g}. Use step_size='auto', or at most {1 / largest:.4g}"
-    )

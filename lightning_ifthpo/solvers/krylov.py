@@ -52,8 +52,7 @@ class ConjugateGradient(_Krylov):
     If the curvature along a search direction is not positive, the solve returns the last iterate, with the status
     NEGATIVE_CURVATURE: at an indefinite Hessian a solution is meaningless, at a singular one it need not exist.
 
-    Cost: a product per iteration, one more for a given x0, those of the preconditioner, and one extra product for the
-    residual after more than 20.
+    Cost: a product per iteration, one for a given x0, those of the preconditioner, and after 20 one for the residual.
 
     Attributes:
         max_iterations: Iterations at most.

@@ -67,8 +67,7 @@ class Nystrom(Solver):
             )
         x = approximation.solve(b)
         residual = system.relative_residual(x, b)
-        negative = approximation.negative
-        status = Status.NEGATIVE_CURVATURE if negative else status_without_tolerance(residual, b.dtype)
+        status = Status.NEGATIVE_CURVATURE if approximation.negative else status_without_tolerance(residual, b.dtype)
         return SolveResult(x, residual, approximation.products, status, extra_products=1)
 
 
@@ -94,7 +93,8 @@ class LowRank:
 
     def solve(self, b: Tensor) -> Tensor:
         """Returns its inverse times b: [n]; without damping its pseudo-inverse."""
-        right, seen = self._projected(b)
+        right = self.scale * b
+        seen = self.basis.T @ right
         rest = right - self.basis @ seen if self.damped else torch.zeros_like(right)
         return self.scale * (self.basis @ (seen / (self.values + float(self.damped))) + rest)
 
@@ -102,10 +102,5 @@ class LowRank:
         """Returns P⁻¹v: [n], where P⁻¹ makes the r eigenvalues equal and leaves the others as they are."""
         if not len(self.values):
             return self.scale.square() * v
-        right, seen = self._projected(v)
-        values = self.values + float(self.damped)
-        return self.scale * (right + self.basis @ (seen * (values[-1] / values - 1.0)))
-
-    def _projected(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        right = self.scale * v
-        return right, self.basis.T @ right
+        right, values = self.scale * v, self.values + float(self.damped)
+        return self.scale * (right + self.basis @ ((self.basis.T @ right) * (values[-1] / values - 1.0)))

@@ -54,16 +54,14 @@ class Neumann(Solver):
     |1 − ηλ| each. The solve then returns the sum before the first term that grows, with the status NEGATIVE_CURVATURE
     if an eigenvalue is negative, else DIVERGED.
 
-    With step_size="optimizer" η is the long-run step of the inner optimizer for each weight: learning rate over 1 − β,
-    times the preconditioner. This is the series of Adam, RMSprop or heavy ball, if training continued from here.
-
     Cost: K products, and one extra product for the residual; at most 10 more for λ_max and λ_min if step_size="auto" or
     the terms grow.
 
     Attributes:
         terms: K.
         step_size: η, in parameter² / loss, one number or one for each weight, [n]; "auto" takes 1/λ_max, measured;
-            "optimizer" takes the step of `with_optimizer`.
+            "optimizer" takes the long-run step of the inner optimizer, learning rate over 1 − β times preconditioner:
+            the series of Adam, RMSprop or heavy ball, if training continued from here.
         safeguard: Stop when the terms grow. Without it the series may reach any size.
 
     >>> from lightning_ifthpo.curvature import MatrixOperator

@@ -11,14 +11,12 @@ from lightning_ifthpo.curvature.base import CurvatureOperator, DampedOperator
 class LinearSystem:
     """The matrix A + δI, or A + diag(δ), of a linear system.
 
-    Solvers that only need products call `matvec`; those that treat A and δ differently use `operator` and `damping`.
-
     Args:
         operator: A, symmetric, on vectors [n]. If it is damped already, its damping is added to δ.
         damping: δ >= 0, a number or [n], in loss / parameter²; as an attribute, on the device and in the dtype of A.
 
     Attributes:
-        matrix: A + δI as one operator.
+        matrix: A + δI as one operator, for solvers that only need its products.
 
     Raises:
         ValueError: If δ is a vector that does not have shape [n].
