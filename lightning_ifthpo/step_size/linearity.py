@@ -41,10 +41,9 @@ def _third_update(optimizer: Optimizer, rate: float) -> Tensor:
     group = optimizer.param_groups[0]
     options = {key: copy.copy(group[key]) for key in group if key in accepted and key not in rejected}
     twin = type(optimizer)([weight], **({"lr": 0.01} | options))
-    for step, gradient in enumerate((0.3, -0.7, 0.4)):
+    for gradient, lr in ((0.3, 0.01), (-0.7, 0.01), (0.4, rate)):
         weight.grad = gradient * torch.linspace(1.0, 2.0, 4, dtype=torch.float64).view(2, 2)
-        if step == 2:
-            twin.param_groups[0]["lr"] = rate
+        twin.param_groups[0]["lr"] = lr
         before = weight.detach().clone()
         twin.step()
     return before - weight.detach()

@@ -1,4 +1,4 @@
-"""A loss along a direction, to second order: L(w − αω) ≈ L(w) − α slope + α²/2 curvature."""
+"""The loss along an update as a parabola, from derivatives or from losses."""
 
 from __future__ import annotations
 
@@ -36,10 +36,7 @@ class Parabola:
 
     @property
     def optimal_step(self) -> float | None:
-        """α* = slope / curvature (Bu and Xu 2024, eq. 3.1), where the parabola is lowest; None without a lowest point.
-
-        It has none where the curvature is not positive: on a linear or concave stretch, or where all units are dead.
-        """
+        """The lowest point α* = slope / curvature (Bu and Xu 2024, eq. 3.1); None if the curvature is not positive."""
         return self.slope / self.curvature if self.curvature > 0.0 and math.isfinite(self.slope) else None
 
     def at(self, step: float) -> Parabola:
@@ -97,8 +94,8 @@ def three_point_parabola(
 ) -> Parabola:
     """Returns slope and curvature as differences of three losses, L(w + αω), L(w) and L(w − αω).
 
-    It needs no derivative, and sees the loss at the scale of a step, kinks included. All three losses draw the same
-    random numbers. A curvature that is not larger than rounding is returned as zero.
+    It needs no derivative, and sees kinks at the scale of a step. All three losses draw the same random numbers. A
+    curvature that is not larger than rounding is returned as zero.
 
     Args:
         loss: Callable without arguments that returns the scalar loss, or (loss, outputs); or a `Loss`.
@@ -116,12 +113,11 @@ def three_point_parabola(
     (20.0, 40.0)
     """
     whole = as_loss(loss, parameters)
-    tensors = whole.parameters
     length = math.sqrt(sum(float(part.square().sum()) for part in direction if part is not None))
     if length == 0.0 or not math.isfinite(length):
         return Parabola(length, length, length)
-    extent = max(1.0, math.sqrt(sum(float(tensor.detach().square().sum()) for tensor in tensors)))
-    roughest = max((tensor.dtype for tensor in tensors), key=lambda dtype: torch.finfo(dtype).eps)
+    extent = max(1.0, math.sqrt(sum(float(tensor.detach().square().sum()) for tensor in whole.parameters)))
+    roughest = max((tensor.dtype for tensor in whole.parameters), key=lambda dtype: torch.finfo(dtype).eps)
     shortest = torch.finfo(roughest).eps ** (1 / 3) * extent / length
     with whole.along(direction) as at:
 
@@ -142,21 +138,19 @@ def fitted_parabola(
     squared_length: float = math.nan,
     dtype: torch.dtype = torch.float32,
 ) -> Parabola:
-    """Returns the parabola that fits losses at several steps best, by least squares.
+    """Returns the least-squares parabola through losses at several steps.
 
-    The steps −a, 0, a give the differences of the published approximate method. For short steps rounding exceeds the
-    second difference of the losses; then the curvature is returned as zero, and the parabola has no optimal step.
+    The steps −a, 0, a give the differences of the published approximate method. A curvature that is not larger than
+    rounding, as for short steps, is returned as zero, and the parabola then has no optimal step.
 
     Args:
-        loss_at: Returns L(w − αω) for a step α.
+        loss_at: Returns L(w − αω) for a step α; called once for each step.
         steps: At least three different steps.
         squared_length: ‖ω‖², where it is known.
         dtype: The dtype in which the losses were computed.
 
     Raises:
         ValueError: If there are fewer than three different steps.
-
-    Cost: one call of `loss_at` for each step.
 
     >>> parabola = fitted_parabola(lambda step: (1 - step) ** 2, [-0.1, 0.0, 0.1])
     >>> round(parabola.slope, 6), round(parabola.curvature, 6)
@@ -168,25 +162,19 @@ def fitted_parabola(
     losses = [loss_at(step) for step in steps]
     if not all(map(math.isfinite, losses)):
         return Parabola(math.nan, math.nan, squared_length)
-    first, second = _parabola([step / scale for step in steps], losses)
-    # rounding is half a unit in the last place of a loss, and about twice that in the last coefficient of the fit
-    noise = 2 * torch.finfo(dtype).eps * max(map(abs, losses))
-    curvature = 2 * second / scale**2 if abs(second) > noise else 0.0
-    return Parabola(-first / scale, curvature, squared_length)
-
-
-def _parabola(steps: Sequence[float], losses: Sequence[float]) -> tuple[float, float]:
-    """Returns b and c of the least-squares parabola a + bx + cx² through points."""
-    # in exact arithmetic: LAPACK rounds by the alignment of its arguments, and runs would not repeat bit for bit
-    x, y = list(map(Fraction, steps)), list(map(Fraction, losses))
+    # exact arithmetic: the rounding of LAPACK depends on memory alignment, and runs would not repeat bit for bit
+    x, y = [Fraction(step / scale) for step in steps], list(map(Fraction, losses))
     center = sum(x, Fraction()) / len(x)
     linear = [value - center for value in x]
     variance = _dot(linear, linear) / len(x)
     skew = _dot(linear, [value * value for value in linear]) / (len(x) * variance)
     quadratic = [value * value - skew * value - variance for value in linear]  # orthogonal to 1 and to `linear`
-    first = _dot(linear, y) / _dot(linear, linear)
     second = _dot(quadratic, y) / _dot(quadratic, quadratic)
-    return float(first - second * (2 * center + skew)), float(second)
+    first = float(_dot(linear, y) / _dot(linear, linear) - second * (2 * center + skew))
+    # rounding is half a unit in the last place of a loss, and about twice that in the last coefficient of the fit
+    noise = 2 * torch.finfo(dtype).eps * max(map(abs, losses))
+    curvature = 2 * float(second) / scale**2 if abs(float(second)) > noise else 0.0
+    return Parabola(-first / scale, curvature, squared_length)
 
 
 def _dot(left: Sequence[Fraction], right: Sequence[Fraction]) -> Fraction:

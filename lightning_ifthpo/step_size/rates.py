@@ -28,7 +28,7 @@ class GroupRates:
     """
 
     def __init__(self, optimizer: Optimizer, make_rule: Callable[[], Rule], per_group: bool) -> None:
-        # a warm-up that is being replaced has already set the rates themselves to zero
+        # a warm-up that is being replaced has set `lr` to zero
         rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
         highest = max(rates)
         self._optimizer = optimizer
@@ -42,11 +42,6 @@ class GroupRates:
     def started(self) -> bool:
         """Whether a rule has chosen a rate."""
         return any(rule.lr is not None for rule in self.rules)
-
-    @property
-    def settled(self) -> bool:
-        """Whether all rules have settled."""
-        return all(rule.settled for rule in self.rules)
 
     def of_rules(self, factor: float) -> list[float]:
         """Returns the rate of each rule, times a factor."""
@@ -79,11 +74,8 @@ class GroupRates:
 
     def include_new_groups(self, factor: float) -> None:
         """Includes groups that were added during training, by the ratio of their rate to the highest present rate."""
-        new = self._optimizer.param_groups[len(self.multipliers) :]
-        if not new:
-            return
         present = max(float(rate) for rate in self.of_groups(factor))
-        for group in new:
+        for group in self._optimizer.param_groups[len(self.multipliers) :]:
             self.multipliers.append(1.0 if self._per_group or not present else float(group["lr"]) / present)
             if self._per_group:
                 self.rules.append(self._make_rule())

@@ -9,8 +9,7 @@ from typing import Any
 
 from lightning_ifthpo.step_size.parabola import Parabola
 
-# First rate, as a part of the smallest optimal step so far. Starting 10× higher kills ReLU units permanently in some
-# networks.
+# First rate, over the smallest optimal step so far. Starting 10× higher kills ReLU units permanently in some networks.
 _START = 0.003
 _FIRST = 3  # looks that set the first rate; a single one is sometimes off by a factor of five
 _WINDOW = 16  # looks in the means
@@ -27,10 +26,6 @@ _RECOVERY = 1.01
 
 class Rule(ABC):
     """Chooses a learning rate from looks. A look measures slope and curvature of the loss along an update.
-
-    Args:
-        lr_min: Lower bound of the rate.
-        lr_max: Upper bound of the rate.
 
     Attributes:
         lr: The rate; None before the first look.
@@ -80,6 +75,10 @@ class AveragedRule(Rule):
 
     The first rate is 0.003 of the smallest n/d of three looks; no rate has to be given. The rate is settled once it has
     grown by at most 1 % at each of eight looks in a row. Only looks that are not finite are refused.
+
+    Args:
+        lr_min: Lower bound of the rate.
+        lr_max: Upper bound of the rate.
     """
 
     _STATE = (*Rule._STATE, "_probes", "_count", "_smallest", "_highest", "_resting", "settled")
@@ -95,8 +94,7 @@ class AveragedRule(Rule):
 
     def observe(self, parabola: Parabola) -> bool:
         """Updates the rate with a look; returns whether it was used."""
-        if not parabola.is_finite:
-            self.refused += 1
+        self.refused += not parabola.is_finite
         if not parabola.is_finite or parabola.squared_length == 0.0:
             return False
         slope, curvature = parabola.slope / parabola.squared_length, parabola.sharpness

@@ -57,10 +57,9 @@ class ExactGeNLR(LRScheduler):
     """Chooses the learning rate from slope and curvature along the updates that the optimizer really makes.
 
     At every step until the rate has settled, and at every n-th step after that, the optimizer makes its step at
-    learning rate one. The scheduler reads off the update ω and applies it again at the chosen rate; the state of the
-    optimizer advances once. During such a step `param_groups[...]["lr"]` is one, times the ratios of the groups.
-    A look then measures slope and curvature of the loss along ω. Call `probe` with the loss of each batch before
-    `optimizer.step()`, and `step()` after it:
+    learning rate one (times the ratios of the groups). The scheduler reads off the update ω and applies it again at the
+    chosen rate; the optimizer's state advances once. A look then measures slope and curvature of the loss along ω. Call
+    `probe` with the loss of each batch before `optimizer.step()`, and `step()` after it:
 
     >>> weight = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
     >>> optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -94,6 +93,7 @@ class ExactGeNLR(LRScheduler):
     Cost of a look: see `three_point_parabola` and `exact_parabola`; and a copy of the weights.
 
     Attributes:
+        rules: The rule that chooses the rate, or one for each parameter group.
         looks: Number of looks so far.
         parabolas: The result of the last look: one parabola, or one for each group; empty before the first look.
         accepted: Whether the last look was used.
@@ -126,6 +126,7 @@ class ExactGeNLR(LRScheduler):
             raise TypeError(f"expected a torch optimizer, got {optimizer!r}")
         check_linear_in_lr(optimizer)
         self._rates = GroupRates(optimizer, partial(_RULES[rule], lr_min, lr_max), per_group)
+        self.rules = self._rates.rules
         self.total_steps = total_steps
         self._every = every_n_steps
         self._curvature = curvature
@@ -135,16 +136,9 @@ class ExactGeNLR(LRScheduler):
         self.looks = 0
         self.parabolas: list[Parabola] = []
         self.accepted = True
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._hooks = [optimizer.register_step_pre_hook(self._before_step)]
+        self._hooks.append(optimizer.register_step_post_hook(self._after_step))
         super().__init__(optimizer)
-
-    @property
-    def rules(self) -> list[Rule]:
-        """The rule that chooses the rate, or one for each parameter group."""
-        return self._rates.rules
 
     @property
     def refused(self) -> int:
@@ -194,11 +188,7 @@ class ExactGeNLR(LRScheduler):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from a state.
-
-        Raises:
-            ValueError: If it belongs to another scheduler, or to other options.
-        """
+        """Continues from a state; raises ValueError if it belongs to another scheduler, or to other options."""
         self._rates.load_state_dict(state_dict)
         self.last_epoch = state_dict["last_epoch"]
         if state_dict["update"] is not None:
@@ -223,7 +213,7 @@ class ExactGeNLR(LRScheduler):
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._rates.include_new_groups(self._decay())
-        due = self.last_epoch % self._every == 0 or not self._rates.settled
+        due = self.last_epoch % self._every == 0 or not all(rule.settled for rule in self.rules)
         # No looks during the final decay: the rate must not rise again.
         if not self._rates.started or (due and self._decay() == 1.0):
             weights = self._trainable()
@@ -261,10 +251,8 @@ class ExactGeNLR(LRScheduler):
         along = as_loss(loss, update.parameters).over(update.parameters)
         with isolated(along.space.device), torch.enable_grad(), along.session():
             if self._curvature == "three_point":
-                parabola = three_point_parabola(along, update.parameters, update.omega, step=applied)
-            else:
-                parabola = exact_parabola(along, update.parameters, update.omega, curvature=self._curvature)
-        return parabola.at(-applied)
+                return three_point_parabola(along, update.parameters, update.omega, step=applied).at(-applied)
+            return exact_parabola(along, update.parameters, update.omega, curvature=self._curvature).at(-applied)
 
     def _trainable(self) -> list[Tensor]:
         groups = self.optimizer.param_groups

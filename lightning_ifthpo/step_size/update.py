@@ -13,8 +13,7 @@ from torch import Tensor
 class Update:
     """ω of one optimizer step: a step at learning rate η moves the weights from w to w − ηω.
 
-    ω includes momentum, preconditioning, weight decay and clipping. Reading it off a step needs an optimizer with an
-    update that is linear in the learning rate, see `check_linear_in_lr`, and advances the optimizer's state once.
+    ω includes momentum, preconditioning, weight decay and clipping.
 
     Attributes:
         parameters: The tensors w.
@@ -39,9 +38,7 @@ class Update:
     def undo_step(cls, parameters: Sequence[Tensor], before: list[Tensor]) -> Update:
         """Undoes a step at learning rate one bit for bit, and returns its update.
 
-        Args:
-            parameters: The weights after the step.
-            before: Copies of the weights before the step. They are overwritten with ω, which saves a copy.
+        `before` are copies of the weights before the step. They are overwritten with ω, which saves a copy.
         """
         for parameter, value in zip(parameters, before, strict=True):
             moved = value - parameter
