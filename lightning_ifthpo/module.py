@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,14 +16,14 @@ from lightning_ifthpo.training_loss import derived, has_training_step, is_stub, 
 class BilevelLightningModule:
     """Adds hyperparameters, an inner and an outer loss to a LightningModule; name it first among the bases.
 
-    Hyperparameters are frozen parameters of the module: they move with it and live in its checkpoints, while an
+    Hyperparameters are frozen parameters of the module: they move with it and are saved in its checkpoints, and an
     optimizer built from `self.parameters()` neither trains nor decays them. `IFTHypergradient` updates them.
 
-    Define `outer_loss(batch)`, and either `inner_loss(batch)` or `training_step`. What is not defined is derived from
-    the others: `training_step` logs and returns `inner_loss`, `validation_step` logs `outer_loss`. The losses must
-    return a scalar tensor, and may use dropout, BatchNorm, metrics and `self.log`. When the callback evaluates them,
-    all side effects on the module are undone: rebound attributes, tensors changed in place, appended lists. Effects
-    elsewhere (a file, a list in a list, a hook's own memory) cannot be undone.
+    Define `outer_loss(batch)`, and either `inner_loss(batch)` or `training_step`. By default `training_step` logs and
+    returns `inner_loss`, and `validation_step` `outer_loss`. The losses must return a scalar tensor, and may use
+    dropout, BatchNorm, metrics and `self.log`. When the callback evaluates them, it undoes side effects on the module:
+    rebound attributes, tensors changed in place, appended lists. It cannot undo others (a file, a list in a list, a
+    hook's own memory).
 
     >>> import lightning as L
     >>> class Ridge(BilevelLightningModule, L.LightningModule):
@@ -32,9 +32,7 @@ class BilevelLightningModule:
     ...         self.linear = nn.Linear(3, 1)
     ...         self.register_hyperparameter("log_decay", torch.tensor(-2.0))
     ...     def inner_loss(self, batch):
-    ...         x, y = batch
-    ...         penalty = self.log_decay.exp() * self.linear.weight.square().sum() / 2
-    ...         return nn.functional.mse_loss(self.linear(x), y) + penalty
+    ...         return self.outer_loss(batch) + self.log_decay.exp() * self.linear.weight.square().sum() / 2
     ...     def outer_loss(self, batch):
     ...         x, y = batch
     ...         return nn.functional.mse_loss(self.linear(x), y)
@@ -47,9 +45,9 @@ class BilevelLightningModule:
     def __init_subclass__(cls, **options: Any) -> None:
         """Gives the class a training and a validation step where no base class has one."""
         super().__init_subclass__(**options)
-        for name, default in (("training_step", _training_step), ("validation_step", _validation_step)):
-            if is_stub(getattr(cls, name, None)):
-                setattr(cls, name, default)
+        for step, loss in (("training_step", "inner_loss"), ("validation_step", "outer_loss")):
+            if is_stub(getattr(cls, step, None)):
+                setattr(cls, step, _step_with(loss))
 
     def register_hyperparameter(self, name: str, value: Tensor | nn.Module) -> None:
         """Makes a tensor, or all parameters of a module, hyperparameters under `self.<name>`.
@@ -60,7 +58,7 @@ class BilevelLightningModule:
 
         Raises:
             ValueError: If the name is taken or no identifier, or the module has no parameter.
-            TypeError: If the value is neither, or a tensor is not a real floating-point one.
+            TypeError: If the value is neither, or a tensor is not real and floating-point.
         """
         if not name.isidentifier():
             raise ValueError(f"expected a hyperparameter name that is a Python identifier, got {name!r}")
@@ -69,11 +67,10 @@ class BilevelLightningModule:
         if hasattr(type(self), name) or hasattr(self, name):
             raise ValueError(f"{type(self).__name__} already has an attribute {name!r}; choose another name")
         if isinstance(value, nn.Module):
-            parameters = dict(value.named_parameters())
-            if not parameters:
+            if not any(True for _ in value.parameters()):
                 raise ValueError(f"hyperparameter {name!r}: {type(value).__name__} has no parameters to tune")
-            for path, parameter in parameters.items():
-                check_real(parameter, f"hyperparameter '{name}.{path}'")
+            for path, parameter in value.named_parameters(prefix=name):
+                check_real(parameter, f"hyperparameter {path!r}")
             setattr(self, name, value.requires_grad_(False))
         else:
             check_real(value, f"hyperparameter {name!r}")
@@ -82,52 +79,46 @@ class BilevelLightningModule:
 
     def named_hyperparameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields (name, tensor) for each hyperparameter; those of a registered module as "<name>.<its own name>"."""
-        seen: set[int] = set()
+        names: dict[nn.Parameter, str] = {}  # a tensor's hash is its identity: a shared one is yielded once
         for name in self._hyperparameter_names:
             value = getattr(self, name)
             pairs = value.named_parameters(prefix=name) if isinstance(value, nn.Module) else [(name, value)]
-            for path, parameter in pairs:
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    yield path, parameter
+            for path, tensor in pairs:
+                names.setdefault(tensor, path)
+        yield from ((path, tensor) for tensor, path in names.items())
 
     def hyperparameters(self) -> Iterator[nn.Parameter]:
         """Yields the hyperparameter tensors."""
-        for _, parameter in self.named_hyperparameters():
-            yield parameter
+        return (parameter for _, parameter in self.named_hyperparameters())
 
     def named_inner_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields (name, tensor) for each parameter of the module that is not a hyperparameter: the weights."""
-        hyperparameters = {id(parameter) for parameter in self.hyperparameters()}
-        for name, parameter in _module(self).named_parameters():
-            if id(parameter) not in hyperparameters:
+        hyperparameters = set(self.hyperparameters())
+        for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
+            if parameter not in hyperparameters:
                 yield name, parameter
 
     def inner_parameters(self) -> Iterator[nn.Parameter]:
         """Yields the weights, for the optimizer of `configure_optimizers`."""
-        for _, parameter in self.named_inner_parameters():
-            yield parameter
+        return (parameter for _, parameter in self.named_inner_parameters())
 
     def mark_outputs(self, output: Tensor) -> Tensor:
-        """Returns the output unchanged, and tells Gauss–Newton curvature that the model ends here."""
+        """Returns the output unchanged; Gauss–Newton curvature takes it as the output of the model."""
         return mark_outputs(output)
 
     @derived
     def inner_loss(self, batch: Any) -> Tensor:
-        """Returns L_T(λ, w) on a training batch, a scalar: what the weights minimize.
-
-        The default is the loss of `training_step`.
-        """
+        """Returns L_T(λ, w) on a training batch, the scalar that weights minimize; by default from `training_step`."""
         if not has_training_step(self):
             raise NotImplementedError(f"{type(self).__name__} needs inner_loss(batch), or training_step")
         return loss_of_training_step(self, batch)
 
     def outer_loss(self, batch: Any) -> Tensor:
-        """Returns L_V(λ, w) on an outer batch, a scalar: what the hyperparameters minimize; evaluated in eval mode."""
+        """Returns L_V(λ, w) on an outer batch, in eval mode: a scalar that the hyperparameters minimize."""
         raise NotImplementedError(f"{type(self).__name__} needs outer_loss(batch): what the hyperparameters minimize")
 
     def outer_dataloader(self) -> Any:
-        """Returns the loader of outer batches; None leaves it to the data module or the callback."""
+        """Returns the loader of outer batches, or None if the data module or the callback has one; by default None."""
         return None
 
     def configure_hyper_optimizer(self) -> torch.optim.Optimizer:
@@ -135,22 +126,13 @@ class BilevelLightningModule:
         return torch.optim.Adam(self.hyperparameters(), lr=1e-2)
 
 
-def _module(mixin: object) -> Any:
-    """The mixin seen as the LightningModule that it is part of."""
-    return mixin
+def _step_with(loss_name: str) -> Callable[[Any, Any, int], Tensor]:
+    """Returns a training or validation step that logs and returns a loss of the module."""
 
+    @derived
+    def step(self: Any, batch: Any, batch_idx: int) -> Tensor:
+        loss: Tensor = getattr(self, loss_name)(batch)
+        self.log(loss_name, loss, prog_bar=True)
+        return loss
 
-@derived
-def _training_step(self: Any, batch: Any, batch_idx: int) -> Tensor:
-    """Returns and logs `inner_loss`."""
-    loss: Tensor = self.inner_loss(batch)
-    self.log("inner_loss", loss, prog_bar=True)
-    return loss
-
-
-@derived
-def _validation_step(self: Any, batch: Any, batch_idx: int) -> Tensor:
-    """Logs `outer_loss`."""
-    loss: Tensor = self.outer_loss(batch)
-    self.log("outer_loss", loss, prog_bar=True)
-    return loss
+    return step

@@ -1,4 +1,4 @@
-"""What the weights of any LightningModule minimize."""
+"""The loss that the weights of any LightningModule minimize."""
 
 from __future__ import annotations
 
@@ -13,39 +13,31 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def derived(function: _Function) -> _Function:
-    """Marks a default of the mixin: an inner loss that calls the training step, or a step that calls a loss."""
+    """Marks a default of the mixin, which calls another method: `inner_loss`, or a step."""
     function.is_derived = True  # type: ignore[attr-defined]
     return function
 
 
 def has_inner_loss(module: Any) -> bool:
     """Returns whether a module has an `inner_loss` that is not derived from its training step."""
-    return _is_own(getattr(module, "inner_loss", None))
+    return _defines(module, "inner_loss")
 
 
 def has_training_step(module: Any) -> bool:
     """Returns whether a module has a `training_step` that is not derived from its inner loss."""
-    return _is_own(getattr(module, "training_step", None))
+    return _defines(module, "training_step")
 
 
 def training_loss(module: Any, batch: Any) -> Tensor:
-    """Returns what the weights of a LightningModule minimize on a batch, a scalar.
-
-    This is its `inner_loss`, with the mixin or without it, or else the loss of its `training_step`.
-    """
+    """Returns the loss of a LightningModule on a batch, a scalar: its own `inner_loss`, or that of `training_step`."""
     loss: Tensor = module.inner_loss(batch) if has_inner_loss(module) else loss_of_training_step(module, batch)
     return loss
 
 
 def loss_of_training_step(module: Any, batch: Any) -> Tensor:
-    """Calls the training step as the Trainer does, with the arguments that it takes.
-
-    Raises:
-        TypeError: If it returns no loss.
-    """
+    """Calls the training step as the Trainer does and returns its loss; raises TypeError if it returns none."""
     step = module.training_step
-    parameters = inspect.signature(step).parameters
-    kinds = [parameter.kind for parameter in parameters.values()]
+    kinds = [parameter.kind for parameter in inspect.signature(step).parameters.values()]
     several = inspect.Parameter.VAR_POSITIONAL in kinds or sum(kind in _POSITIONAL for kind in kinds) > 1
     value = step(batch, max(module.trainer.fit_loop.batch_idx, 0)) if several else step(batch)
     loss = value.get("loss") if isinstance(value, Mapping) else value
@@ -62,5 +54,6 @@ def is_stub(step: Any) -> bool:
     return step is None or step.__module__.split(".")[0] in ("lightning", "pytorch_lightning")
 
 
-def _is_own(function: Any) -> bool:
+def _defines(module: Any, name: str) -> bool:
+    function = getattr(module, name, None)
     return callable(function) and not isinstance(function, nn.Module) and not getattr(function, "is_derived", False)

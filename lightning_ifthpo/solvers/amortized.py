@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.core.validation import require_at_least
 from lightning_ifthpo.curvature.base import CurvatureOperator
 from lightning_ifthpo.optimizers.update_rule import UpdateRule
-from lightning_ifthpo.solvers.base import Damping, Solver, SolveResult, Status
+from lightning_ifthpo.solvers.base import Damping, Solver, SolveResult, Status, at_least
 from lightning_ifthpo.solvers.series import measured_step_size
 from lightning_ifthpo.solvers.system import LinearSystem
 
@@ -22,23 +21,20 @@ class Amortized(Solver):
 
     In minibatch training every solve has another A and another b, and an accurate solution of one of them fits its
     noise. This solver moves one persistent estimate by Richardson's iteration, and so averages over many batches, as
-    AmIGO (Arbel and Mairal 2022) and SOBA (Dagréou et al. 2022) do. Ours differs in its step and its damping: S is the
-    inner optimizer's own lasting step (learning rate over 1 − β, times its preconditioner), and A is damped by
-    S⁻¹/horizon. The effect of a hyperparameter is followed over that many training steps; beyond, it is unpredictable.
+    AmIGO (Arbel and Mairal 2022) and SOBA (Dagréou et al. 2022) do. Ours differs in step and damping: S is the long-run
+    step of the inner optimizer (learning rate over 1 − β, times the preconditioner), and A is damped by S⁻¹/horizon, so
+    that the effect of a hyperparameter is followed over that many training steps.
 
     κ = min(1, 1/L) with L the largest curvature seen along the estimate and its moves, in units of S⁻¹: an optimizer
     at its edge of stability would make a plain iteration diverge. ‖x‖ is kept below horizon · ‖b‖ (in the norms of S⁻¹
     and S), which A⁻¹b never exceeds. Use it with a positive semi-definite curvature, such as Gauss–Newton; along
-    negative curvature beyond the damping the status is NEGATIVE_CURVATURE.
+    negative curvature beyond the damping the status is NEGATIVE_CURVATURE. The residual is measured before the last
+    move. It says little about the quality of the hypergradient, because the operator changes with every batch.
 
-    The residual is that of the estimate before its last move, on the present batches. It says little about the quality
-    of the hypergradient, because the operator changes with every batch.
-
-    Cost: `products` products.
+    Cost: `products` products. Without an optimizer (`with_optimizer`) S is 1/λ_max, measured at each solve.
 
     Attributes:
-        products: Products per solve, at least 2: one product does not know the curvature along the move it leads to.
-            Without an optimizer (`with_optimizer`) S is 1/λ_max, measured at each solve.
+        products: Products per solve, at least 2, because the first does not show the curvature along the move.
 
     >>> from lightning_ifthpo.curvature import MatrixOperator
     >>> operator, b, x = MatrixOperator(torch.diag(torch.tensor([1.0, 4.0]))), torch.tensor([1.0, 1.0]), None
@@ -49,15 +45,11 @@ class Amortized(Solver):
     tensor([0.9996, 0.2500])
     """
 
-    products: int = 2
+    products: int = at_least(2, default=2)
     damping: Damping = "horizon"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_at_least("products", self.products, 2)
-
     def solve(self, operator: CurvatureOperator, b: Tensor, x0: Tensor | None = None) -> SolveResult:
-        """Returns the estimate x0 of (A + δI)⁻¹ b, moved `products` times; see `Solver.solve`."""
+        """Returns the estimate x0 of (A + δI)⁻¹ b after its moves; see `Solver.solve`."""
         if self.rule is not None:
             return super().solve(operator, b, x0)
         step_size, _, extra = measured_step_size(operator)
@@ -90,10 +82,10 @@ class Amortized(Solver):
 
 
 def _squared_length(x: Tensor, step: Tensor) -> Tensor:
-    """Returns x·S⁻¹x. Entries with S = 0 do not count, because x cannot move there."""
+    """Returns x·S⁻¹x, without entries where S is zero: x cannot move there."""
     return (torch.where(step > 0.0, 1.0 / step, 0.0) * x) @ x
 
 
 def _ratio(curvature: Tensor, squared_length: Tensor) -> float:
-    """Returns x·Ax / x·S⁻¹x, zero for x = 0; dimensionless: a plain iteration is stable below 2."""
+    """Returns x·Ax / x·S⁻¹x, zero for x = 0. A plain iteration is stable below 2."""
     return float(curvature / squared_length) if squared_length > 0.0 else 0.0

@@ -1,12 +1,12 @@
-"""What every solver of A x = b shares: options, checks, damping, and a result with its residual and status."""
+"""The base class of solvers of A x = b, and their result with its residual and status."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -48,11 +48,11 @@ class SolveResult:
 
     Attributes:
         x: [n]; always finite.
-        relative_residual: ‖Ax − b‖ / ‖b‖, with A damped as the solver was asked to.
+        relative_residual: ‖Ax − b‖ / ‖b‖, with the damping in A.
         products: Products with A that led to x.
         status: How the solve ended.
         extra_products: Further products, which measured a step size or the residual.
-        step_size: The step size that was used, by solvers that have one.
+        step_size: The step size that was used; None for solvers without one.
     """
 
     x: Tensor
@@ -63,30 +63,31 @@ class SolveResult:
     step_size: float | None = None
 
 
+def at_least(minimum: int, *, default: int) -> Any:
+    """Returns a field for an integer option of a `Solver`, which checks its minimum."""
+    return field(default=default, metadata={"minimum": minimum})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Solver(ABC):
-    """Options of a method for A x = b. It holds no state, so that one instance can serve many solves.
+    """Options of a method for A x = b. It has no state, so that one instance can serve many solves.
 
     Attributes:
         damping: δ in (A + δI) x = b, in loss / parameter²; or "horizon" for 1/(η·horizon), which needs an optimizer.
         horizon: Training steps over which the effect of a hyperparameter is followed, with damping="horizon".
-        rule: The inner optimizer's update, which `with_optimizer` fills in. Its weight decay is added to the damping.
+        rule: The inner optimizer's update, set by `with_optimizer`. Its weight decay is added to the damping.
     """
 
     damping: Damping = 0.0
-    horizon: int = 100
+    horizon: int = at_least(1, default=100)
     rule: UpdateRule | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.damping, Tensor):
-            valid = bool((torch.isfinite(self.damping) & (self.damping >= 0.0)).all())
-        elif isinstance(self.damping, str):
-            valid = self.damping == "horizon"
-        else:
-            valid = is_number(self.damping) and 0.0 <= self.damping < math.inf
-        if not valid:
+        if not is_finite_or_word(self.damping, "horizon"):
             raise ValueError(f"expected a finite damping >= 0 or 'horizon', got {self.damping!r}")
-        require_at_least("horizon", self.horizon, 1)
+        for option in fields(self):
+            if "minimum" in option.metadata:
+                require_at_least(option.name, getattr(self, option.name), option.metadata["minimum"])
 
     def with_optimizer(self, rule: UpdateRule) -> Self:
         """Returns this solver for weights that an optimizer with this update rule trains."""
@@ -98,11 +99,7 @@ class Solver(ABC):
         return isinstance(self.damping, str) and self.rule is None
 
     def system(self, operator: CurvatureOperator) -> LinearSystem:
-        """Returns A + δI, the matrix that is solved with.
-
-        Raises:
-            ValueError: If damping="horizon" and no optimizer is known.
-        """
+        """Returns the system with A + δI; raises ValueError if damping="horizon" and no optimizer is known."""
         if self.needs_optimizer:
             raise ValueError(
                 "damping='horizon' stands for 1/(η·horizon) and needs the inner optimizer: use the solver inside "
@@ -120,7 +117,7 @@ class Solver(ABC):
         Args:
             operator: A, symmetric, on vectors [n].
             b: [n], of any scale.
-            x0: [n], the first iterate; zero where not given. Methods that cannot use one ignore it.
+            x0: [n], the first iterate, by default zero. Methods that cannot use one ignore it.
 
         Raises:
             ValueError: If b or x0 does not have shape [n], or damping="horizon" and no optimizer is known.
@@ -128,7 +125,7 @@ class Solver(ABC):
         for name, vector in (("b", b), ("x0", x0)):
             if vector is not None and vector.shape != (operator.size,):
                 raise ValueError(f"expected {name} of shape ({operator.size},), got {tuple(vector.shape)}")
-        # Norms of very small or large vectors under- or overflow when squared: solve for b of length one.
+        # the squares of very small or large entries under- or overflow: solve for b of length one
         largest = float(torch.linalg.vector_norm(b, math.inf))
         if not math.isfinite(largest):
             return SolveResult(torch.zeros_like(b), math.nan, 0, Status.NONFINITE)
@@ -136,8 +133,9 @@ class Solver(ABC):
             return SolveResult(torch.zeros_like(b), 0.0, 0, Status.CONVERGED)
         norm = largest * torch.linalg.vector_norm(b / largest)
         x0 = None if x0 is None else x0 / norm
+        # below max^(1/3), the sum of max^(1/3) squares does not overflow; a longer x0 is replaced by zero
         if x0 is not None and not bool(torch.linalg.vector_norm(x0, math.inf) < torch.finfo(b.dtype).max ** (1 / 3)):
-            x0 = None  # x0 is so much longer than b that its squared norm would overflow: start from zero
+            x0 = None
         result = self._solve(self.system(operator), b / norm, x0)
         extent = float(torch.linalg.vector_norm(result.x, math.inf))
         if math.isnan(result.relative_residual) or not math.isfinite(extent):
@@ -149,7 +147,16 @@ class Solver(ABC):
         """Solves (A + δI) x = b for b of length one."""
 
 
+def is_finite_or_word(value: Any, *words: str) -> bool:
+    """Whether a value is a finite number >= 0, a tensor of such numbers, or one of the words."""
+    if isinstance(value, str):
+        return value in words
+    if isinstance(value, Tensor):
+        return bool((torch.isfinite(value) & (value >= 0.0)).all())
+    return is_number(value) and 0.0 <= value < math.inf
+
+
 def status_without_tolerance(residual: float, dtype: torch.dtype) -> Status:
     """Returns CONVERGED for a residual that is only rounding, else COMPLETE."""
-    # sqrt(eps): a consistent system leaves κ·eps, an inconsistent one the part of b in the null space
+    # sqrt(eps): a consistent system leaves (condition number) · eps, an inconsistent one b's part in the null space
     return Status.CONVERGED if residual <= torch.finfo(dtype).eps ** 0.5 else Status.COMPLETE

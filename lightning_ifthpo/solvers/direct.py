@@ -1,4 +1,4 @@
-"""The exact solution by the dense matrix, the reference for the other solvers."""
+"""The exact solution, the reference for the other solvers."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.core.validation import require_at_least
 from lightning_ifthpo.curvature.base import InvertibleOperator
-from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, status_without_tolerance
+from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, at_least, status_without_tolerance
 from lightning_ifthpo.solvers.system import LinearSystem
 
 
 @dataclass(frozen=True)
 class Direct(Solver):
-    """A⁻¹b, exactly; the shortest least-squares solution where A is singular.
+    """A⁻¹b, exactly; the shortest least-squares solution where A is singular. A may be indefinite.
 
-    A curvature with a closed form ("gradient_outer_product", "kfac") is inverted by it, and one extra product measures
-    the residual. Otherwise the dense matrix is diagonalized: n products, n² memory and n³ operations. A may be
-    indefinite.
+    Cost: n products, n² memory and n³ operations for the dense matrix; for curvatures with a closed-form inverse
+    ("gradient_outer_product", "kfac") only that, and one extra product for the residual.
 
     Attributes:
         max_size: Largest n that is accepted for a dense matrix.
@@ -29,11 +27,7 @@ class Direct(Solver):
     tensor([0.5000, 0.0000])
     """
 
-    max_size: int = 10_000
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_at_least("max_size", self.max_size, 1)
+    max_size: int = at_least(1, default=10_000)
 
     def _solve(self, system: LinearSystem, b: Tensor, x0: Tensor | None) -> SolveResult:
         if isinstance(system.operator, InvertibleOperator):

@@ -9,57 +9,55 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.core.validation import require_at_least, require_fraction
-from lightning_ifthpo.solvers.base import Solver, SolveResult, Status
+from lightning_ifthpo.core.validation import require_fraction
+from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, at_least
 from lightning_ifthpo.solvers.nystrom import Nystrom
 from lightning_ifthpo.solvers.system import LinearSystem
 
 
 @dataclass(frozen=True)
 class _Krylov(Solver):
-    max_iterations: int = 20
+    max_iterations: int = at_least(1, default=20)
     rtol: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least("max_iterations", self.max_iterations, 1)
         require_fraction("rtol", self.rtol)
 
     def _tolerance(self, dtype: torch.dtype) -> float:
         # a residual of length 10 eps is rounding of b, whose length is one: nothing is left to divide by
         return max(self.rtol or 0.0, 10.0 * torch.finfo(dtype).eps)
 
-    def _unconverged(self) -> Status:
-        return Status.COMPLETE if self.rtol is None else Status.MAX_ITERATIONS
-
-    def _verified(self, system: LinearSystem, b: Tensor, result: SolveResult) -> SolveResult:
-        """Returns the result with its true residual; that of the recursion drifts away after some 20 products."""
-        if result.products <= 20 or result.status is Status.NONFINITE:
-            return result
-        residual = system.relative_residual(result.x, b)
-        status: Status = result.status
-        if self.rtol is not None and residual > 2.0 * self._tolerance(b.dtype):
-            status = Status.MAX_ITERATIONS if status is Status.CONVERGED else status
+    def _finished(self, system: LinearSystem, b: Tensor, result: SolveResult) -> SolveResult:
+        """Returns a result with its final status; COMPLETE stands for an iteration that did not break down."""
+        tolerance, residual, status = self._tolerance(b.dtype), result.relative_residual, result.status
+        if residual <= tolerance:
+            status = Status.CONVERGED
+        elif status is Status.COMPLETE and self.rtol is not None:
+            status = Status.MAX_ITERATIONS
+        if result.products <= 20 or status is Status.NONFINITE:
+            return replace(result, status=status)
+        residual = system.relative_residual(result.x, b)  # that of the recursion drifts away after some 20 products
+        if status is Status.CONVERGED and self.rtol is not None and residual > 2.0 * tolerance:
+            status = Status.MAX_ITERATIONS
         if status.succeeded and residual > 1.0:
             status = Status.DIVERGED  # worse than zero
-        return replace(result, relative_residual=residual, status=status, extra_products=result.extra_products + 1)
+        return replace(result, relative_residual=residual, status=status, extra_products=1)
 
 
 @dataclass(frozen=True)
 class ConjugateGradient(_Krylov):
     """Conjugate gradients (Hestenes and Stiefel 1952), for positive definite operators.
 
-    Where the curvature along a search direction is not positive the solve stops with the iterate before it and status
-    NEGATIVE_CURVATURE: at an indefinite Hessian the result would be meaningless, at a singular one with an inconsistent
-    right-hand side it does not exist.
+    If the curvature along a search direction is not positive, the solve returns the last iterate, with the status
+    NEGATIVE_CURVATURE: at an indefinite Hessian a solution is meaningless, at a singular one it need not exist.
 
-    Cost: a product per iteration, one more for a given x0, those of the preconditioner, and after more than 20 a check
-    of the residual.
+    Cost: a product per iteration, one for a given x0, those of the preconditioner, and after 20 one for the residual.
 
     Attributes:
         max_iterations: Iterations at most.
-        rtol: Stop when ‖Ax − b‖ <= rtol ‖b‖. Where it is None all iterations are done, and the status is COMPLETE.
-        preconditioner: A low-rank approximation of A, made anew for each solve: worth its products where a few
+        rtol: Stop when ‖Ax − b‖ <= rtol ‖b‖. If None, all iterations are done, and the status is COMPLETE.
+        preconditioner: A low-rank approximation of A, computed for each solve: worth its products where a few
             eigenvalues are far larger than the rest.
 
     >>> from lightning_ifthpo.curvature import MatrixOperator
@@ -85,7 +83,7 @@ class ConjugateGradient(_Krylov):
             precondition, products = approximation.precondition, products + approximation.products
         direction = precondition(residual)
         squared, slope = torch.stack([residual @ residual, residual @ direction]).tolist()
-        tolerance, stiffest, status = self._tolerance(b.dtype), 0.0, self._unconverged()
+        tolerance, stiffest, status = self._tolerance(b.dtype), 0.0, Status.COMPLETE
         for _ in range(self.max_iterations):
             if not math.sqrt(squared) > tolerance:
                 break
@@ -107,9 +105,7 @@ class ConjugateGradient(_Krylov):
             residual = new_residual
             direction = conditioned + (new_slope / slope) * direction
             squared, slope = new_squared, new_slope
-        if math.sqrt(squared) <= tolerance:
-            status = Status.CONVERGED
-        return self._verified(system, b, SolveResult(x, math.sqrt(squared), products, status))
+        return self._finished(system, b, SolveResult(x, math.sqrt(squared), products, status))
 
 
 @dataclass(frozen=True)
@@ -117,13 +113,8 @@ class MinimumResidual(_Krylov):
     """MINRES (Paige and Saunders 1975), for symmetric operators of any sign.
 
     Minimizes ‖Ax − b‖ over the Krylov space, so that the residual never grows. On a singular system it ends at a
-    least-squares solution, with the residual that remains.
-
-    Cost: a product per iteration, one more for a given x0, and after more than 20 a check of the residual.
-
-    Attributes:
-        max_iterations: Iterations at most.
-        rtol: Stop when ‖Ax − b‖ <= rtol ‖b‖. Where it is None all iterations are done, and the status is COMPLETE.
+    least-squares solution, with the residual that remains. Cost and options are those of `ConjugateGradient`, without
+    a preconditioner.
 
     >>> from lightning_ifthpo.curvature import MatrixOperator
     >>> matrix = torch.diag(torch.tensor([1.0, -2.0]))
@@ -134,7 +125,7 @@ class MinimumResidual(_Krylov):
     def _solve(self, system: LinearSystem, b: Tensor, x0: Tensor | None) -> SolveResult:
         x, residual, products = _start(system, b, x0)
         error = float(torch.linalg.vector_norm(residual))
-        tolerance, eps, status = self._tolerance(b.dtype), torch.finfo(b.dtype).eps, self._unconverged()
+        tolerance, eps, status = self._tolerance(b.dtype), torch.finfo(b.dtype).eps, Status.COMPLETE
         # Lanczos vectors v, directions d (the columns of V R⁻¹), and the last two of the rotations that make R
         v_old, v = torch.zeros_like(b), residual / error
         d_old, d = torch.zeros_like(b), torch.zeros_like(b)
@@ -160,13 +151,11 @@ class MinimumResidual(_Krylov):
             x = x + (cos * signed_error) * d
             signed_error *= -sin
             v_old, v, beta = v, image / max(beta_new, torch.finfo(b.dtype).tiny), beta_new
-        if abs(signed_error) <= tolerance:
-            status = Status.CONVERGED
-        return self._verified(system, b, SolveResult(x, abs(signed_error), products, status))
+        return self._finished(system, b, SolveResult(x, abs(signed_error), products, status))
 
 
 def _start(system: LinearSystem, b: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor, int]:
-    """Returns the first iterate, its residual, and the products spent on it."""
+    """Returns the first iterate, its residual, and the number of products used."""
     if x0 is None or not bool(x0.any()):
         return torch.zeros_like(b), b, 0
     return x0, b - system.matvec(x0), 1

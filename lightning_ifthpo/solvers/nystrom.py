@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_ifthpo.core.random_state import Stream, derive_seed
-from lightning_ifthpo.core.validation import require_at_least
-from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, status_without_tolerance
+from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, at_least, status_without_tolerance
 from lightning_ifthpo.solvers.system import LinearSystem
 
 
@@ -17,9 +16,9 @@ from lightning_ifthpo.solvers.system import LinearSystem
 class Nystrom(Solver):
     """(U Λ Uᵀ + δI)⁻¹ b, with the r largest eigenvalues of A as seen in r random directions (Frangella et al. 2023).
 
-    For positive semi-definite curvature with few large eigenvalues. Outside of the span of the r directions A counts as
-    zero, and 1/δ is its inverse there: the damping has to be of the size of the eigenvalues that are left out.
-    Directions of negative curvature are left out too, and the status is then NEGATIVE_CURVATURE.
+    For positive semi-definite curvature with few large eigenvalues. The inverse is 1/δ outside of the r directions, so
+    the damping should be as large as the eigenvalues that are left out. Directions of negative curvature are left out
+    too, and the status is then NEGATIVE_CURVATURE.
 
     Cost: r products and r vectors of memory; one extra product measures the residual.
 
@@ -33,13 +32,8 @@ class Nystrom(Solver):
     tensor([0.2000, 0.5000, 1.0000])
     """
 
-    rank: int = 20
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_at_least("rank", self.rank, 1)
-        require_at_least("seed", self.seed, 0)
+    rank: int = at_least(1, default=20)
+    seed: int = at_least(0, default=0)
 
     def approximation(self, system: LinearSystem) -> LowRank:
         """Returns A + δI with A approximated from r products."""
@@ -68,14 +62,12 @@ class Nystrom(Solver):
         approximation = self.approximation(system)
         if not approximation.damped and approximation.products < len(b):
             raise ValueError(
-                f"Nystrom(rank={self.rank}) needs damping > 0 on {len(b)} parameters: the part of the curvature that "
-                "it does not see would be divided by zero; pass damping, or rank >= the number of parameters"
+                f"Nystrom(rank={self.rank}) needs damping > 0 on {len(b)} parameters, because it divides by damping "
+                "outside of its directions; pass damping, or rank >= the number of parameters"
             )
         x = approximation.solve(b)
         residual = system.relative_residual(x, b)
-        status = status_without_tolerance(residual, b.dtype)
-        if approximation.negative:
-            status = Status.NEGATIVE_CURVATURE
+        status = Status.NEGATIVE_CURVATURE if approximation.negative else status_without_tolerance(residual, b.dtype)
         return SolveResult(x, residual, approximation.products, status, extra_products=1)
 
 
@@ -88,7 +80,7 @@ class LowRank:
         values: Λ > 0, [r], descending.
         scale: S, [n]; ones without damping.
         damped: Whether there is damping.
-        products: Products that were spent on it.
+        products: Products with A that were used.
         negative: Whether a direction of negative curvature was left out.
     """
 
@@ -101,17 +93,14 @@ class LowRank:
 
     def solve(self, b: Tensor) -> Tensor:
         """Returns its inverse times b: [n]; without damping its pseudo-inverse."""
-        delta = float(self.damped)
         right = self.scale * b
         seen = self.basis.T @ right
         rest = right - self.basis @ seen if self.damped else torch.zeros_like(right)
-        return self.scale * (self.basis @ (seen / (self.values + delta)) + rest)
+        return self.scale * (self.basis @ (seen / (self.values + float(self.damped))) + rest)
 
     def precondition(self, v: Tensor) -> Tensor:
         """Returns P⁻¹v: [n], where P⁻¹ makes the r eigenvalues equal and leaves the others as they are."""
         if not len(self.values):
             return self.scale.square() * v
-        delta = float(self.damped)
-        right = self.scale * v
-        seen = self.basis.T @ right
-        return self.scale * (right + self.basis @ (seen * ((self.values[-1] + delta) / (self.values + delta) - 1.0)))
+        right, values = self.scale * v, self.values + float(self.damped)
+        return self.scale * (right + self.basis @ ((self.basis.T @ right) * (values[-1] / values - 1.0)))

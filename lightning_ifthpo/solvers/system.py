@@ -1,4 +1,4 @@
-"""A curvature and its damping side by side, as solvers see them."""
+"""The linear system that solvers see: a curvature and its damping."""
 
 from __future__ import annotations
 
@@ -11,16 +11,12 @@ from lightning_ifthpo.curvature.base import CurvatureOperator, DampedOperator
 class LinearSystem:
     """The matrix A + δI, or A + diag(δ), of a linear system.
 
-    Solvers that only need products call `matvec`; those that treat A and δ differently use both attributes.
-
     Args:
         operator: A, symmetric, on vectors [n]. If it is damped already, its damping is added to δ.
-        damping: δ >= 0, a number or [n], in loss / parameter².
+        damping: δ >= 0, a number or [n], in loss / parameter²; as an attribute, on the device and in the dtype of A.
 
     Attributes:
-        operator: A.
-        damping: δ, on the device and in the dtype of A.
-        matrix: A + δI as one operator.
+        matrix: A + δI as one operator, for solvers that only need its products.
 
     Raises:
         ValueError: If δ is a vector that does not have shape [n].
@@ -30,12 +26,11 @@ class LinearSystem:
         if isinstance(operator, DampedOperator):
             damping = operator.delta + damping
             operator = operator.operator
-        self.operator = operator
-        self.matrix: CurvatureOperator = operator
+        self.operator = self.matrix = operator
         self.damping = damping
         if isinstance(damping, Tensor) or damping != 0.0:
-            damped = DampedOperator(operator, damping)
-            self.matrix, self.damping = damped, damped.delta
+            self.matrix = damped = DampedOperator(operator, damping)
+            self.damping = damped.delta
 
     def matvec(self, v: Tensor) -> Tensor:
         """Returns (A + δI) v for v: [n], by one product."""

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 def check_linear_in_lr(optimizer: Optimizer) -> None:
     """Raises ValueError unless an optimizer's update is proportional to its learning rate.
 
-    An optimizer of the same class and options makes a third step on a 2 × 2 matrix, at the learning rates 0.01 and 1;
-    at 1 ExactGeN reads updates. So no list of optimizers is needed.
+    The third step of an optimizer of the same class and options, on a 2 × 2 matrix, is compared at the learning rates
+    0.01 and 1. ExactGeN reads updates at 1.
     """
     name = type(optimizer).__name__
     if any(group.get("maximize") for group in optimizer.param_groups):
@@ -38,16 +38,12 @@ def _third_update(optimizer: Optimizer, rate: float) -> Tensor:
     weight = torch.linspace(0.5, 1.5, 4, dtype=torch.float64).view(2, 2).requires_grad_()
     accepted = inspect.signature(type(optimizer).__init__).parameters
     rejected = ("lr", "params", "fused", "foreach", "capturable", "differentiable")
-    options = {
-        key: copy.copy(value)
-        for key, value in optimizer.param_groups[0].items()
-        if key in accepted and key not in rejected
-    }
+    group = optimizer.param_groups[0]
+    options = {key: copy.copy(group[key]) for key in group if key in accepted and key not in rejected}
     twin = type(optimizer)([weight], **({"lr": 0.01} | options))
-    for step, gradient in enumerate((0.3, -0.7, 0.4)):
+    for gradient, lr in ((0.3, 0.01), (-0.7, 0.01), (0.4, rate)):
         weight.grad = gradient * torch.linspace(1.0, 2.0, 4, dtype=torch.float64).view(2, 2)
-        if step == 2:
-            twin.param_groups[0]["lr"] = rate
+        twin.param_groups[0]["lr"] = lr
         before = weight.detach().clone()
         twin.step()
     return before - weight.detach()

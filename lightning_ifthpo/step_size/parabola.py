@@ -1,4 +1,4 @@
-"""A loss along a direction, to second order: L(w − αω) ≈ L(w) − α slope + α²/2 curvature."""
+"""The loss along an update as a parabola, from derivatives or from losses."""
 
 from __future__ import annotations
 
@@ -36,15 +36,11 @@ class Parabola:
 
     @property
     def optimal_step(self) -> float | None:
-        """α* = slope / curvature, where the parabola is lowest; None where it has no lowest point.
-
-        That is where the curvature is not positive: a linear or concave stretch, or 0/0, as in a network whose units
-        are all dead or exactly at their kink (Bu and Xu 2024, eq. 3.1).
-        """
+        """The lowest point α* = slope / curvature (Bu and Xu 2024, eq. 3.1); None if the curvature is not positive."""
         return self.slope / self.curvature if self.curvature > 0.0 and math.isfinite(self.slope) else None
 
     def at(self, step: float) -> Parabola:
-        """Returns the same parabola as seen from w − step · ω."""
+        """Returns the same parabola, seen from w − step · ω."""
         return Parabola(self.slope - step * self.curvature, self.curvature, self.squared_length)
 
     @property
@@ -54,7 +50,7 @@ class Parabola:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all three numbers are."""
+        """Whether all three numbers are finite."""
         return all(map(math.isfinite, (self.slope, self.curvature, self.squared_length)))
 
 
@@ -74,8 +70,8 @@ def exact_parabola(
         curvature: "hessian", exact; "gauss_newton", never negative for a convex loss of the outputs;
             "finite_difference", from two gradients on either side of w.
 
-    Cost: for the Hessian one forward pass, one differentiable gradient and one product; for Gauss–Newton a forward pass
-    in forward mode, or the cost of the Hessian if an operation has no derivative in forward mode; by finite differences
+    Cost: for the Hessian one forward pass, one differentiable gradient and one product. For Gauss–Newton a forward pass
+    in forward mode, or the cost of the Hessian if an operation has no derivative in forward mode. By finite differences
     two gradients. Over several processes, one collective of two numbers.
 
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -98,16 +94,16 @@ def three_point_parabola(
 ) -> Parabola:
     """Returns slope and curvature as differences of three losses, L(w + αω), L(w) and L(w − αω).
 
-    It needs no derivative, and sees the loss at the scale of a step, kinks included. All three losses draw the same
-    random numbers. A curvature that is not larger than rounding is returned as zero.
+    It needs no derivative, and sees kinks at the scale of a step. All three losses draw the same random numbers. A
+    curvature that is not larger than rounding is returned as zero.
 
     Args:
         loss: Callable without arguments that returns the scalar loss, or (loss, outputs); or a `Loss`.
         parameters: The tensors w.
         direction: ω, shaped like the parameters; `None` for zeros.
-        step: α. It is made longer where the second difference would drown in rounding, so that α‖ω‖ is at least
-            cbrt(machine epsilon) · max(1, ‖w‖). If it is zero, up to a hundred times that length is tried, until the
-            second difference exceeds rounding.
+        step: α; at least cbrt(machine epsilon) · max(1, ‖w‖) / ‖ω‖ is used, because the second difference of a shorter
+            step drowns in rounding. If α is zero, 1, 10 and 100 times that length are tried in turn, until the second
+            difference exceeds rounding.
 
     Cost: three forward passes, up to nine if no step is given, and one extra copy of the parameters.
 
@@ -117,12 +113,11 @@ def three_point_parabola(
     (20.0, 40.0)
     """
     whole = as_loss(loss, parameters)
-    tensors = whole.parameters
     length = math.sqrt(sum(float(part.square().sum()) for part in direction if part is not None))
     if length == 0.0 or not math.isfinite(length):
         return Parabola(length, length, length)
-    extent = max(1.0, math.sqrt(sum(float(tensor.detach().square().sum()) for tensor in tensors)))
-    roughest = max((tensor.dtype for tensor in tensors), key=lambda dtype: torch.finfo(dtype).eps)
+    extent = max(1.0, math.sqrt(sum(float(tensor.detach().square().sum()) for tensor in whole.parameters)))
+    roughest = max((tensor.dtype for tensor in whole.parameters), key=lambda dtype: torch.finfo(dtype).eps)
     shortest = torch.finfo(roughest).eps ** (1 / 3) * extent / length
     with whole.along(direction) as at:
 
@@ -143,22 +138,19 @@ def fitted_parabola(
     squared_length: float = math.nan,
     dtype: torch.dtype = torch.float32,
 ) -> Parabola:
-    """Returns the parabola that fits losses at several steps best, by least squares.
+    """Returns the least-squares parabola through losses at several steps.
 
-    With the steps −a, 0, a it takes the differences of the published approximate method. The curvature is a second
-    difference of the losses. For short steps rounding exceeds that difference; then the curvature is returned as zero,
-    and the parabola has no optimal step.
+    The steps −a, 0, a give the differences of the published approximate method. A curvature that is not larger than
+    rounding, as for short steps, is returned as zero, and the parabola then has no optimal step.
 
     Args:
-        loss_at: Returns L(w − αω) for a step α.
+        loss_at: Returns L(w − αω) for a step α; called once for each step.
         steps: At least three different steps.
         squared_length: ‖ω‖², where it is known.
         dtype: The dtype in which the losses were computed.
 
     Raises:
         ValueError: If there are fewer than three different steps.
-
-    Cost: one forward pass for each step.
 
     >>> parabola = fitted_parabola(lambda step: (1 - step) ** 2, [-0.1, 0.0, 0.1])
     >>> round(parabola.slope, 6), round(parabola.curvature, 6)
@@ -170,27 +162,19 @@ def fitted_parabola(
     losses = [loss_at(step) for step in steps]
     if not all(map(math.isfinite, losses)):
         return Parabola(math.nan, math.nan, squared_length)
-    first, second = _parabola([step / scale for step in steps], losses)
-    # a loss is known to half a unit in the last place; a fit sees about twice that in its last coefficient
-    noise = 2 * torch.finfo(dtype).eps * max(map(abs, losses))
-    curvature = 2 * second / scale**2 if abs(second) > noise else 0.0
-    return Parabola(-first / scale, curvature, squared_length)
-
-
-def _parabola(steps: Sequence[float], losses: Sequence[float]) -> tuple[float, float]:
-    """Returns b and c of the least-squares parabola a + bx + cx² through points, in exact arithmetic.
-
-    LAPACK's rounding depends on the alignment of its arguments in memory, and a run could not be repeated bit for bit.
-    """
-    x, y = list(map(Fraction, steps)), list(map(Fraction, losses))
+    # exact arithmetic: the rounding of LAPACK depends on memory alignment, and runs would not repeat bit for bit
+    x, y = [Fraction(step / scale) for step in steps], list(map(Fraction, losses))
     center = sum(x, Fraction()) / len(x)
     linear = [value - center for value in x]
     variance = _dot(linear, linear) / len(x)
     skew = _dot(linear, [value * value for value in linear]) / (len(x) * variance)
-    quadratic = [value * value - skew * value - variance for value in linear]  # orthogonal to 1 and to the linear one
-    first = _dot(linear, y) / _dot(linear, linear)
+    quadratic = [value * value - skew * value - variance for value in linear]  # orthogonal to 1 and to `linear`
     second = _dot(quadratic, y) / _dot(quadratic, quadratic)
-    return float(first - second * (2 * center + skew)), float(second)
+    first = float(_dot(linear, y) / _dot(linear, linear) - second * (2 * center + skew))
+    # rounding is half a unit in the last place of a loss, and about twice that in the last coefficient of the fit
+    noise = 2 * torch.finfo(dtype).eps * max(map(abs, losses))
+    curvature = 2 * float(second) / scale**2 if abs(float(second)) > noise else 0.0
+    return Parabola(-first / scale, curvature, squared_length)
 
 
 def _dot(left: Sequence[Fraction], right: Sequence[Fraction]) -> Fraction:
@@ -198,7 +182,7 @@ def _dot(left: Sequence[Fraction], right: Sequence[Fraction]) -> Fraction:
 
 
 def _slope_and_curvature(loss: Loss, omega: Tensor, curvature: LossCurvature) -> tuple[Tensor, Tensor]:
-    """Returns ∇L·ω and ωᵀAω of a loss of a single process."""
+    """Returns ∇L·ω and ωᵀAω of this process's loss."""
     if curvature == "gauss_newton":
         with suppress(RuntimeError):  # an operation without a derivative in forward mode
             slope, curved = forward_slope_and_curvature(loss, omega)

@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from itertools import cycle
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ifthpo.step_size.parabola import Parabola
-
-
-class Rule(Protocol):
-    """Chooses a learning rate from the parabolas that it observes."""
-
-    lr: float | None
-    refused: int
-
-    @property
-    def settled(self) -> bool:
-        """Whether the rate has stopped changing fast, so that looks can be rare."""
-
-    def observe(self, parabola: Parabola) -> bool:
-        """Changes the rate; returns whether the parabola was used."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns what changes, as plain numbers."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a state."""
+from lightning_ifthpo.step_size.rules import Rule
+from lightning_ifthpo.step_size.update import Update
 
 
 class GroupRates:
@@ -41,11 +23,12 @@ class GroupRates:
 
     Attributes:
         rules: One rule, or one for each group.
-        multipliers: The rate of each group over that of its rule.
+        multipliers: The rate of each group over the rate of its rule.
+        applied: The rate at which each rule's part of the last update was applied.
     """
 
     def __init__(self, optimizer: Optimizer, make_rule: Callable[[], Rule], per_group: bool) -> None:
-        # a warm-up that is being replaced has already set the rates themselves to zero
+        # a warm-up that is being replaced has set `lr` to zero
         rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
         highest = max(rates)
         self._optimizer = optimizer
@@ -53,16 +36,12 @@ class GroupRates:
         self._per_group = per_group
         self.multipliers = [1.0 if per_group or not highest else rate / highest for rate in rates]
         self.rules = [make_rule() for _ in (rates if per_group else [highest])]
+        self.applied = [0.0] * len(self.rules)
 
     @property
     def started(self) -> bool:
         """Whether a rule has chosen a rate."""
         return any(rule.lr is not None for rule in self.rules)
-
-    @property
-    def settled(self) -> bool:
-        """Whether all rules have settled."""
-        return all(rule.settled for rule in self.rules)
 
     def of_rules(self, factor: float) -> list[float]:
         """Returns the rate of each rule, times a factor."""
@@ -70,15 +49,20 @@ class GroupRates:
 
     def of_groups(self, factor: float) -> list[float | Tensor]:
         """Returns the rate of each parameter group, times a factor."""
-        rates = self.of_rules(factor)
-        return [rates[self._rule_of(index)] * multiplier for index, multiplier in enumerate(self.multipliers)]
+        rates = cycle(self.of_rules(factor))  # a single rule serves all groups
+        return [rate * multiplier for rate, multiplier in zip(rates, self.multipliers, strict=False)]
 
-    def parameters_of_rules(self) -> list[list[Tensor]]:
-        """Returns the parameters for which each rule chooses the rate."""
-        parameters: list[list[Tensor]] = [[] for _ in self.rules]
-        for index, group in enumerate(self._optimizer.param_groups):
-            parameters[self._rule_of(index)].extend(group["params"])
-        return parameters
+    def parts(self, update: Update) -> list[Update]:
+        """Returns the part of an update that belongs to each rule."""
+        if not self._per_group:
+            return [update]
+        return [update.restricted_to(group["params"]) for group in self._optimizer.param_groups]
+
+    def apply(self, update: Update, factor: float) -> None:
+        """Moves the weights by each rule's part of an update, at the rate of the rule times a factor."""
+        self.applied = self.of_rules(factor)
+        for part, rate in zip(self.parts(update), self.applied, strict=True):
+            part.apply(rate)
 
     def write(self, rates: Sequence[float | Tensor]) -> None:
         """Sets the learning rates of the optimizer's groups."""
@@ -90,35 +74,27 @@ class GroupRates:
 
     def include_new_groups(self, factor: float) -> None:
         """Includes groups that were added during training, by the ratio of their rate to the highest present rate."""
-        new = self._optimizer.param_groups[len(self.multipliers) :]
-        if not new:
-            return
         present = max(float(rate) for rate in self.of_groups(factor))
-        for group in new:
+        for group in self._optimizer.param_groups[len(self.multipliers) :]:
             self.multipliers.append(1.0 if self._per_group or not present else float(group["lr"]) / present)
             if self._per_group:
                 self.rules.append(self._make_rule())
+                self.applied.append(0.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what changes, as plain numbers."""
         rules = [{"name": type(rule).__name__} | rule.state_dict() for rule in self.rules]
-        return {"multipliers": self.multipliers, "rules": rules}
+        return {"multipliers": self.multipliers, "rules": rules, "applied": self.applied}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a state.
-
-        Raises:
-            ValueError: If it belongs to another scheduler, or to other options.
-        """
+        """Continues from a state; raises ValueError if it belongs to another scheduler, or to other options."""
+        expected = [type(rule).__name__ for rule in self.rules]
         names = [rule.get("name") for rule in state.get("rules", [])]
-        if names != [type(rule).__name__ for rule in self.rules]:
+        if names != expected:
             raise ValueError(
                 f"the checkpoint holds the state of {names or 'another scheduler'}, and this ExactGeN has the rules "
-                f"{[type(rule).__name__ for rule in self.rules]}; resume with the options of the run that wrote it"
+                f"{expected}; resume with the options of the run that wrote it"
             )
-        self.multipliers = state["multipliers"]
+        self.multipliers, self.applied = state["multipliers"], state["applied"]
         for rule, rule_state in zip(self.rules, state["rules"], strict=True):
             rule.load_state_dict(rule_state)
-
-    def _rule_of(self, group: int) -> int:
-        return group if self._per_group else 0

@@ -19,8 +19,8 @@ from lightning_ifthpo.core.validation import is_ascending, is_number, require_at
 from lightning_ifthpo.curvature.kinds import LossCurvature
 from lightning_ifthpo.step_size.linearity import check_linear_in_lr
 from lightning_ifthpo.step_size.parabola import Parabola, exact_parabola, three_point_parabola
-from lightning_ifthpo.step_size.rates import GroupRates, Rule
-from lightning_ifthpo.step_size.rules import AveragedRule, PublishedRule
+from lightning_ifthpo.step_size.rates import GroupRates
+from lightning_ifthpo.step_size.rules import AveragedRule, PublishedRule, Rule
 from lightning_ifthpo.step_size.update import Update
 
 DirectionalCurvature: TypeAlias = Literal["three_point"] | LossCurvature
@@ -31,11 +31,7 @@ _RULES: dict[str, Callable[[float, float], Rule]] = {"averaged": AveragedRule, "
 
 @dataclass(frozen=True)
 class RateOptions:
-    """How a rate is chosen: the options that `ExactGeNLR` and `ExactGeN` share, described there.
-
-    Raises:
-        ValueError: If an option is out of range.
-    """
+    """The options that `ExactGeNLR` and `ExactGeN` share; see there."""
 
     rule: Literal["averaged", "published"] = "averaged"
     probe: Literal["next_batch", "same_batch"] = "next_batch"
@@ -54,22 +50,16 @@ class RateOptions:
             raise ValueError(f"expected 0 <= final_decay <= 1, a fraction of the run, got {self.final_decay!r}")
         require_flag("per_group", self.per_group)
         if self.per_group and self.probe == "same_batch":
-            raise ValueError(
-                "per_group=True needs probe='next_batch': at the start of a step, a group does not know the moves of "
-                "the others"
-            )
+            raise ValueError("per_group=True needs probe='next_batch': on the same batch no other group has moved")
 
 
 class ExactGeNLR(LRScheduler):
     """Chooses the learning rate from slope and curvature along the updates that the optimizer really makes.
 
     At every step until the rate has settled, and at every n-th step after that, the optimizer makes its step at
-    learning rate one. Its update ω is read off and applied again with the chosen rate, see `Update`; the state of the
-    optimizer advances once. During such a step `param_groups[...]["lr"]` is one, times the ratios of the groups.
-    `probe` then looks along ω: it measures slope and curvature of the loss. The initial rates of the groups count only
-    in relation to each other.
-
-    Call `probe` with the loss of each batch before `optimizer.step()`, and `step()` after it:
+    learning rate one (times the ratios of the groups). The scheduler reads off the update ω and applies it again at the
+    chosen rate; the optimizer's state advances once. A look then measures slope and curvature of the loss along ω. Call
+    `probe` with the loss of each batch before `optimizer.step()`, and `step()` after it:
 
     >>> weight = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
     >>> optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -85,30 +75,32 @@ class ExactGeNLR(LRScheduler):
     True
 
     Args:
-        optimizer: One whose update is linear in its learning rate; see `check_linear_in_lr`.
-        total_steps: Optimizer steps of the whole run, which the final decay needs; None for no decay.
+        optimizer: Its update must be linear in its learning rate; see `check_linear_in_lr`. The initial rates of its
+            groups count only in relation to each other.
+        total_steps: Optimizer steps of the whole run, for the final decay; None for no decay. May be set later.
         every_n_steps: Optimizer steps between two looks once the rate has settled, at least 1.
         rule: "averaged", see `AveragedRule`; "published", see `PublishedRule`.
-        probe: "next_batch": slope and curvature on the batch after the one that made the update; "same_batch": on the
-            same batch, which is safe for plain gradient descent only.
+        probe: "next_batch" looks on the batch after the one that made the update; "same_batch" on the same batch, which
+            is safe for plain gradient descent only.
         curvature: "three_point" fits a parabola to the losses at both ends of the step and one step beyond, by forward
             passes alone; "hessian", "gauss_newton" or "finite_difference", see `exact_parabola`.
         lr_min: Lower bound of the rate.
         lr_max: Upper bound of the rate.
         final_decay: Fraction of the run, at its end, over which the rate goes to zero linearly, without further looks.
         per_group: Choose a rate for each parameter group, from the loss along its own part of the update while the
-            other groups make theirs; the initial rates then do not count at all. One look for each group.
+            other groups make theirs. The initial rates then do not count at all. One look for each group.
 
     Cost of a look: see `three_point_parabola` and `exact_parabola`; and a copy of the weights.
 
     Attributes:
+        rules: The rule that chooses the rate, or one for each parameter group.
         looks: Number of looks so far.
-        parabolas: What the last look measured: one parabola, or one for each group; empty before the first.
+        parabolas: The result of the last look: one parabola, or one for each group; empty before the first look.
         accepted: Whether the last look was used.
-        total_steps: As above; may be set as long as the decay has not begun.
 
     Raises:
         ValueError: If an argument is out of range, or the optimizer's update is not linear in its rate.
+        TypeError: If `optimizer` is no torch optimizer.
     """
 
     def __init__(
@@ -134,62 +126,52 @@ class ExactGeNLR(LRScheduler):
             raise TypeError(f"expected a torch optimizer, got {optimizer!r}")
         check_linear_in_lr(optimizer)
         self._rates = GroupRates(optimizer, partial(_RULES[rule], lr_min, lr_max), per_group)
+        self.rules = self._rates.rules
         self.total_steps = total_steps
         self._every = every_n_steps
         self._curvature = curvature
         self._loss: LossFunction | Loss | None = None
         self._before: tuple[list[Tensor], list[Tensor]] | None = None  # the weights, and copies of them
         self._update: Update | None = None
-        self._applied = [0.0] * len(self._rates.rules)
         self.looks = 0
         self.parabolas: list[Parabola] = []
         self.accepted = True
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._hooks = [optimizer.register_step_pre_hook(self._before_step)]
+        self._hooks.append(optimizer.register_step_post_hook(self._after_step))
         super().__init__(optimizer)
-
-    @property
-    def rules(self) -> list[Rule]:
-        """The rule that chooses the rate, or one for each parameter group."""
-        return self._rates.rules
 
     @property
     def refused(self) -> int:
         """Number of parabolas that could not be used."""
-        return sum(rule.refused for rule in self._rates.rules)
+        return sum(rule.refused for rule in self.rules)
 
     @property
     def is_pending(self) -> bool:
-        """Whether an update has been read off, so that the next `probe` looks along it."""
+        """Whether the next `probe` looks along an update."""
         return self._update is not None
 
     @property
     def wants_loss(self) -> bool:
-        """Whether `probe` has an effect at this moment; at other times it can be left out."""
+        """Whether `probe` has an effect at present; at other times the call can be left out."""
         return self.is_pending or self._options.probe == "same_batch" or not self._rates.started
 
     def probe(self, loss: LossFunction | Loss) -> None:
-        """Takes the loss of the present batch, and looks along the last update if one has been read off.
-
-        Random numbers of the caller are left unchanged.
+        """Keeps the loss of the present batch, looks along the last update if there is one, and restores random states.
 
         Args:
             loss: Callable without arguments that returns the scalar loss. A `Loss` where evaluations have side effects
-                to undo, such as running statistics of BatchNorm (`Loss.session`), or where processes have a share of
-                the loss each and take the same steps.
+                to undo (`Loss.session`), such as running statistics of BatchNorm, or where each process has a share.
         """
-        self._include_new_groups()
+        self._rates.include_new_groups(self._decay())
         self._loss = loss
         if self._update is not None:
             update, self._update = self._update, None
-            self._look(update, self._applied)
+            self._look(update, self._rates.applied)
             self._rates.write(self.get_lr())
 
     def step(self, epoch: int | None = None) -> None:
-        """Counts an optimizer step, also one that a loss scaler has skipped, and sets the rates of the next."""
-        self._include_new_groups()
+        """Counts an optimizer step, even if a loss scaler has skipped it, and sets the rates of the next."""
+        self._rates.include_new_groups(self._decay())
         self.last_epoch += 1
         self._last_lr = self.get_lr()
         self._rates.write(self._last_lr)
@@ -203,45 +185,35 @@ class ExactGeNLR(LRScheduler):
         return self._rates.state_dict() | {
             "last_epoch": self.last_epoch,
             "update": None if self._update is None else self._update.omega,
-            "applied": self._applied,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from a state.
-
-        Raises:
-            ValueError: If it belongs to another scheduler, or to other options.
-        """
+        """Continues from a state; raises ValueError if it belongs to another scheduler, or to other options."""
         self._rates.load_state_dict(state_dict)
         self.last_epoch = state_dict["last_epoch"]
         if state_dict["update"] is not None:
             weights = self._trainable()
-            pairs = zip(weights, state_dict["update"], strict=True)
-            self._update = Update(weights, [omega.to(weight.device) for weight, omega in pairs])
-        self._applied = state_dict["applied"]
+            omegas = zip(state_dict["update"], weights, strict=True)
+            self._update = Update(weights, [omega.to(weight.device) for omega, weight in omegas])
         self._rates.write(self.get_lr())
 
     def detach(self) -> None:
-        """Removes the hooks from the optimizer, which keeps its present rates; forgets losses and data."""
+        """Removes the hooks from the optimizer, which keeps its present rates, and releases the loss and its data."""
         for hook in self._hooks:
             hook.remove()
         self._rates.write(self.get_lr())
-        self._loss, self._update = None, None
+        self._loss = self._update = None
 
     def _decay(self) -> float:
-        """Returns the factor of the final decay; one before it."""
+        """Returns the factor of the final decay; one before the decay."""
         if not self.total_steps or not self._options.final_decay:
             return 1.0
         left = (self.total_steps - self.last_epoch) / (self._options.final_decay * self.total_steps)
         return min(1.0, max(left, 0.0))
 
-    def _include_new_groups(self) -> None:
-        self._rates.include_new_groups(self._decay())
-        self._applied += [0.0] * (len(self._rates.rules) - len(self._applied))
-
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        self._include_new_groups()
-        due = self.last_epoch % self._every == 0 or not self._rates.settled
+        self._rates.include_new_groups(self._decay())
+        due = self.last_epoch % self._every == 0 or not all(rule.settled for rule in self.rules)
         # No looks during the final decay: the rate must not rise again.
         if not self._rates.started or (due and self._decay() == 1.0):
             weights = self._trainable()
@@ -249,51 +221,39 @@ class ExactGeNLR(LRScheduler):
             self._rates.write(self._rates.multipliers)
         else:
             self._before = None
-            self._rates.write(self.get_lr())  # an interrupted step may have left others
+            self._rates.write(self.get_lr())  # an interrupted step may have left other rates
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self._before is None:
             return
-        update, self._before = Update.taken_back(*self._before), None
+        update, self._before = Update.undo_step(*self._before), None
         on_same_batch = self._options.probe == "same_batch"
         if on_same_batch or not self._rates.started:
-            if self._loss is None:
-                raise RuntimeError("ExactGeNLR needs a loss to look at: call probe(loss) before optimizer.step()")
-            self._look(update, [0.0] * len(self._rates.rules))
-        self._applied = self._rates.of_rules(self._decay())
-        for part, rate in zip(self._parts(update), self._applied, strict=True):
-            part.apply(rate)
+            self._look(update, [0.0] * len(self.rules))
+        self._rates.apply(update, self._decay())
         self._update = None if on_same_batch else update
         self._rates.write(self.get_lr())
 
     def _look(self, update: Update, applied: list[float]) -> None:
-        """Shows each rule the loss along its part of an update, as seen from where the step began.
-
-        Args:
-            update: The update.
-            applied: The rate at which each rule's part has been applied since.
-        """
+        """Shows each rule the loss along its part of an update, which has been applied at these rates."""
+        if self._loss is None:
+            raise RuntimeError("ExactGeNLR needs a loss to look at: call probe(loss) before optimizer.step()")
         self.looks += 1
-        self.parabolas, used = [], []
-        for part, rate, rule in zip(self._parts(update), applied, self._rates.rules, strict=True):
-            parabola = self._measured(part, rate) if part.parameters else Parabola(0.0, 0.0, 0.0)
-            self.parabolas.append(parabola.at(-rate))
-            used.append(rule.observe(self.parabolas[-1]))
+        pairs = zip(self._rates.parts(update), applied, strict=True)
+        self.parabolas = [self._parabola(self._loss, part, rate) for part, rate in pairs]
+        used = [rule.observe(parabola) for rule, parabola in zip(self.rules, self.parabolas, strict=True)]
         self.accepted = any(used)
 
-    def _measured(self, update: Update, step: float) -> Parabola:
-        """Returns the loss along an update, from the present weights."""
-        assert self._loss is not None
-        loss = as_loss(self._loss, update.parameters).over(update.parameters)
-        with isolated(loss.space.device), torch.enable_grad(), loss.session():
+    def _parabola(self, loss: LossFunction | Loss, update: Update, applied: float) -> Parabola:
+        """Returns the loss along an update, as seen from where the weights were before it was applied."""
+        if not update.parameters:
+            return Parabola(0.0, 0.0, 0.0)
+        along = as_loss(loss, update.parameters).over(update.parameters)
+        with isolated(along.space.device), torch.enable_grad(), along.session():
             if self._curvature == "three_point":
-                return three_point_parabola(loss, update.parameters, update.omega, step=step)
-            return exact_parabola(loss, update.parameters, update.omega, curvature=self._curvature)
+                return three_point_parabola(along, update.parameters, update.omega, step=applied).at(-applied)
+            return exact_parabola(along, update.parameters, update.omega, curvature=self._curvature).at(-applied)
 
     def _trainable(self) -> list[Tensor]:
         groups = self.optimizer.param_groups
         return [tensor for group in groups for tensor in group["params"] if tensor.requires_grad]
-
-    def _parts(self, update: Update) -> list[Update]:
-        """Returns the part of an update that belongs to each rule."""
-        return [update.restricted_to(parameters) for parameters in self._rates.parameters_of_rules()]

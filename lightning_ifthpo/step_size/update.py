@@ -13,17 +13,16 @@ from torch import Tensor
 class Update:
     """ω of one optimizer step: a step at learning rate η moves the weights from w to w − ηω.
 
-    ω has all of the optimizer's momentum, preconditioning, weight decay and clipping in it. Reading it off needs a step
-    that is linear in the learning rate, see `check_linear_in_lr`, and advances the state of the optimizer once.
+    ω includes momentum, preconditioning, weight decay and clipping.
 
     Attributes:
         parameters: The tensors w.
-        omega: ω, shaped like them.
+        omega: ω, shaped like the parameters.
 
     >>> w = torch.tensor([3.0])
     >>> before = [w.clone()]
     >>> w -= 2.0  # a step at learning rate one
-    >>> update = Update.taken_back([w], before)
+    >>> update = Update.undo_step([w], before)
     >>> w, update.omega
     (tensor([3.]), [tensor([2.])])
     >>> update.apply(0.5)
@@ -36,12 +35,10 @@ class Update:
 
     @classmethod
     @torch.no_grad()
-    def taken_back(cls, parameters: Sequence[Tensor], before: list[Tensor]) -> Update:
-        """Returns the update of a step at learning rate one, and undoes the step bit for bit.
+    def undo_step(cls, parameters: Sequence[Tensor], before: list[Tensor]) -> Update:
+        """Undoes a step at learning rate one bit for bit, and returns its update.
 
-        Args:
-            parameters: The weights after the step.
-            before: Copies of the weights before the step; they are overwritten and become ω, which saves a copy.
+        `before` are copies of the weights before the step. They are overwritten with ω, which saves a copy.
         """
         for parameter, value in zip(parameters, before, strict=True):
             moved = value - parameter
@@ -56,7 +53,7 @@ class Update:
             parameter.sub_(omega, alpha=rate)
 
     def restricted_to(self, parameters: Sequence[Tensor]) -> Update:
-        """Returns the part of the update that moves some of the parameters."""
+        """Returns the part of the update that moves the given parameters."""
         wanted = {id(parameter) for parameter in parameters}
-        pairs = [(p, omega) for p, omega in zip(self.parameters, self.omega, strict=True) if id(p) in wanted]
-        return Update([p for p, _ in pairs], [omega for _, omega in pairs])
+        kept = [index for index, parameter in enumerate(self.parameters) if id(parameter) in wanted]
+        return Update([self.parameters[index] for index in kept], [self.omega[index] for index in kept])

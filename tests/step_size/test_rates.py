@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lightning_ifthpo.step_size.rates import GroupRates
+from lightning_ifthpo.step_size.update import Update
 
 
 class Fixed:
@@ -61,11 +62,21 @@ def test_before_a_rule_has_a_rate_nothing_moves():
 @pytest.mark.parametrize("per_group", [False, True])
 def test_parameters_belong_to_the_rule_of_their_group(per_group):
     sgd = optimizer(0.1, 0.4)
-    parts = GroupRates(sgd, Fixed, per_group).parameters_of_rules()
-    first, second = (group["params"] for group in sgd.param_groups)
-    assert [[id(p) for p in part] for part in parts] == (
-        [[id(first[0])], [id(second[0])]] if per_group else [[id(first[0]), id(second[0])]]
+    first, second = (group["params"][0] for group in sgd.param_groups)
+    parts = GroupRates(sgd, Fixed, per_group).parts(Update([first, second], [torch.ones(1), torch.zeros(1)]))
+    assert [[id(p) for p in part.parameters] for part in parts] == (
+        [[id(first)], [id(second)]] if per_group else [[id(first), id(second)]]
     )
+    assert [part.omega for part in parts] == ([[1.0], [0.0]] if per_group else [[1.0, 0.0]])
+
+
+def test_each_part_of_an_update_is_applied_at_the_rate_of_its_rule():
+    sgd, rules = optimizer(0.1, 0.4), iter([Fixed(2.0), Fixed(3.0)])
+    weights = [group["params"][0] for group in sgd.param_groups]
+    rates = GroupRates(sgd, lambda: next(rules), per_group=True)
+    rates.apply(Update(weights, [torch.ones(1), torch.ones(1)]), 0.5)
+    assert [weight.item() for weight in weights] == [-1.0, -1.5]
+    assert rates.applied == [1.0, 1.5]
 
 
 def test_rates_are_written_into_numbers_and_tensors():

@@ -90,14 +90,14 @@ def test_the_optimizer_is_left_alone_after_detaching():
     assert torch.equal(weight.detach(), before - 0.5 * gradient)
 
 
-def test_a_step_at_rate_one_is_read_off_and_taken_back_bit_for_bit():
+def test_a_step_at_rate_one_is_read_off_and_undo_step_bit_for_bit():
     weights = [torch.randn(3, device=DEVICE), torch.randn(2, 2, device=DEVICE)]
     before = [weight.clone() for weight in weights]
     steps = [torch.randn_like(weight) for weight in weights]
     for weight, step in zip(weights, steps, strict=True):
         weight.sub_(step)
     after = [weight.clone() for weight in weights]
-    update = Update.taken_back(weights, [weight.clone() for weight in before])
+    update = Update.undo_step(weights, [weight.clone() for weight in before])
     assert all(torch.equal(weight, value) for weight, value in zip(weights, before, strict=True))
     assert all(torch.equal(o, b - a) for o, b, a in zip(update.omega, before, after, strict=True))
     update.apply(0.25)
