@@ -18,18 +18,17 @@ Granularity: TypeAlias = Literal["global", "tensor", "weight"]
 class WeightDecay(Bounded):
     """An L2 penalty ½ Σ d_i w_i² with learned decay d.
 
-    The decay is d = 1 / (e^{−λ} + 1/maximum): close to e^λ while small, and always below `maximum`. Without a bound it
-    can grow beyond the stability limit 2/lr of gradient descent; then training diverges to NaN.
+    The decay is d = 1 / (e^{−λ} + 1/maximum): close to e^λ while small, and always below `maximum`.
 
     Args:
         module: Its parameters that require a gradient are decayed. They do not become parameters of this module.
         granularity: "global" for one decay for all weights, "tensor" for one per tensor, "weight" for one per weight.
         initial: Decay at the start, in (0, maximum); in loss / parameter².
-        maximum: Upper bound of each decay, in loss / parameter²; keep lr · maximum below 2.
+        maximum: Upper bound of each decay, in loss / parameter². From 2/lr on, gradient descent diverges.
 
     Raises:
         ValueError: If an argument is out of range, or no parameter requires a gradient.
-        TypeError: If `module` is no module.
+        TypeError: If `module` is not a module.
 
     >>> net = nn.Linear(2, 1, bias=False)
     >>> decay = WeightDecay(net, granularity="weight", initial=0.5)
@@ -40,13 +39,17 @@ class WeightDecay(Bounded):
     """
 
     def __init__(
-        self, module: nn.Module, granularity: Granularity = "global", *, initial: float = 1e-4, maximum: float = 1.0
+        self,
+        module: nn.Module,
+        granularity: Granularity = "global",
+        *,
+        initial: float = 1e-4,
+        maximum: float = 1.0,
     ) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"expected a module with weights to decay, got {module!r}")
         require_choice("granularity", granularity, get_args(Granularity))
         super().__init__(initial, maximum)
-        # A tuple, so that torch does not register the weights as parameters of this module.
         self.weights = tuple(parameter for parameter in module.parameters() if parameter.requires_grad)
         if not self.weights:
             raise ValueError(f"{type(module).__name__} has no parameters that require a gradient")
@@ -66,12 +69,11 @@ class WeightDecay(Bounded):
 
     def forward(self) -> Tensor:
         """Returns ½ Σ d_i w_i², a scalar."""
-        pairs = zip(self.decays(), self.weights, strict=True)
-        penalties = [(decay * weight.square()).sum() for decay, weight in pairs]
+        penalties = [(d * w.square()).sum() for d, w in zip(self.decays(), self.weights, strict=True)]
         return torch.stack(penalties).sum() / 2
 
     def check_training(self, parameters: Iterable[Tensor], lr: float | Tensor) -> None:
-        """Raises ValueError if a weight is not among `parameters`, those that are trained, or if lr · maximum >= 2."""
+        """Raises ValueError if a weight is not among the trained `parameters`, or if lr · maximum >= 2."""
         lr = float(lr)
         if not set(map(id, self.weights)) <= set(map(id, parameters)):
             raise ValueError(

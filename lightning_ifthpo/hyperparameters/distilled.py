@@ -37,7 +37,7 @@ class DistilledData(nn.Module):
 
     Raises:
         ValueError: If an argument is out of range, or `initial` has another shape or lies outside the bounds.
-        TypeError: If `generator` is no torch.Generator.
+        TypeError: If `generator` is not a torch.Generator.
 
     >>> data = DistilledData((2,), classes=2, initial=torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
     >>> images, labels = data()
@@ -69,7 +69,7 @@ class DistilledData(nn.Module):
         self.bounds = bounds
         full_shape = (classes * per_class, *shape)
         if isinstance(initial, Tensor):
-            start = self._unbounded(_validated_copy(initial, full_shape))
+            start = self._unbounded(initial.detach(), full_shape)
         else:
             if not (is_number(initial) and 0.0 <= initial < math.inf):
                 raise ValueError(f"expected initial >= 0, a standard deviation, got {initial!r}")
@@ -81,23 +81,18 @@ class DistilledData(nn.Module):
         """Returns the examples [C·k, *shape] and their labels [C·k]."""
         return self.images if self.bounds is None else between(self.images, *self.bounds), self.labels
 
-    def _unbounded(self, images: Tensor) -> Tensor:
-        """Returns the parameter for which a call returns these examples."""
+    def _unbounded(self, images: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Returns the parameter for which a call returns these examples; a copy, because tuning changes it in place."""
+        if not images.is_floating_point():
+            raise ValueError(f"expected initial of a floating-point type, got {images.dtype}; divide bytes by 255")
+        if tuple(images.shape) != shape:
+            raise ValueError(f"expected initial of shape {shape}, classes·per_class images, got {tuple(images.shape)}")
+        if not bool(images.isfinite().all()):
+            raise ValueError("expected finite values in initial, got NaN or infinity")
         if self.bounds is None:
-            return images
+            return images.clone()
         lowest, highest = self.bounds
         low, high = images.aminmax()
         if low < lowest or high > highest:
             raise ValueError(f"expected initial between {lowest} and {highest}, got {float(low)} to {float(high)}")
         return torch.logit((images - lowest) / (highest - lowest), eps=_MARGIN)
-
-
-def _validated_copy(initial: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Returns a copy, because tuning changes the tensor in place."""
-    if not initial.is_floating_point():
-        raise ValueError(f"expected initial of a floating-point type, got {initial.dtype}; divide bytes by 255")
-    if tuple(initial.shape) != shape:
-        raise ValueError(f"expected initial of shape {shape}, classes · per_class examples, got {tuple(initial.shape)}")
-    if not bool(initial.isfinite().all()):
-        raise ValueError("expected finite values in initial, got NaN or infinity")
-    return initial.detach().clone()

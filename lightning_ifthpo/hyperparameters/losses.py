@@ -15,10 +15,10 @@ from lightning_ifthpo.hyperparameters.bounded import Bounded
 class LossWeights(nn.Module):
     """A positive weight for each of K terms of a loss, all starting at one: K softmax(λ).
 
-    The weights always sum to K, as in GradNorm (Chen et al. 2018). The sum is fixed because a common factor of all
-    terms only rescales the learning rate; the minimum does not depend on it. No weight exceeds K, which keeps training
-    stable. Every ratio of weights can be reached, so that a useless term can fade. Pass all terms, the main one too; an
-    L2 penalty may stay outside. Leave the weights out of the outer loss: it would favour easy terms.
+    The weights always sum to K, as in GradNorm (Chen et al. 2018): a common factor would not move the minimum, only
+    rescale the learning rate. No weight exceeds K, which keeps training stable. Every ratio of weights can be reached,
+    so that a useless term can fade. Pass all terms, the main one too; an L2 penalty may stay outside. Leave the weights
+    out of the outer loss: it would favour easy terms.
 
     Args:
         terms: Number of terms K, or their names.
@@ -31,8 +31,6 @@ class LossWeights(nn.Module):
     >>> weights = LossWeights(["digit", "style"])
     >>> weights({"style": torch.tensor(0.5), "digit": torch.tensor(2.0)})
     tensor(2.5000)
-    >>> dict(zip(weights.names, weights.weights().tolist()))
-    {'digit': 1.0, 'style': 1.0}
     """
 
     def __init__(self, terms: int | Sequence[str]) -> None:

@@ -39,10 +39,7 @@ class SampleWeights(Bounded):
 
 
 class IndexedDataset(Dataset[tuple[Any, ...]]):
-    """A map-style data set that returns each example and its index as one tuple.
-
-    Args:
-        dataset: A map-style data set; its examples are tuples or single values.
+    """A map-style data set with the index appended to each example, which may be a tuple or a single value.
 
     Raises:
         TypeError: If the data set has no length or no items.
