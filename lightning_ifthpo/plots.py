@@ -21,10 +21,10 @@ _LINES: tuple[tuple[str, str, dict[str, Any]], ...] = (
 
 
 def plot_spectral_density(density: SpectralDensity, *, bins_per_decade: int = 6) -> Figure:
-    """Returns a histogram of all eigenvalues, with a few large and many tiny ones visible at once.
+    """Returns a histogram of all eigenvalues with logarithmic axes, which show a few large and many tiny ones at once.
 
-    Both axes are logarithmic. Eigenvalues of magnitude below a thousandth of the largest share one grey bin around
-    zero; negative ones beyond it are red, positive ones blue.
+    Eigenvalues of magnitude below a thousandth of the largest share one grey bin around zero; other negative ones are
+    red, other positive ones blue.
 
     Args:
         density: Result of `spectral_density`.
@@ -37,11 +37,10 @@ def plot_spectral_density(density: SpectralDensity, *, bins_per_decade: int = 6)
     if not bool(values.isfinite().all()):
         raise ValueError("the spectral density is not finite; check that the loss and the weights were finite")
     smallest, largest = float(values[0]), float(values[-1])
-    tiny = max(-smallest, largest) / 1000 or 1.0  # if all eigenvalues are zero, any width shows it
+    tiny = max(-smallest, largest) / 1000 or 1.0  # any width will do if all eigenvalues are zero
     powers = torch.arange(3 * bins_per_decade + 2, dtype=values.dtype) / bins_per_decade
     edges = tiny * torch.cat([-(10**powers).flip(0), 10**powers])
-    heights = torch.zeros(len(edges) - 1, dtype=weights.dtype)
-    heights.index_add_(0, torch.bucketize(values, edges[1:-1]), weights)
+    heights = torch.bincount(torch.bucketize(values, edges[1:-1]), weights, minlength=len(edges) - 1)
 
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.add_subplot()
@@ -53,8 +52,7 @@ def plot_spectral_density(density: SpectralDensity, *, bins_per_decade: int = 6)
     decades = [10.0**power for power in range(math.ceil(math.log10(tiny * 3)), math.floor(math.log10(tiny * 1e3)) + 1)]
     axes.set_xticks([*(-decade for decade in reversed(decades)), 0.0, *decades])
     axes.minorticks_off()
-    axes.set_yscale("log")
-    axes.set(xlabel="eigenvalue", ylabel="fraction of eigenvalues")
+    axes.set(yscale="log", xlabel="eigenvalue", ylabel="fraction of eigenvalues")
     axes.set_title(
         f"λ from {smallest:.3g} to {largest:.3g}: {float(heights[:middle].sum()):.1%} below −{tiny:.1g}, "
         f"{float(heights[middle]):.1%} within {tiny:.1g} of zero",
@@ -72,7 +70,7 @@ def plot_sharpness(
         metrics_csv: The metrics.csv that a `CSVLogger` wrote in a run with a `SharpnessMonitor`.
         axes: Axes to draw on; a new figure if None.
         name: The `name` of the monitor.
-        log: Draw curvature on a logarithmic scale, for an edge that is far above λ_max.
+        log: Whether to draw curvature on a logarithmic scale, for an edge that is far above λ_max.
 
     Raises:
         ValueError: If the file has no such measurements.

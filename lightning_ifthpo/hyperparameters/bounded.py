@@ -1,4 +1,4 @@
-"""A value in an interval, as a function of a hyperparameter λ that may be any real number."""
+"""Values in an interval, as a function of unbounded hyperparameters λ."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_ifthpo.core.validation import is_ascending
 
 
 class Bounded(nn.Module):
-    """Base of modules with values maximum · σ(λ), all equal to `initial` at the start.
+    """Base class of modules with values maximum · σ(λ), all equal to `initial` at the start.
 
     Raises:
         ValueError: Unless 0 < initial < maximum <= limit, with a finite maximum.
@@ -24,7 +24,7 @@ class Bounded(nn.Module):
         self.maximum = maximum
 
     def extra_repr(self) -> str:
-        """Returns the bound, for the module's repr."""
+        """Returns the upper bound, for the module's repr."""
         return f"maximum={self.maximum:g}"
 
     def _logit(self, value: float) -> float:

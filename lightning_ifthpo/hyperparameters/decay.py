@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,27 +12,23 @@ from torch import Tensor, nn
 from lightning_ifthpo.core.validation import require_choice
 from lightning_ifthpo.hyperparameters.bounded import Bounded
 
-_GRANULARITIES = ("global", "tensor", "weight")
+Granularity: TypeAlias = Literal["global", "tensor", "weight"]
 
 
 class WeightDecay(Bounded):
-    """An L2 penalty ½ Σ d_i w_i² with learned decay d: one for all weights, one per tensor, or one per weight.
+    """An L2 penalty ½ Σ d_i w_i² with learned decay d.
 
-    The decay is d = 1 / (e^{−λ} + 1/maximum): close to e^λ while small, and always below `maximum`. Without a bound it
-    can grow beyond the stability limit 2/lr of gradient descent; then training diverges to NaN.
+    The decay is d = 1 / (e^{−λ} + 1/maximum): close to e^λ while small, and always below `maximum`.
 
     Args:
         module: Its parameters that require a gradient are decayed. They do not become parameters of this module.
-        granularity: "global", "tensor" or "weight".
+        granularity: "global" for one decay for all weights, "tensor" for one per tensor, "weight" for one per weight.
         initial: Decay at the start, in (0, maximum); in loss / parameter².
-        maximum: Upper bound of each decay, in loss / parameter²; keep lr · maximum below 2.
-
-    Shape:
-        - output: scalar.
+        maximum: Upper bound of each decay, in loss / parameter². From 2/lr on, gradient descent diverges.
 
     Raises:
         ValueError: If an argument is out of range, or no parameter requires a gradient.
-        TypeError: If `module` is no module.
+        TypeError: If `module` is not a module.
 
     >>> net = nn.Linear(2, 1, bias=False)
     >>> decay = WeightDecay(net, granularity="weight", initial=0.5)
@@ -45,30 +41,25 @@ class WeightDecay(Bounded):
     def __init__(
         self,
         module: nn.Module,
-        granularity: Literal["global", "tensor", "weight"] = "global",
+        granularity: Granularity = "global",
         *,
         initial: float = 1e-4,
         maximum: float = 1.0,
     ) -> None:
         if not isinstance(module, nn.Module):
-            raise TypeError(f"expected a module, the weights of which are decayed, got {module!r}")
-        require_choice("granularity", granularity, _GRANULARITIES)
+            raise TypeError(f"expected a module with weights to decay, got {module!r}")
+        require_choice("granularity", granularity, get_args(Granularity))
         super().__init__(initial, maximum)
-        # A tuple, so that torch does not register the weights as parameters of this module.
         self.weights = tuple(parameter for parameter in module.parameters() if parameter.requires_grad)
         if not self.weights:
             raise ValueError(f"{type(module).__name__} has no parameters that require a gradient")
         self.granularity = granularity
         start = -math.log(1.0 / initial - 1.0 / maximum)
-        shapes: dict[str, list[tuple[int, ...]]] = {
-            "global": [()],
-            "tensor": [() for _ in self.weights],
-            "weight": [tuple(weight.shape) for weight in self.weights],
-        }
         device, dtype = self.weights[0].device, self.weights[0].dtype
+        shapes = [weight.shape if granularity == "weight" else () for weight in self.weights]
         self.log_decay = nn.ParameterList(
             nn.Parameter(torch.full(shape, start, device=device, dtype=dtype), requires_grad=False)
-            for shape in shapes[granularity]
+            for shape in shapes[: 1 if granularity == "global" else None]
         )
 
     def decays(self) -> list[Tensor]:
@@ -78,22 +69,15 @@ class WeightDecay(Bounded):
 
     def forward(self) -> Tensor:
         """Returns ½ Σ d_i w_i², a scalar."""
-        pairs = zip(self.decays(), self.weights, strict=True)
-        penalties = [(decay * weight.square()).sum() for decay, weight in pairs]
+        penalties = [(d * w.square()).sum() for d, w in zip(self.decays(), self.weights, strict=True)]
         return torch.stack(penalties).sum() / 2
 
     def check_training(self, parameters: Iterable[Tensor], lr: float | Tensor) -> None:
-        """Raises ValueError if a weight is not among the parameters any more, or if lr · maximum >= 2.
-
-        Args:
-            parameters: All parameters of the module that is trained.
-            lr: The learning rate of its optimizer.
-        """
+        """Raises ValueError if a weight is not among the trained `parameters`, or if lr · maximum >= 2."""
         lr = float(lr)
-        present = {id(parameter) for parameter in parameters}
-        if not all(id(weight) in present for weight in self.weights):
+        if not set(map(id, self.weights)) <= set(map(id, parameters)):
             raise ValueError(
-                "WeightDecay decays tensors that are no parameters of the module any more; create it again after "
+                "WeightDecay decays tensors that are no longer parameters of the module; create it again after "
                 "weights were replaced (load_state_dict(assign=True), pruning, parametrizations)"
             )
         if lr * self.maximum >= 2.0:

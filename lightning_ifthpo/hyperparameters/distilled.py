@@ -1,4 +1,4 @@
-"""A small set of synthetic training examples."""
+"""Learned training examples."""
 
 from __future__ import annotations
 
@@ -11,37 +11,33 @@ from torch import Tensor, nn
 from lightning_ifthpo.core.validation import is_ascending, is_number, require_at_least, require_shape
 from lightning_ifthpo.hyperparameters.bounded import between
 
-# Distance from a bound at which a pixel starts, as a part of the range. The slope of the sigmoid there is 4 % of its
-# largest; at a bound it is 0, and the pixel would never move.
+# Least distance of a starting pixel from a bound, as a fraction of the range. There the slope of the sigmoid is 4 % of
+# its largest; at a bound it is 0, and the pixel would never move.
 _MARGIN = 0.01
 
 
 class DistilledData(nn.Module):
     """Learned training examples, a few of each class: dataset distillation (Lorraine, Vicol, Duvenaud 2019, section 5).
 
-    Train on the examples that a call returns; they are tuned so that a model trained on them alone does well on the
+    Train on the examples that a call returns. They are tuned so that a model trained on them alone does well on the
     outer data. Add a little weight decay to the inner loss: without it, a model that fits the examples has no minimum.
 
     Args:
-        shape: Of an example, such as (1, 28, 28).
+        shape: Shape of an example, such as (1, 28, 28).
         classes: C, number of classes, at least 1.
         per_class: k, examples of each class, at least 1.
-        initial: The start: standard deviation of normal noise, or a tensor [C·k, *shape], sorted by class.
-        bounds: (lowest, highest) value of a pixel, enforced by a sigmoid; None for no bounds. Noise is then the
-            argument of the sigmoid, centred on the middle. Values of a tensor that are closer to a bound than 1 % of
-            the range start at that distance.
+        initial: Standard deviation of normal noise to start from, or a tensor [C·k, *shape], sorted by class.
+        bounds: (lowest, highest) value of a pixel, enforced by a sigmoid; None for no bounds. With bounds, the noise is
+            the argument of the sigmoid, and values of a tensor are moved at least 1 % of the range away from a bound.
         generator: Draws the noise; None for torch's global one.
 
     Attributes:
         images: The hyperparameter, [C·k, *shape]: the examples, or with bounds their logits.
         labels: [C·k], integer, sorted.
 
-    Shape:
-        - output: (images [C·k, *shape], labels [C·k]).
-
     Raises:
         ValueError: If an argument is out of range, or `initial` has another shape or lies outside the bounds.
-        TypeError: If `generator` is no torch.Generator.
+        TypeError: If `generator` is not a torch.Generator.
 
     >>> data = DistilledData((2,), classes=2, initial=torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
     >>> images, labels = data()
@@ -73,38 +69,30 @@ class DistilledData(nn.Module):
         self.bounds = bounds
         full_shape = (classes * per_class, *shape)
         if isinstance(initial, Tensor):
-            start = self._unbounded(_validated_copy(initial, full_shape))
+            start = self._unbounded(initial.detach(), full_shape)
         else:
             if not (is_number(initial) and 0.0 <= initial < math.inf):
                 raise ValueError(f"expected initial >= 0, a standard deviation, got {initial!r}")
             start = initial * torch.randn(full_shape, generator=generator)
         self.images = nn.Parameter(start, requires_grad=False)
-        labels = torch.arange(classes, device=start.device).repeat_interleave(per_class)
-        self.register_buffer("labels", labels)
+        self.register_buffer("labels", torch.arange(classes, device=start.device).repeat_interleave(per_class))
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Returns the examples and their labels."""
-        if self.bounds is None:
-            return self.images, self.labels
-        return between(self.images, *self.bounds), self.labels
+        """Returns the examples [C·k, *shape] and their labels [C·k]."""
+        return self.images if self.bounds is None else between(self.images, *self.bounds), self.labels
 
-    def _unbounded(self, images: Tensor) -> Tensor:
-        """Returns the parameter for which a call returns these examples."""
+    def _unbounded(self, images: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Returns the parameter for which a call returns these examples; a copy, because tuning changes it in place."""
+        if not images.is_floating_point():
+            raise ValueError(f"expected initial of a floating-point type, got {images.dtype}; divide bytes by 255")
+        if tuple(images.shape) != shape:
+            raise ValueError(f"expected initial of shape {shape}, classes·per_class images, got {tuple(images.shape)}")
+        if not bool(images.isfinite().all()):
+            raise ValueError("expected finite values in initial, got NaN or infinity")
         if self.bounds is None:
-            return images
+            return images.clone()
         lowest, highest = self.bounds
         low, high = images.aminmax()
         if low < lowest or high > highest:
             raise ValueError(f"expected initial between {lowest} and {highest}, got {float(low)} to {float(high)}")
         return torch.logit((images - lowest) / (highest - lowest), eps=_MARGIN)
-
-
-def _validated_copy(initial: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Returns a copy, because tuning changes it in place."""
-    if not initial.is_floating_point():
-        raise ValueError(f"expected initial of a floating-point type, got {initial.dtype}; divide bytes by 255")
-    if tuple(initial.shape) != shape:
-        raise ValueError(f"expected initial of shape {shape}, classes · per_class examples, got {tuple(initial.shape)}")
-    if not bool(initial.isfinite().all()):
-        raise ValueError("expected finite values in initial, got NaN or infinity")
-    return initial.detach().clone()

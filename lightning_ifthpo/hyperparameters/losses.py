@@ -1,4 +1,4 @@
-"""Weights for the terms of a loss, and smoothing of its targets."""
+"""Learned weights for the terms of a loss, and learned smoothing of its targets."""
 
 from __future__ import annotations
 
@@ -15,28 +15,22 @@ from lightning_ifthpo.hyperparameters.bounded import Bounded
 class LossWeights(nn.Module):
     """A positive weight for each of K terms of a loss, all starting at one: K softmax(λ).
 
-    The weights always sum to K, as in GradNorm (Chen et al. 2018). A common factor of all terms is left out: it only
-    rescales the learning rate, and the minimum does not depend on it. A fixed sum also keeps training stable: no weight
-    exceeds K. Every ratio of weights can still be reached, so that a useless term can fade. Pass all terms, the
-    main one too; an L2 penalty may stay outside. Leave the weights out of the outer loss: it would favour easy terms.
+    The weights always sum to K, as in GradNorm (Chen et al. 2018): a common factor would not move the minimum, only
+    rescale the learning rate. No weight exceeds K, which keeps training stable. Every ratio of weights can be reached,
+    so that a useless term can fade. Pass all terms, the main one too; an L2 penalty may stay outside. Leave the weights
+    out of the outer loss: it would favour easy terms.
 
     Args:
         terms: Number of terms K, or their names.
 
-    Shape:
-        - losses: [K], or K scalars: a sequence, or a mapping from each name to its loss.
-        - output: scalar, Σ weight_k loss_k.
-
     Raises:
-        ValueError: If there are fewer than two terms, or names are not distinct; and, when called, if the losses are
-            not K scalars, or have other names.
-        TypeError: If `terms` is a string.
+        ValueError: If there are fewer than two terms, or names are not distinct; when called, if the losses are not K
+            scalars, or have other names.
+        TypeError: If `terms` is neither an integer nor a list of names.
 
     >>> weights = LossWeights(["digit", "style"])
     >>> weights({"style": torch.tensor(0.5), "digit": torch.tensor(2.0)})
     tensor(2.5000)
-    >>> dict(zip(weights.names, weights.weights().tolist()))
-    {'digit': 1.0, 'style': 1.0}
     """
 
     def __init__(self, terms: int | Sequence[str]) -> None:
@@ -58,38 +52,31 @@ class LossWeights(nn.Module):
         return len(self.logits) * self.logits.softmax(0)
 
     def forward(self, losses: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> Tensor:
-        """Returns the weighted sum of the losses, a scalar."""
+        """Returns Σ weight_k loss_k, a scalar; losses: [K], a sequence of K scalars, or a mapping by name."""
         if isinstance(losses, Mapping):
-            losses = self._in_order(losses)
+            if losses.keys() != set(self.names):
+                raise ValueError(f"expected losses named {self.names}, got {tuple(losses)}")
+            losses = [losses[name] for name in self.names]
         stacked = losses if isinstance(losses, Tensor) else torch.stack(list(losses))
         if stacked.shape != self.logits.shape:
             raise ValueError(f"expected {len(self.logits)} scalar losses, got shape {tuple(stacked.shape)}")
         return (self.weights() * stacked).sum()
 
-    def _in_order(self, losses: Mapping[str, Tensor]) -> list[Tensor]:
-        if losses.keys() != set(self.names):
-            raise ValueError(f"expected losses named {self.names}, got {tuple(losses)}")
-        return [losses[name] for name in self.names]
-
 
 class LabelSmoothing(Bounded):
-    """Smoothed targets (1 − s) onehot(y) + s/C with learned s = maximum · σ(λ), one for all classes or one for each.
+    """Smoothed targets (1 − s) onehot(y) + s/C with learned s = maximum · σ(λ).
 
     `F.cross_entropy(..., label_smoothing=s)` uses the same targets, but its s is a number without a derivative. The
     right class keeps at least 1 − `maximum`. The outer loss should use the original targets.
 
     Args:
         classes: Number of classes C.
-        per_class: Whether each class has its own s, for the examples labelled with it.
+        per_class: Whether each class has its own s, for the examples with its label; otherwise all classes share one.
         initial: s at the start, in (0, maximum).
         maximum: Upper bound of s, at most 1; at s = 1 all targets are uniform.
 
-    Shape:
-        - targets: [B], integers from 0 to C − 1.
-        - output: [B, C], a target for `F.cross_entropy`.
-
     Raises:
-        ValueError: If an argument is out of range; and, when called, if the targets are not [B].
+        ValueError: If an argument is out of range; when called, if the targets are not [B].
 
     >>> LabelSmoothing(4, initial=0.2)(torch.tensor([0, 3]))
     tensor([[0.8500, 0.0500, 0.0500, 0.0500],
@@ -101,15 +88,15 @@ class LabelSmoothing(Bounded):
         require_flag("per_class", per_class)
         super().__init__(initial, maximum, limit=1.0)
         self.classes = classes
-        start = torch.full((classes if per_class else 1,), self._logit(initial))
-        self.logits = nn.Parameter(start, requires_grad=False)
+        shape = (classes if per_class else 1,)
+        self.logits = nn.Parameter(torch.full(shape, self._logit(initial)), requires_grad=False)
 
     def smoothing(self) -> Tensor:
-        """Returns s: [1], or [C] with one value per class."""
+        """Returns s: [C] if each class has its own, else [1]."""
         return self._value(self.logits)
 
     def forward(self, targets: Tensor) -> Tensor:
-        """Returns the smoothed distribution of each target, [B, C]."""
+        """Returns targets [B, C] for `F.cross_entropy`, from class indices [B]."""
         if targets.ndim != 1:
             raise ValueError(f"expected class indices of shape [B], got {tuple(targets.shape)}")
         smoothing = self.smoothing().expand(self.classes)[targets].unsqueeze(1)

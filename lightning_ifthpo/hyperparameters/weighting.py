@@ -21,10 +21,6 @@ class SampleWeights(Bounded):
     Args:
         n: Number of training examples.
 
-    Shape:
-        - index: [B], integer.
-        - output: [B].
-
     Raises:
         ValueError: If n < 1.
 
@@ -38,15 +34,12 @@ class SampleWeights(Bounded):
         self.logits = nn.Parameter(torch.zeros(n), requires_grad=False)
 
     def forward(self, index: Tensor) -> Tensor:
-        """Returns the weights of the examples at `index`, [B]."""
+        """Returns the weights [B] of the examples with these indices, integers [B]."""
         return self._value(self.logits[index])
 
 
 class IndexedDataset(Dataset[tuple[Any, ...]]):
-    """A map-style data set that appends to each example its index.
-
-    Args:
-        dataset: A map-style data set; its examples are tuples or single values.
+    """A map-style data set with the index appended to each example, which may be a tuple or a single value.
 
     Raises:
         TypeError: If the data set has no length or no items.
@@ -62,10 +55,8 @@ class IndexedDataset(Dataset[tuple[Any, ...]]):
         self.dataset = dataset
 
     def __len__(self) -> int:
-        """Returns the number of examples."""
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        """Returns the example and its index, as one tuple."""
         example = self.dataset[index]
         return (*example, index) if isinstance(example, tuple) else (example, index)

@@ -1,4 +1,4 @@
-"""The inner optimizer: how it answers a gradient, and at which curvature it becomes unstable."""
+"""The inner optimizer as a linear rule, and the curvature at which it becomes unstable."""
 
 from lightning_ifthpo.optimizers.known import is_known
 from lightning_ifthpo.optimizers.stability import StabilityEdge, has_edge

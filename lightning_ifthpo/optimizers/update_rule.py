@@ -16,13 +16,11 @@ from lightning_ifthpo.optimizers.known import Response, responses
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """The linear rule w ← w − s∘(g + d∘w) that stands for an optimizer: the long-run effect of a gradient g.
+    """The linear rule w ← w − s∘(g + d∘w) that stands for an optimizer: the effect of a gradient g in the long run.
 
     Attributes:
-        step_size: s, the learning rate times the preconditioner, over 1 − β for momentum β: a number, or [n]; in
-            parameter² / loss.
-        decay: d, the weight decay of the optimizer, a curvature that the loss does not contain: a number, or [n]; in
-            loss / parameter².
+        step_size: s = lr · preconditioner / (1 − β) for momentum β, a number or [n]; in parameter² / loss.
+        decay: d, the weight decay of the optimizer, not of the loss: a number or [n]; in loss / parameter².
 
     >>> round(UpdateRule(step_size=1.0).damping(horizon=100), 6)
     0.01
@@ -51,7 +49,7 @@ class UpdateRule:
 
         Args:
             optimizers: The optimizers that train the parameters.
-            parameters: The tensors w, together [n]; those that no optimizer holds do not move.
+            parameters: The tensors w, together [n]; those in no optimizer do not move.
         """
         answers = responses(optimizers, parameters)
         steps = [answer.learning_rate * answer.total_gain * answer.preconditioner for answer in answers]
@@ -61,7 +59,7 @@ class UpdateRule:
 
 
 def concatenate_or_scalar(space: ParameterSpace, values: Sequence[float | Tensor]) -> float | Tensor:
-    """Returns one value per tensor of a space as a number if all are the same number, else as a vector [n]."""
+    """Returns one value per tensor: as a number if all are the same number, else as a vector [n] of the space."""
     first = values[0]
     if not isinstance(first, Tensor) and all(not isinstance(value, Tensor) and value == first for value in values):
         return first
@@ -70,7 +68,7 @@ def concatenate_or_scalar(space: ParameterSpace, values: Sequence[float | Tensor
 
 
 def _decay(answer: Response, step: float | Tensor) -> float | Tensor:
-    """Returns d; for a decoupled decay w ← (1 − lr·d₀)w it is lr·d₀ / s, and 0 where s is: there lr is 0 too."""
+    """Returns d; a decoupled decay w ← (1 − lr·d₀)w gives lr·d₀ / s, and 0 where s = 0, because lr is 0 there too."""
     decay = answer.weight_decay
     if decay == 0.0 or not answer.decoupled:
         return decay

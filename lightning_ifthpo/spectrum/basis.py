@@ -17,8 +17,8 @@ class RitzPairs:
 
     Attributes:
         values: [size], ascending.
-        bounds: [size]; an eigenvalue of the operator lies within this distance of each value: ‖Ay − θy‖ = β|s|, with β
-            the next off-diagonal entry and s the last entry of the eigenvector (Paige 1971), plus rounding.
+        bounds: [size]; an eigenvalue of the operator lies within this distance of each value. It is the residual
+            ‖Ay − θy‖ = β|s| plus rounding; β is the next off-diagonal entry, s the eigenvector's last (Paige 1971).
         weights: [size]; squared cosine of each Ritz vector with the first basis vector; they sum to one.
         coefficients: [size, size]; the columns are the Ritz vectors in the basis.
     """
@@ -44,7 +44,7 @@ class KrylovBasis:
 
     Attributes:
         products: Products with the operator so far, one for each basis vector.
-        finite: False after a product with a NaN or an infinity.
+        finite: False if the last product had a NaN or an infinity.
         exhausted: Whether the basis spans an invariant space, up to rounding.
         fresh: Vectors since the last exhaustion; those before them span an invariant space.
     """
@@ -56,7 +56,7 @@ class KrylovBasis:
         self._off_diagonal: list[float] = []
         self._rows = torch.empty(0, operator.size, dtype=operator.dtype, device=operator.device)
         self._scale = 0.0
-        self._next = None if start is None or not bool(start.any()) else start.to(operator.device, operator.dtype)
+        self._next = start.to(operator.device, operator.dtype) if start is not None and start.any() else None
         self.products = 0
         self.finite = True
         self.exhausted = False
@@ -69,29 +69,31 @@ class KrylovBasis:
             vector = self._orthogonalize(random_vector(self._operator, self._generator))
         vector = vector / length_of(vector)
         product = self._operator.matvec(vector)
-        self._append(vector)
+        if self.products == len(self._rows):  # doubling: each row is copied about once
+            longer = self._rows.new_empty(min(max(4, 2 * len(self._rows)), self._operator.size), self._operator.size)
+            longer[: len(self._rows)] = self._rows
+            self._rows = longer
+        self._rows[self.products] = vector
+        self.products += 1
         residual = self._orthogonalize(product)
         diagonal, norm, length = torch.stack([vector @ product, length_of(residual), length_of(product)]).tolist()
         self.finite = math.isfinite(length)
         self._scale = max(self._scale, length)
         self.fresh = 1 if self.exhausted else self.fresh + 1
-        # ten rounding errors of the largest product: a smaller residual is taken for rounding
+        # a residual below ten rounding errors of the largest product is taken for rounding
         self.exhausted = norm <= 10 * torch.finfo(residual.dtype).eps * self._scale
         self._diagonal.append(diagonal)
         self._off_diagonal.append(0.0 if self.exhausted else norm)
         self._next = None if self.exhausted else residual
 
     def ritz(self, first: int = 0, last: int | None = None) -> RitzPairs:
-        """Returns the eigenvalues of the tridiagonal matrix of the vectors `first` to `last` − 1."""
-        diagonal, off_diagonal = self._diagonal[first:last], self._off_diagonal[first:last]
-        size = len(diagonal)
+        """Returns the eigenpairs of the tridiagonal matrix of the vectors `first` to `last` − 1, NaN if not finite."""
+        matrix = torch.diag(torch.tensor(self._diagonal[first:last], dtype=torch.float64))
+        off_diagonal = torch.tensor(self._off_diagonal[first:last], dtype=torch.float64)
         if not self.finite:
-            nothing = torch.full((size,), math.nan, dtype=torch.float64)
-            return RitzPairs(nothing, nothing, nothing, torch.full((size, size), math.nan, dtype=torch.float64))
-        matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-        if size > 1:
-            off = torch.tensor(off_diagonal[:-1], dtype=torch.float64)
-            matrix += torch.diag(off, 1) + torch.diag(off, -1)
+            nothing = torch.full_like(matrix, math.nan)
+            return RitzPairs(nothing[0], nothing[0], nothing[0], nothing)
+        matrix.diagonal(-1).copy_(off_diagonal[:-1])  # eigh reads the lower triangle only
         values, vectors = torch.linalg.eigh(matrix)
         rounding = torch.finfo(self._rows.dtype).eps * float(values.abs().amax())  # error of the products
         bounds = off_diagonal[-1] * vectors[-1].abs() + rounding
@@ -100,14 +102,6 @@ class KrylovBasis:
     def combine(self, coefficients: Tensor) -> Tensor:
         """Returns vectors [k, n] from coefficients [size, k] in this basis."""
         return coefficients.T.to(self._rows) @ self._rows[: self.products]
-
-    def _append(self, vector: Tensor) -> None:
-        if self.products == len(self._rows):  # doubling: each row is copied about once
-            longer = self._rows.new_empty(min(max(4, 2 * len(self._rows)), self._operator.size), self._operator.size)
-            longer[: len(self._rows)] = self._rows
-            self._rows = longer
-        self._rows[self.products] = vector
-        self.products += 1
 
     def _orthogonalize(self, vector: Tensor) -> Tensor:
         rows = self._rows[: self.products]
@@ -125,6 +119,5 @@ def length_of(vector: Tensor) -> Tensor:
 
 
 def random_vector(operator: CurvatureOperator, generator: torch.Generator) -> Tensor:
-    """Returns standard normal numbers, [n], drawn on the CPU, on the operator's device and in its dtype."""
-    vector = torch.randn(operator.size, dtype=torch.float64, generator=generator)
-    return vector.to(operator.device, operator.dtype)
+    """Returns standard normal numbers [n] on the operator's device, drawn on the CPU in float64."""
+    return torch.randn(operator.size, dtype=torch.float64, generator=generator).to(operator.device, operator.dtype)

@@ -32,7 +32,7 @@ class SpectralDensity:
     converged: bool
 
     def smoothed(self, points: Tensor, width: float) -> Tensor:
-        """Returns the density [p] at points [p], per unit of eigenvalue: each mass as a Gaussian of this width."""
+        """Returns the density [p] at points [p], per unit of eigenvalue: each mass becomes a Gaussian of this width."""
         distances = (points.to(self.eigenvalues)[:, None] - self.eigenvalues) / width
         return torch.exp(-distances.square() / 2) @ self.weights / (width * math.sqrt(2 * math.pi))
 
@@ -49,15 +49,15 @@ def spectral_density(
 
     Each random probe gives a Gauss quadrature: its nodes are the Ritz values, its weights the squared first entries of
     their vectors (Golub and Welsch 1969). The mean over probes estimates the distribution (Ubaru, Chen, Saad 2017). The
-    variance of one probe falls as 1/n, so that large operators need few probes: sampling stops when the estimated error
-    is below rtol times the range. The defaults gave errors of 0.01–0.09 % of the range with all 20 probes (eigenvalues
-    ∝ 1/k and 1/k², a tenth of them negative, n = 500 and 2,000); 20 iterations gave up to 0.13 %, 100 again 0.09 %.
+    variance of one probe falls as 1/n, so that large operators need few probes. The defaults gave errors of 0.01–0.09 %
+    of the range with all 20 probes (eigenvalues ∝ 1/k and 1/k², a tenth of them negative, n = 500 and 2,000); 20
+    iterations gave up to 0.13 %, 100 again 0.09 %.
 
     Args:
         operator: A, symmetric, on vectors [n].
         max_probes: Random vectors at most.
         iterations: Products for each of them.
-        rtol: Error at which to stop, relative to the range of the eigenvalues found.
+        rtol: Sampling stops when the estimated error is below rtol times the range of the eigenvalues found.
         generator: CPU generator that draws the random vectors; one with a fixed seed if None.
 
     Raises:
@@ -71,33 +71,25 @@ def spectral_density(
     if max_probes < 1 or iterations < 2:
         raise ValueError(f"expected max_probes >= 1 and iterations >= 2, got {max_probes} and {iterations}")
     generator = generator or generator_of(Stream.DENSITY)
-    quadratures: list[_Quadrature] = []
+    probes: list[tuple[Tensor, Tensor, float, int]] = []
     converged = False
-    while len(quadratures) < max_probes and not converged:
-        quadratures.append(_quadrature(operator, iterations, generator))
-        values, weights = _pool(quadratures)
+    while len(probes) < max_probes and not converged:
+        # random signs, not normal numbers: exact for a diagonal operator, and never a larger variance
+        start = random_vector(operator, generator).sign()
+        probes.append(_quadrature(KrylovBasis(operator, start, generator), min(iterations, operator.size)))
+        nodes, masses, truncations, products = zip(*probes, strict=True)
+        values, order = torch.cat(nodes).sort()
+        weights = torch.cat(masses)[order] / len(probes)
         if not bool(values.isfinite().all()):
-            return SpectralDensity(values, weights, math.nan, sum(q.products for q in quadratures), converged=False)
-        truncation = sum(quadrature.truncation for quadrature in quadratures) / len(quadratures)
-        error = truncation + _sampling_error(values, weights, operator.size, len(quadratures))
+            return SpectralDensity(values, weights, math.nan, sum(products), converged=False)
+        error = sum(truncations) / len(probes) + _sampling_error(values, weights, operator.size * len(probes))
         converged = error <= rtol * float(values[-1] - values[0])
-    return SpectralDensity(values, weights, error, sum(q.products for q in quadratures), converged)
+    return SpectralDensity(values, weights, error, sum(products), converged)
 
 
-@dataclass(frozen=True)
-class _Quadrature:
-    """Nodes and weights of one probe, and their Wasserstein-1 distance from those at half the iterations."""
-
-    values: Tensor
-    weights: Tensor
-    truncation: float
-    products: int
-
-
-def _quadrature(operator: CurvatureOperator, iterations: int, generator: torch.Generator) -> _Quadrature:
-    # random signs, not normal numbers: exact for a diagonal operator, and never a larger variance
-    basis = KrylovBasis(operator, random_vector(operator, generator).sign(), generator)
-    for _ in range(min(iterations, operator.size)):
+def _quadrature(basis: KrylovBasis, iterations: int) -> tuple[Tensor, Tensor, float, int]:
+    """Returns nodes, weights, their Wasserstein-1 distance from those at half the iterations, and products taken."""
+    for _ in range(iterations):
         basis.extend()
         if basis.exhausted or not basis.finite:
             break
@@ -106,21 +98,16 @@ def _quadrature(operator: CurvatureOperator, iterations: int, generator: torch.G
     if not basis.exhausted and basis.finite:
         half = basis.ritz(last=basis.products // 2)
         truncation = wasserstein(half.values, half.weights, ritz.values, ritz.weights)
-    return _Quadrature(ritz.values, ritz.weights, truncation, basis.products)
+    return ritz.values, ritz.weights, truncation, basis.products
 
 
-def _pool(quadratures: list[_Quadrature]) -> tuple[Tensor, Tensor]:
-    values, order = torch.cat([quadrature.values for quadrature in quadratures]).sort()
-    return values, torch.cat([quadrature.weights for quadrature in quadratures])[order] / len(quadratures)
-
-
-def _sampling_error(values: Tensor, weights: Tensor, size: int, probes: int) -> float:
-    """Returns the expected Wasserstein-1 error of the mean over probes.
+def _sampling_error(values: Tensor, weights: Tensor, samples: int) -> float:
+    """Returns the expected Wasserstein-1 error of the mean over probes, with samples = n · number of probes.
 
     The squared weight of a random unit vector on the eigenvalues below a point has mean F and variance 2F(1 − F)/n.
     """
     below = weights.cumsum(0)[:-1].clamp(0.0, 1.0)
-    return float(((2 * below * (1 - below) / (size * probes)).sqrt() * values.diff()).sum())
+    return float(((2 * below * (1 - below) / samples).sqrt() * values.diff()).sum())
 
 
 def wasserstein(values: Tensor, weights: Tensor, other_values: Tensor, other_weights: Tensor) -> float:

@@ -17,14 +17,13 @@ class ExtremeEigenvalues:
     """The largest and smallest eigenvalues of an operator.
 
     Attributes:
-        largest: [k], descending; largest[0] is λ_max.
+        largest: [k], descending; largest[0] is λ_max; NaN for a non-finite operator.
         smallest: [k], ascending; smallest[0] is λ_min.
         largest_bounds: [k]; an eigenvalue lies within this distance of each of `largest`.
         smallest_bounds: [k]; the same for `smallest`.
         products: Products with the operator.
-        converged: Whether each bound is at most rtol · max(|λ_max|, |λ_min|). False for a non-finite operator; its
-            eigenvalues are NaN.
-        largest_vectors: [k, n]; unit eigenvectors of `largest`; None without `vectors`.
+        converged: Whether each bound is at most rtol · max(|λ_max|, |λ_min|); False for NaN.
+        largest_vectors: [k, n]; unit eigenvectors of `largest`; None if they were not asked for.
         smallest_vectors: [k, n]; the same for `smallest`.
     """
 
@@ -58,9 +57,9 @@ def lanczos(
 ) -> ExtremeEigenvalues:
     """Returns the k largest and the k smallest eigenvalues, by Lanczos with full reorthogonalization.
 
-    Ritz values lie inside the spectrum, so that a negative one proves negative curvature. Within the residual bound of
-    each lies some eigenvalue. A Krylov space has one vector per distinct eigenvalue, so that a repeated one is found
-    once. The sum of old eigenvectors is a good start for a nearby operator.
+    Ritz values lie inside the spectrum, so that a negative one proves negative curvature. A repeated eigenvalue is
+    found once: a Krylov space has one vector per distinct eigenvalue. For an operator that has changed little, the sum
+    of the last eigenvectors is a good start.
 
     Cost: the products, O(n · iterations²) other operations, and memory iterations · n.
 
@@ -71,7 +70,7 @@ def lanczos(
         max_iterations: Products at most.
         rtol: Stop when all bounds are below rtol times the largest magnitude.
         start: First vector, [n]; a random one if None.
-        vectors: Return the eigenvectors too.
+        vectors: Whether to return the eigenvectors.
         generator: CPU generator that draws the random vectors; one with a fixed seed if None.
 
     Raises:
@@ -85,21 +84,18 @@ def lanczos(
     if not 1 <= k <= operator.size:
         raise ValueError(f"expected 1 <= k <= {operator.size} (the dimension), got {k}")
     if max_iterations < max(k, min_iterations):
-        raise ValueError(
-            f"expected max_iterations >= k = {k} and >= min_iterations = {min_iterations}, got {max_iterations}"
-        )
+        raise ValueError(f"expected max_iterations >= {k = } and >= {min_iterations = }, got {max_iterations}")
     basis = KrylovBasis(operator, start, generator or generator_of(Stream.START_VECTORS))
     while True:
         basis.extend()
         ritz = basis.ritz()
-        # A given start may span an invariant space, which shows nothing of the rest of the spectrum. Then the vectors
+        # A given start may lie in an invariant space, which shows nothing of the rest of the spectrum. Then the vectors
         # after it must converge too; to 1e-2 only, because they need only show whether an eigenvalue lies beyond.
         latest = ritz if basis.fresh == basis.products else basis.ritz(basis.products - basis.fresh)
         blind = start is not None and basis.exhausted and basis.fresh == basis.products < operator.size
         scale = float(ritz.values.abs().amax())
-        enough = basis.products >= max(k, min(min_iterations, operator.size)) and not blind
         close = _bounds_within(ritz, k, rtol * scale) and _bounds_within(latest, 1, max(rtol, 1e-2) * scale)
-        converged = enough and close
+        converged = close and not blind and basis.products >= max(k, min(min_iterations, operator.size))
         if converged or not basis.finite or basis.products >= min(max_iterations, operator.size):
             break
     return ExtremeEigenvalues(

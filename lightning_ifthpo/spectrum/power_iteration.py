@@ -1,4 +1,4 @@
-"""One eigenvalue, in the memory of four vectors."""
+"""One eigenvalue, with four vectors in memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_ifthpo.core.random_state import Stream, generator_of
+from lightning_ifthpo.core.validation import require_choice
 from lightning_ifthpo.curvature.base import CurvatureOperator
 from lightning_ifthpo.spectrum.basis import length_of, random_vector
 
@@ -46,9 +47,9 @@ def power_iteration(
 ) -> Eigenpair:
     """Returns the eigenvalue of largest magnitude, or the algebraically largest or smallest, by power iteration.
 
-    For "largest" and "smallest" the step is v ← (A − μI) v. A 2 × 2 eigenvalue problem gives the shift μ that moves the
-    Rayleigh quotient farthest; with a fixed shift v may stay between the ends forever. For "magnitude" a pair ±λ never
-    converges, and `converged` is False. `lanczos` needs fewer products, but keeps all vectors.
+    For "largest" and "smallest" the step is v ← (A − μI) v. A 2 × 2 eigenvalue problem gives the shift μ that changes
+    the Rayleigh quotient most; with a fixed shift it may stay between the ends. For "magnitude" a pair ±λ never
+    converges. `lanczos` needs fewer products, but keeps all vectors.
 
     Args:
         operator: A, symmetric, on vectors [n].
@@ -67,10 +68,9 @@ def power_iteration(
     >>> [round(power_iteration(operator, which=which).value, 4) for which in ("magnitude", "largest", "smallest")]
     [-2.0, 1.0, -2.0]
     """
-    if which not in get_args(Which):
-        raise ValueError(f"expected which to be one of {get_args(Which)}, got {which!r}")
+    require_choice("which", which, get_args(Which))
     if max_iterations < max(1, min_iterations):
-        raise ValueError(f"expected max_iterations >= 1 and >= min_iterations = {min_iterations}, got {max_iterations}")
+        raise ValueError(f"expected max_iterations >= 1 and >= {min_iterations = }, got {max_iterations}")
     sign = -1.0 if which == "smallest" else 1.0
     if start is None or not bool(start.any()):
         start = random_vector(operator, generator_of(Stream.START_VECTORS))
@@ -89,23 +89,19 @@ def power_iteration(
         finished = bound == 0.0 or (converged and products >= min_iterations)
         if products >= max_iterations or (finished and direct):
             return Eigenpair(sign * value, vector, bound, products, converged)
-        if finished:  # the product is a sum of earlier ones, with their rounding: confirm by a direct one
+        if finished:  # the product is a sum of earlier ones, with their rounding errors; a direct one confirms it
             product, direct = sign * operator.matvec(vector), True
         elif which == "magnitude":
             vector = product / length
             product = operator.matvec(vector)
         else:
-            other = residual - (vector @ residual) * vector  # removes what rounding left
+            other = residual - (vector @ residual) * vector  # removes the rounding error along the vector
             other = other / length_of(other)
             other_product = sign * operator.matvec(other)
-            c, s = _top_of(value, bound, float(other @ other_product))
+            # (c, s): unit eigenvector of the larger eigenvalue of [[value, bound], [bound, other @ other_product]]
+            angle = math.atan2(2.0 * bound, value - float(other @ other_product)) / 2.0
+            c, s = math.cos(angle), math.sin(angle)
             vector, product, direct = c * vector + s * other, c * product + s * other_product, False
             norm = length_of(vector)
             vector, product = vector / norm, product / norm
         products += 1
-
-
-def _top_of(a: float, b: float, d: float) -> tuple[float, float]:
-    """Returns the unit eigenvector of the larger eigenvalue of [[a, b], [b, d]]."""
-    angle = math.atan2(2.0 * b, a - d) / 2.0
-    return math.cos(angle), math.sin(angle)

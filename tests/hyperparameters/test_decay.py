@@ -127,7 +127,7 @@ def test_weights_that_were_replaced_are_refused(granularity):
     net = nn.Linear(3, 2)
     decay = WeightDecay(net, granularity)
     net.bias = nn.Parameter(torch.zeros(2))
-    with pytest.raises(ValueError, match="decays tensors that are no parameters of the module any more; create it"):
+    with pytest.raises(ValueError, match="decays tensors that are no longer parameters of the module; create it"):
         decay.check_training(net.parameters(), 0.1)
 
 
