@@ -17,9 +17,9 @@ from lightning_ifthpo.spectrum.power_iteration import Eigenpair, power_iteration
 
 Method: TypeAlias = Literal["lanczos", "power_iteration"]
 
-# Measured along 2,000 steps of full-batch gradient descent with λ_min about −λ_max/500: five products and 3 % noise find
-# the sign of λ_min in 95 % of the measurements; five and ten times the noise in 32 %; two products and 3 % noise, enough
-# for λ_max to 1e-3, in 18 %.
+# Measured along 2,000 steps of full-batch gradient descent with λ_min about −λ_max/500: five products and 3 % noise
+# find the sign of λ_min in 95 % of the measurements; five products and ten times the noise in 32 %; two products and
+# 3 % noise, enough for λ_max to 1e-3, in 18 %.
 _LEAST_PRODUCTS = 5
 _NOISE = 0.03
 
