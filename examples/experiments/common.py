@@ -151,9 +151,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 # Result files
 
 
-def read(name: str, folder: Path = RECORDED) -> Results:
-    """Returns the contents of a result file; an empty dict if there is none."""
-    path = folder / f"{name}.json"
+def read(name: str, folder: Path | None = None) -> Results:
+    """Returns the contents of a result file, of a recorded one by default; an empty dict if there is none."""
+    path = (folder or RECORDED) / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 

@@ -48,7 +48,6 @@ def test_what_to_expect_is_that_of_the_same_seeds_and_rows():
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "RECORDED", tmp_path / "recorded")
-    monkeypatch.setattr(common.read, "__defaults__", (tmp_path / "recorded",))
     return tmp_path
 
 
