@@ -151,9 +151,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 # Result files
 
 
-def read(name: str, folder: Path = RECORDED) -> Results:
-    """Returns the contents of a result file; an empty dict if there is none."""
-    path = folder / f"{name}.json"
+def read(name: str, folder: Path | None = None) -> Results:
+    """Returns the contents of a result file, of a recorded one by default; an empty dict if there is none."""
+    path = (folder or RECORDED) / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
@@ -204,12 +204,13 @@ def conclude(
         draw: Returns the picture, if there is one.
         comparable: Whether the recorded figures can be expected; not so with other data, for example.
     """
-    recorded = restricted(read(name), results)
+    old = read(name)
+    recorded = restricted(old, results)
     expected = summary(recorded) if comparable and recorded else {}
     measured = summary(results)
     if args.record:
-        stamps = read(name).get("measured", [])
-        results = merged(read(name), results | {"measured": sorted({*stamps, stamp()})})
+        old = {} if old.get("earlier") else old
+        results = merged(old, results | {"measured": sorted({*old.get("measured", []), stamp()})})
     print("", table(results), "", sep="\n")
     print(f"Results: {write(name, results, RECORDED if args.record else args.output)}")
     if draw is not None:
@@ -250,8 +251,9 @@ def rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
 
 
-# Statistics over seeds. A result file has a value for each seed, {"0": 0.93, "1": 0.94}. Of some earlier runs only the
-# mean and the standard deviation were kept, {"mean": 0.935, "deviation": 0.005}; values of seeds take their place.
+# Statistics over seeds. A result file has a value for each seed, {"0": 0.93, "1": 0.94}. Files marked "earlier" are of
+# runs of which only the mean and the standard deviation were kept, {"mean": 0.935, "deviation": 0.005}. The next run
+# with `--record` replaces such a file.
 
 
 def values(by_seed: Mapping[str, float], seeds: Iterable[int] | None = None) -> list[float]:

@@ -257,9 +257,9 @@ def table(results: Results) -> str:
     return markdown(["products", "estimator", *titles], rows)
 
 
-def size(ratio: float) -> str:
-    """Returns a ratio of norms with two digits."""
-    if ratio < 0.01:
+def size(ratio: float | None) -> str:
+    """Returns a ratio of norms with two digits; of small ones an earlier run has not kept the value."""
+    if ratio is None or ratio < 0.01:
         return "<.01"
     return "diverges" if ratio > 1e3 else number(ratio, 2 if ratio < 1 else 1 if ratio < 10 else 0)
 

@@ -22,8 +22,10 @@ PLACE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 def table(name: str) -> str:
     """Returns the table of an experiment."""
-    made: str = importlib.import_module(f"examples.experiments.{name}").table(read(name))
-    return made
+    results = read(name)
+    made: str = importlib.import_module(f"examples.experiments.{name}").table(results)
+    earlier = any("earlier version" in stamp for stamp in results["measured"])
+    return made + ("\n\nMeasured with an earlier version." if earlier else "")
 
 
 def filled(text: str) -> str:
