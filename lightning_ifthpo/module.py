@@ -78,7 +78,7 @@ class BilevelLightningModule:
         self._hyperparameter_names = (*self._hyperparameter_names, name)
 
     def named_hyperparameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yields (name, tensor) for each hyperparameter; those of a registered module as "<name>.<its own name>"."""
+        """Yields (name, tensor) for each hyperparameter; "<name>.<own name>" for tensors of a registered module."""
         names: dict[nn.Parameter, str] = {}  # a tensor's hash is its identity: a shared one is yielded once
         for name in self._hyperparameter_names:
             value = getattr(self, name)

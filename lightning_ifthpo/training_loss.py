@@ -29,7 +29,7 @@ def has_training_step(module: Any) -> bool:
 
 
 def training_loss(module: Any, batch: Any) -> Tensor:
-    """Returns the loss of a LightningModule on a batch, a scalar: its own `inner_loss`, or that of `training_step`."""
+    """Returns the loss of a LightningModule on a batch, a scalar: `inner_loss`, or else the loss of `training_step`."""
     loss: Tensor = module.inner_loss(batch) if has_inner_loss(module) else loss_of_training_step(module, batch)
     return loss
 

@@ -117,7 +117,7 @@ class ExactGeN(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs the last look, if it is new."""
+        """Logs each look once."""
         if self._active_scheduler.looks != self._logged:
             self._logged = self._active_scheduler.looks
             log_metrics(trainer, pl_module, _metrics(self._active_scheduler), headline="gen/lr")

@@ -32,7 +32,7 @@ class HyperStepper:
         module: A LightningModule with the bilevel mixin.
         source: Loader of outer batches.
         curvature, solver, warm_start, precision: As in `IFTHypergradient`.
-        state: What `state_dict` returned; empty for a new start.
+        state: A result of `state_dict`; empty for a new start.
     """
 
     def __init__(

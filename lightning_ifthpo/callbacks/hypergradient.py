@@ -122,7 +122,7 @@ class IFTHypergradient(PeriodicCallback):
                 parameter.requires_grad_(False)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Checks what can be checked without data."""
+        """Makes all checks that need no data."""
         check_module(trainer, pl_module, self._unfrozen)
         check_precision(trainer, self.curvature, self.precision)
 
@@ -181,7 +181,7 @@ class IFTHypergradient(PeriodicCallback):
         return self._stepper
 
     def _computed(self, trainer: L.Trainer, batch: Any) -> Hypergradient | None:
-        """Returns a hypergradient; None, with a warning, if memory runs out."""
+        """Returns a hypergradient; None if memory runs out and the hyper step may be skipped, see `on_failure`."""
         stepper = self._active_stepper
         try:
             # A diagnosis costs products, so only a failure that is reported gets one.

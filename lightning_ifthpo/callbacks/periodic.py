@@ -58,7 +58,7 @@ class PeriodicCallback(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Tells the cadence that the optimizer steps."""
+        """Records an optimizer step."""
         self._cadence.optimizer_stepped()
 
     def on_train_batch_end(

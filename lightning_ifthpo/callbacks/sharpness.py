@@ -31,8 +31,9 @@ class SharpnessMonitor(PeriodicCallback):
 
     Works on any LightningModule: it measures the `inner_loss` if there is one, else the loss of `training_step`, in the
     train/eval modes it finds. It changes nothing: weights, buffers, gradients, modes, metrics, other logged values and
-    the random state stay as they would be without it. A failed measurement is reported and counted, and training goes
-    on. With several processes an error ends the run, because the other processes would wait forever.
+    the random state stay as they would be without it. Failed measurements are counted, the first causes a warning, and
+    training goes on. With several processes every error except NaN or infinity ends the run, because the other
+    processes would wait forever.
 
     Args:
         every_n_batches: Training batches between two measurements, at least 1. The first measurement comes at the end
@@ -43,8 +44,8 @@ class SharpnessMonitor(PeriodicCallback):
         curvature: "hessian"; "gauss_newton", for losses that call `mark_outputs`; "finite_difference", for models
             without a second derivative.
         preconditioned: Measure P^½ H P^½ with the preconditioner P of the optimizer and the relative learning rates of
-            its groups, on which stability depends. None does so if the optimizer is known; True raises if it is not.
-            False measures H itself, which does not determine the stability of Adam.
+            its groups, on which stability depends. True raises if the optimizer is not known; None then measures H.
+            False always measures H, which does not determine the stability of Adam.
         max_iterations: Largest number of products for a measurement, or for each end with power iteration.
         rtol: Residual to stop at, relative to max(|λ_max|, |λ_min|). Some eigenvalue lies within the residual of each
             end, and others may lie beyond: λ_min below −rtol · λ_max proves negative curvature, but a positive λ_min
@@ -58,8 +59,8 @@ class SharpnessMonitor(PeriodicCallback):
             needed. The first measurement and figures are not counted. None for no limit.
         name: Prefix of all metrics; several monitors need different ones.
 
-    Logs `sharpness/lambda_max` (and `lambda_2` to `lambda_<top_k>`), `lambda_min`, `residual` (the larger residual
-    bound of both ends over the larger magnitude), `products`, `failures`; `edge`, the λ_max at which the optimizer
+    Logs `sharpness/lambda_max` (and `lambda_2` to `lambda_<top_k>`), `lambda_min`, `residual` (the largest
+    residual bound over max(|λ_max|, |λ_min|)), `products`, `failures`; `edge`, the λ_max at which the optimizer
     becomes unstable, and `edge_ratio`, 1 at the edge, if the optimizer is known; `trace` and `trace_error`.
 
     Raises:
@@ -134,7 +135,7 @@ class SharpnessMonitor(PeriodicCallback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restores a result of `state_dict`."""
         self.failures, self.unconverged = state_dict["failures"], state_dict["unconverged"]
         self._cadence.load_state_dict(state_dict["cadence"])
         self._tracker.load_state_dict(state_dict["tracker"])
@@ -142,7 +143,7 @@ class SharpnessMonitor(PeriodicCallback):
         self._has_fired = state_dict["fired"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Checks what can be checked before the first batch, and loads the fixed examples."""
+        """Makes all checks that need no batch, and loads the fixed examples."""
         check_observed(trainer, pl_module, self.top_k)
         check_precision(trainer, self.curvature, "32")
         self._check_optimizers(trainer)
@@ -175,7 +176,7 @@ class SharpnessMonitor(PeriodicCallback):
             )
 
     def _fire(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
-        """Measures; what fails is missing from the metrics."""
+        """Returns the metrics of all measurements that succeed."""
         metrics: dict[str, float] = {}
         with self._tolerating_failures():
             with self._operator(trainer, module, batch) as (operator, edge):
@@ -252,8 +253,7 @@ class SharpnessMonitor(PeriodicCallback):
             return
         if self.preconditioned:
             raise ValueError(
-                f"preconditioned=True needs an optimizer whose update is understood, and {names} is not; use "
-                "preconditioned=None"
+                f"preconditioned=True needs a known stability edge, and {names} has none; use preconditioned=None"
             )
         rank_zero_warn(
             f"the stability edge of {names} is not known: {self.name}/lambda_max is measured without a preconditioner, "

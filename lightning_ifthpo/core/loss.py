@@ -81,7 +81,7 @@ class Loss:
             self._random_state = RandomState(self.space.device)
 
     def evaluate(self) -> tuple[Tensor, Sequence[Tensor]]:
-        """Returns this process's scaled share of the loss with its graph, and the outputs that it returned or marked.
+        """Returns this process's share · scale · L with its graph, and the outputs that the loss returned or marked.
 
         Raises:
             TypeError: If the function does not return a real floating-point tensor.
@@ -98,20 +98,20 @@ class Loss:
         return value, [outputs] if isinstance(outputs, Tensor) else outputs or marked
 
     def value(self) -> Tensor:
-        """Returns the whole loss, a detached scalar; one forward pass."""
+        """Returns the loss on the global batch, a detached scalar; one forward pass."""
         return self.combine(self.evaluate()[0])
 
     def gradient(self) -> Tensor:
-        """Returns ∂L/∂w of the whole loss, [n], detached; one gradient."""
+        """Returns ∂L/∂w on the global batch, [n], detached; one gradient."""
         return self.combine(self.space.flatten(vjp([self.evaluate()[0]], self.parameters)))
 
     def graph(self) -> LossGraph:
-        """Returns this process's scaled share with its graph; one forward pass."""
+        """Returns this process's share · scale · L with its graph; one forward pass."""
         return LossGraph(self.evaluate()[0], self.space)
 
     @contextmanager
     def along(self, direction: Sequence[Tensor | None]) -> Iterator[Callable[[float], Tensor]]:
-        """Gives a function that moves w to w + α · direction and evaluates this process's scaled share there.
+        """Gives a function of α that moves w to w + α · direction and returns this process's share · scale · L there.
 
         The direction is shaped like the parameters, with `None` for zeros. Take derivatives before the next call,
         because activation checkpointing repeats the forward pass at the current weights. After the block w is restored
@@ -132,7 +132,7 @@ class Loss:
             yield at
 
     def combine(self, part: Tensor) -> Tensor:
-        """Returns a quantity of the whole loss: the sum of all processes' parts, divided by the scale.
+        """Returns a quantity on the global batch: the sum of all processes' parts, divided by the scale.
 
         A part has any shape and is linear in the value of `evaluate`. All processes must combine the same quantities in
         the same order.

@@ -14,9 +14,9 @@ import torch
 class Stream(IntEnum):
     """A purpose of random numbers. Streams of different purposes are independent.
 
-    OUTER_TRANSFORMS are transforms of single examples of the outer data in this process, and BATCH_TRANSFORMS those of
-    whole batches in Lightning's hooks. LOSSES covers dropout and noise in losses. START_VECTORS are for eigenvalue
-    solvers, TRACE and DENSITY are probe vectors, and SKETCH gives the directions of a low-rank approximation.
+    OUTER_TRANSFORMS is for transforms of single outer examples in this process, BATCH_TRANSFORMS for transforms of
+    whole batches in Lightning's hooks, LOSSES for dropout and noise in losses, START_VECTORS for eigenvalue solvers,
+    TRACE and DENSITY for probe vectors, and SKETCH for the directions of a low-rank approximation.
     """
 
     OUTER_ORDER = 0
@@ -49,7 +49,7 @@ def generator_of(stream: Stream, *, seed: int = 0, step: int = 0) -> torch.Gener
 
 
 class RandomState:
-    """The state of the generators of Python, NumPy and torch (the CPU's and one device's) at one moment.
+    """The state of the generators of Python, NumPy and torch (the CPU's and one device's) when the object is made.
 
     >>> state = RandomState(torch.device("cpu"))
     >>> with state.replayed():
@@ -68,7 +68,7 @@ class RandomState:
         self._accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
     def restore(self) -> None:
-        """Sets all generators back to this moment."""
+        """Sets all generators to the state that this object holds."""
         random.setstate(self._python)
         np.random.set_state(self._numpy)  # noqa: NPY002
         torch.set_rng_state(self._cpu)
@@ -77,7 +77,7 @@ class RandomState:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Draws the random numbers that followed this moment in the block; restores all generators after it."""
+        """Sets all generators to this state in the block, and back to their own states after it."""
         with isolated(self._device):
             self.restore()
             yield

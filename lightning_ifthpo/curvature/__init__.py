@@ -1,4 +1,4 @@
-"""Curvature of a loss as symmetric operators, which are known by their products with vectors."""
+"""Curvature of a loss as symmetric linear operators, used through their products with vectors."""
 
 from lightning_ifthpo.core.marking import mark_outputs
 from lightning_ifthpo.curvature.average import AverageOperator

@@ -1,4 +1,4 @@
-"""The interface of curvature for solvers and spectrum code: a fixed symmetric linear map, known by its products."""
+"""The interface of curvature for solvers and spectrum code: a fixed symmetric linear map, used through its products."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class CurvatureOperator(ABC):
         return DampedOperator(self, delta)
 
     def preconditioned(self, preconditioner: Tensor) -> CurvatureOperator:
-        """Returns P^½ A P^½ for a diagonal P ≥ 0: [n]; its eigenvalues are those of PA."""
+        """Returns P^½ A P^½ for a diagonal P ≥ 0: [n]; it has the eigenvalues of PA."""
         return PreconditionedOperator(self, preconditioner)
 
 
@@ -57,7 +57,7 @@ class LossOperator(CurvatureOperator):
     If examples are spread over processes, each process computes the product of its share, and `Loss.combine` sums them
     by one collective. All processes must ask for the same products in the same order.
 
-    A subclass sets `_graph`, the graph of this process's scaled share, or defines `_own_loss`, `_own_gradient` and
+    A subclass sets `_graph`, this process's `Loss.graph`, or defines `_own_loss`, `_own_gradient` and
     `_own_mixed_product`.
 
     Args:
@@ -92,7 +92,7 @@ class LossOperator(CurvatureOperator):
 
     @abstractmethod
     def _own_product(self, v: Tensor) -> Tensor:
-        """Returns this process's scaled share of A v, [n]."""
+        """Returns this process's part of A v, [n], for `Loss.combine`."""
 
     def _own_loss(self) -> Tensor:
         return self._graph.value
@@ -105,7 +105,7 @@ class LossOperator(CurvatureOperator):
 
 
 class InvertibleOperator(CurvatureOperator):
-    """A curvature whose damped inverse is known in closed form."""
+    """A curvature with a closed form of its damped inverse."""
 
     @abstractmethod
     def solve(self, b: Tensor, delta: float | Tensor) -> Tensor:

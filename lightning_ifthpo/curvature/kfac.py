@@ -113,7 +113,7 @@ class KFACOperator(LossOperator, InvertibleOperator):
 
 
 class _SquaredError(nn.Module):
-    """A model of z ↦ Sᵀz whose squared error has the curvature of the loss in its outputs z.
+    """The model followed by z ↦ Sᵀz for its outputs z: the squared error of Sᵀz has the loss's curvature in z.
 
     curvlinops supports three losses only. With this model its squared error stands for any loss.
     """

@@ -14,8 +14,8 @@ from lightning_ifthpo.curvature.base import InvertibleOperator, LossOperator
 class GradientOuterProductOperator(LossOperator, InvertibleOperator):
     """A = g gᵀ with g = ∂L/∂w, which Lorraine, Vicol and Duvenaud (2019) call Gauss–Newton.
 
-    A has rank one and vanishes at a minimum of the loss, where a linear solve inverts the damping alone. Its products
-    and its inverse are exact and free, which is its only advantage.
+    A has rank one and vanishes at a minimum of the loss, where a linear solve inverts the damping alone. Its only
+    advantage is the cost: no product and no inverse evaluates the loss again.
 
     Cost: one forward pass and one differentiable gradient when made.
 

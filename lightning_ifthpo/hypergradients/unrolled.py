@@ -36,8 +36,8 @@ def unrolled_hypergradient(
     includes momentum and adaptive steps, through the optimizer's state. Weights and state are left unchanged.
 
     The result's `relative_residual` is ‖dL_V/dw₀‖ / ‖dL_V/dw_K‖: how much the outer loss still depends on the first
-    weights. From a stationary point, K + 1 steps of gradient descent equal the Neumann series of K terms with the
-    learning rate as step size, and this is the residual of the series.
+    weights. From a stationary point, K steps of gradient descent give the hypergradient and the residual of
+    `Neumann(terms=K − 1, step_size=lr)`.
 
     Args:
         inner_loss: L_T, a callable without arguments that returns a scalar tensor.
@@ -61,7 +61,7 @@ def unrolled_hypergradient(
     """
     require_at_least("steps", steps, 1)
     if (lr is None) == (optimizer is None):
-        raise ValueError("expected either lr, for gradient descent, or the optimizer whose steps are to be unrolled")
+        raise ValueError("expected either lr, for gradient descent, or an optimizer to unroll, not both")
     if lr is not None and not 0.0 < lr < math.inf:
         raise ValueError(f"expected a finite lr > 0, got {lr!r}")
     space = ParameterSpace(parameters)
@@ -132,7 +132,7 @@ class _Update:
     def vjp_step(
         self, weights: Tensor, gradient: Tensor, state: _State, adjoint: Tensor, state_adjoints: dict[_Key, Tensor]
     ) -> tuple[Tensor, Tensor, dict[_Key, Tensor]]:
-        """Returns the adjoints of weights, gradient and state before a step from those after it."""
+        """Returns the adjoints of a step's inputs (weights, gradient, state) from the adjoints of its results."""
         inputs, after, entries = self._trace(weights, gradient, state)
         keys = [key for key in entries if key in state_adjoints]
         outputs = [*after, *(entries[key] for key in keys)]

@@ -79,7 +79,7 @@ class AugmentationNetwork(nn.Module):
     ) -> None:
         super().__init__()
         require_at_least("channels", channels, 1)
-        require_at_least("width", width, 2)  # GroupNorm needs two values per image, even from an image of one pixel
+        require_at_least("width", width, 2)  # GroupNorm needs two values per image, and an image may have one pixel
         require_at_least("depth", depth, 1)
         require_at_least("noise_channels", noise_channels, 0)
         if not is_ascending(0.0, maximum, math.inf):

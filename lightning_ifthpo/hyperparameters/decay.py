@@ -73,7 +73,7 @@ class WeightDecay(Bounded):
         return torch.stack(penalties).sum() / 2
 
     def check_training(self, parameters: Iterable[Tensor], lr: float | Tensor) -> None:
-        """Raises ValueError if a weight is not among the trained `parameters`, or if lr · maximum >= 2."""
+        """Raises ValueError if a decayed weight is none of the module's `parameters`, or if lr · maximum >= 2."""
         lr = float(lr)
         if not set(map(id, self.weights)) <= set(map(id, parameters)):
             raise ValueError(

@@ -93,12 +93,12 @@ _TABLE: dict[type[Optimizer], Callable[[Response, _Dict, _Dict], Response]] = {
 
 
 def is_known(optimizer: Optimizer) -> bool:
-    """Returns whether an optimizer, or a class it derives from, is in the table."""
+    """Returns whether the class of an optimizer, or a base class of it, is in the table of known optimizers."""
     return isinstance(optimizer, tuple(_TABLE))
 
 
 def responses(optimizers: Iterable[Optimizer], parameters: Iterable[Tensor]) -> list[Response]:
-    """Returns each parameter's response: that of gradient descent for an unknown optimizer, zero for no optimizer."""
+    """Returns each parameter's response: gradient descent for an unknown optimizer, zero without an optimizer."""
     found = {
         id(parameter): _response(optimizer, group, parameter)
         for optimizer in optimizers

@@ -53,7 +53,7 @@ class StabilityEdge:
 
     @classmethod
     def of(cls, optimizers: Optimizer | Iterable[Optimizer], parameters: Iterable[Tensor]) -> StabilityEdge | None:
-        """Returns the edge at this moment, None if the edge of an optimizer is not known; see `has_edge`.
+        """Returns the edge for the optimizers' present state; None if one of them has no known edge (`has_edge`).
 
         Args:
             optimizers: The optimizer that trains the parameters, or several.
@@ -77,7 +77,7 @@ class StabilityEdge:
 
 
 def has_edge(optimizer: Optimizer) -> bool:
-    """Returns whether the stability edge of an optimizer is known: it must be in the table and must minimize."""
+    """Returns whether the stability edge of an optimizer is known: it must be known (`is_known`) and must minimize."""
     return is_known(optimizer) and not any(group.get("maximize") for group in optimizer.param_groups)
 
 

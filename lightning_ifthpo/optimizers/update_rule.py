@@ -42,10 +42,10 @@ class UpdateRule:
 
     @classmethod
     def of(cls, optimizers: Iterable[Optimizer], parameters: Sequence[Tensor]) -> UpdateRule:
-        """Returns the rule that optimizers apply to parameters at this moment.
+        """Returns the rule that stands for optimizers in their present state.
 
         Learning rates, momentum, weight decay and diagonal preconditioners are read from the groups and the state of
-        SGD, Adam, AdamW, NAdam, RMSprop and Adagrad; see `is_known`. Others count as gradient descent.
+        SGD, Adam, AdamW, NAdam, RMSprop and Adagrad; see `is_known`. Others count as plain gradient descent.
 
         Args:
             optimizers: The optimizers that train the parameters.

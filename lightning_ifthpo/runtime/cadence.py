@@ -98,7 +98,7 @@ class Cadence:
 
     @contextmanager
     def off_budget(self, synchronize: Callable[[], None]) -> Iterator[None]:
-        """Does not count the time of the block as training time; synchronizes only if there is a budget."""
+        """Leaves the block out of the training time; calls `synchronize` on both sides of it if there is a budget."""
         began = self._now(synchronize)
         try:
             yield

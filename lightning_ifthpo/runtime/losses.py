@@ -19,7 +19,7 @@ from lightning_ifthpo.runtime.precision import CurvaturePrecision, is_autocast, 
 from lightning_ifthpo.runtime.sharding import unsharded
 from lightning_ifthpo.training_loss import training_loss
 
-BY_DIFFERENCES = ("finite_difference", "three_point")  # of gradients, of losses
+BY_DIFFERENCES = ("finite_difference", "three_point")  # differences of gradients; of losses
 
 
 class ModuleLosses:

@@ -211,11 +211,11 @@ def _cycle(source: Iterable[Any], skip: int) -> Iterator[Any]:
 def _warn_if_inexact(consumed: int, world_size: int) -> None:
     if world_size > 1:
         rank_zero_warn(
-            "the outer data are iterated as they are on every rank: only a map-style DataLoader with a sequential, "
-            "random or distributed sampler is split among ranks"
+            "every rank iterates over the whole outer loader: only a map-style DataLoader with a sequential, random or "
+            "distributed sampler is split among ranks"
         )
     elif consumed:
         rank_zero_warn(
-            f"the outer data are iterated as they are: {consumed} batches are skipped to resume, which is exact only "
-            "if the loader yields them in the same order again"
+            f"to resume, the first {consumed} outer batches are skipped: this is exact only if the loader yields them "
+            "in the same order again"
         )

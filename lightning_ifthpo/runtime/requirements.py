@@ -29,7 +29,7 @@ def check_module(trainer: L.Trainer, module: Any, trainable_before: Collection[s
             f"class {name}(BilevelLightningModule, LightningModule)"
         )
     check_strategy(trainer, "IFTHypergradient", gathers=True)
-    if not any(True for _ in module.hyperparameters()):  # any(module.hyperparameters()) would ask for their values
+    if not any(True for _ in module.hyperparameters()):  # any(module.hyperparameters()) would test their values
         raise ValueError(
             f"{name} has no hyperparameters; call self.register_hyperparameter(name, tensor_or_module) in its __init__"
         )
@@ -89,7 +89,7 @@ def check_repeatable(module: Any) -> None:
 
 
 def check_precision(trainer: L.Trainer, curvature: str, precision: CurvaturePrecision = "32") -> None:
-    """Raises ValueError in half precision for differences, which would be rounding errors, and for kfac."""
+    """Raises ValueError in half precision for kfac, and for finite differences, lost in rounding there."""
     needs_float32 = (*BY_DIFFERENCES, "kfac")  # kfac decomposes matrices
     if curvature in needs_float32 and (has_half_weights(trainer) or is_autocast(trainer, precision)):
         raise ValueError(
@@ -113,8 +113,8 @@ def _check_optimizers(trainer: L.Trainer, module: Any, trainable_before: dict[in
                 raise ValueError("the inner optimizer maximizes; use maximize=False and the negative inner loss")
         if not is_known(optimizer):
             rank_zero_warn(
-                f"{type(optimizer).__name__} is not among the optimizers whose update is understood; Amortized and "
-                "damping='horizon' treat it as gradient descent with its learning rate, and ignore its weight decay"
+                f"the update rule of {type(optimizer).__name__} is not known; Amortized and damping='horizon' treat it "
+                "as gradient descent with its learning rate, and ignore its weight decay"
             )
 
 

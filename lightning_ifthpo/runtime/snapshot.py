@@ -17,12 +17,12 @@ from torchmetrics import Metric
 
 @contextmanager
 def restored(module: nn.Module) -> Iterator[None]:
-    """Undoes, after the block, what the block changed in a module and its submodules, bit for bit.
+    """Undoes, after the block, its changes to a module and its submodules, bit for bit.
 
     It restores attributes, also train/eval modes; the contents of lists, dicts, sets and deques; tensors, with their
     requires_grad; and random generators. Inside the block buffers and metric states are copies, because a graph
     recorded there may still need them. It does not restore deeper state: a list in a list, an object of the user's own
-    class, what a hook writes elsewhere.
+    class, or anything that a hook writes elsewhere.
 
     Cost: a copy of all tensors of the module.
     """

@@ -38,7 +38,7 @@ class Status(str, Enum):
 
     @property
     def succeeded(self) -> bool:
-        """Whether the solver did what it was asked for; the residual says how accurate that is."""
+        """Whether the solve converged, or completed its products; the residual says how accurate x is."""
         return self in (Status.CONVERGED, Status.COMPLETE)
 
 

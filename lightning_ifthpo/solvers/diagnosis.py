@@ -35,9 +35,9 @@ def diagnose(system: LinearSystem, result: SolveResult) -> str:
         )
     if smallest < 0.0:
         return (
-            f"negative curvature ({spectrum}): the weights are not at a minimum of the inner loss, where no step size "
-            "makes a series converge and conjugate gradients break down. Use Gauss–Newton curvature (mark the "
-            f"outputs), a damping above {-smallest:.4g}, few Neumann terms with the inner learning rate as step size, "
-            "or train further" + (f"; besides, the {too_long}" if too_long else "")
+            f"negative curvature ({spectrum}): the weights are not at a minimum of the inner loss. Conjugate gradients "
+            "break down here, and no step size makes a series converge. Use Gauss–Newton curvature (mark the outputs), "
+            f"a damping above {-smallest:.4g}, few Neumann terms with the inner learning rate as step size, or train "
+            "further" + (f". In addition, the {too_long}" if too_long else "")
         )
     return f"{too_long or 'operator is singular, and b does not lie in its range: use damping'} ({spectrum})"

@@ -25,7 +25,7 @@ class _Krylov(Solver):
         require_fraction("rtol", self.rtol)
 
     def _tolerance(self, dtype: torch.dtype) -> float:
-        # a residual of length 10 eps is rounding of b, whose length is one: nothing is left to divide by
+        # b has length one, so that a residual below 10 eps is rounding, and a step along it would be noise
         return max(self.rtol or 0.0, 10.0 * torch.finfo(dtype).eps)
 
     def _finished(self, system: LinearSystem, b: Tensor, result: SolveResult) -> SolveResult:
@@ -37,7 +37,7 @@ class _Krylov(Solver):
             status = Status.MAX_ITERATIONS
         if result.products <= 20 or status is Status.NONFINITE:
             return replace(result, status=status)
-        residual = system.relative_residual(result.x, b)  # that of the recursion drifts away after some 20 products
+        residual = system.relative_residual(result.x, b)  # the recursion drifts from it after about 20 products
         if status is Status.CONVERGED and self.rtol is not None and residual > 2.0 * tolerance:
             status = Status.MAX_ITERATIONS
         if status.succeeded and residual > 1.0:
@@ -52,7 +52,7 @@ class ConjugateGradient(_Krylov):
     If the curvature along a search direction is not positive, the solve returns the last iterate, with the status
     NEGATIVE_CURVATURE: at an indefinite Hessian a solution is meaningless, at a singular one it need not exist.
 
-    Cost: a product per iteration, one for a given x0, those of the preconditioner, and after 20 one for the residual.
+    Cost: one product per iteration and for x0, `rank` for a preconditioner, and one for the residual after 20 products.
 
     Attributes:
         max_iterations: Iterations at most.
@@ -97,7 +97,7 @@ class ConjugateGradient(_Krylov):
                 [along, direction @ direction, new_residual @ new_residual, new_residual @ conditioned]
             ).tolist()
             stiffest = max(stiffest, curvature / length)
-            # eps · largest Rayleigh quotient: what rounding leaves of a curvature that is zero
+            # below eps · largest Rayleigh quotient a curvature is rounding, and counts as zero
             if not curvature > torch.finfo(b.dtype).eps * stiffest * length:
                 status = Status.NONFINITE if math.isnan(curvature) else Status.NEGATIVE_CURVATURE
                 break
@@ -113,8 +113,8 @@ class MinimumResidual(_Krylov):
     """MINRES (Paige and Saunders 1975), for symmetric operators of any sign.
 
     Minimizes ‖Ax − b‖ over the Krylov space, so that the residual never grows. On a singular system it ends at a
-    least-squares solution, with the residual that remains. Cost and options are those of `ConjugateGradient`, without
-    a preconditioner.
+    least-squares solution, with the residual that remains. Cost and options: as `ConjugateGradient`, without a
+    preconditioner.
 
     >>> from lightning_ifthpo.curvature import MatrixOperator
     >>> matrix = torch.diag(torch.tensor([1.0, -2.0]))
@@ -143,7 +143,7 @@ class MinimumResidual(_Krylov):
             second, first = sin_old * beta, cos * cos_old * beta + sin * alpha
             corner = cos * alpha - sin * cos_old * beta
             diagonal = math.hypot(corner, beta_new)
-            if not diagonal > 10.0 * eps * scale:  # what A leaves of the Krylov space is rounding, or NaN
+            if not diagonal > 10.0 * eps * scale:  # A is singular on the Krylov space, up to rounding; or NaN
                 status = Status.NONFINITE if math.isnan(diagonal) else status
                 break
             (cos_old, sin_old), (cos, sin) = (cos, sin), (corner / diagonal, beta_new / diagonal)

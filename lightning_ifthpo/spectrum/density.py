@@ -88,7 +88,7 @@ def spectral_density(
 
 
 def _quadrature(basis: KrylovBasis, iterations: int) -> tuple[Tensor, Tensor, float, int]:
-    """Returns nodes, weights, their Wasserstein-1 distance from those at half the iterations, and products taken."""
+    """Returns nodes, weights, the Wasserstein-1 distance to the quadrature at half the iterations, and products."""
     for _ in range(iterations):
         basis.extend()
         if basis.exhausted or not basis.finite:

@@ -47,9 +47,9 @@ def power_iteration(
 ) -> Eigenpair:
     """Returns the eigenvalue of largest magnitude, or the algebraically largest or smallest, by power iteration.
 
-    For "largest" and "smallest" the step is v ← (A − μI) v. A 2 × 2 eigenvalue problem gives the shift μ that changes
-    the Rayleigh quotient most; with a fixed shift it may stay between the ends. For "magnitude" a pair ±λ never
-    converges. `lanczos` needs fewer products, but keeps all vectors.
+    For "largest" each step v ← (A − μI) v takes the shift μ that makes the next Rayleigh quotient largest, by a 2 × 2
+    eigenvalue problem; a fixed μ may lead to the other end, or to neither. "smallest" does the same for −A. For
+    "magnitude" a pair ±λ never converges. `lanczos` needs fewer products, but keeps all vectors.
 
     Args:
         operator: A, symmetric, on vectors [n].

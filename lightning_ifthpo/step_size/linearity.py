@@ -23,13 +23,13 @@ def check_linear_in_lr(optimizer: Optimizer) -> None:
         small, full = (_third_update(optimizer, rate) for rate in (0.01, 1.0))
     except Exception as error:
         raise ValueError(
-            f"ExactGeN needs an optimizer whose step can be repeated at another learning rate, and {name} cannot: "
+            f"ExactGeN repeats optimizer steps at another learning rate, and {name} cannot do that: "
             f"{type(error).__name__}: {error}"
         ) from error
     if not torch.allclose(100 * small, full, rtol=1e-6, atol=1e-12) or not bool(small.any()):
         raise ValueError(
-            f"ExactGeN needs an optimizer whose update is linear in its learning rate, and that of {name} is not: "
-            "use SGD, Adam, AdamW or a similar one"
+            f"the update of {name} is not linear in its learning rate, and ExactGeN needs that: use SGD, Adam, AdamW "
+            "or a similar one"
         )
 
 

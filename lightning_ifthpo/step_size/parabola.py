@@ -40,7 +40,7 @@ class Parabola:
         return self.slope / self.curvature if self.curvature > 0.0 and math.isfinite(self.slope) else None
 
     def at(self, step: float) -> Parabola:
-        """Returns the same parabola, seen from w − step · ω."""
+        """Returns the same parabola with its origin at w − step · ω."""
         return Parabola(self.slope - step * self.curvature, self.curvature, self.squared_length)
 
     @property
@@ -184,7 +184,7 @@ def _dot(left: Sequence[Fraction], right: Sequence[Fraction]) -> Fraction:
 def _slope_and_curvature(loss: Loss, omega: Tensor, curvature: LossCurvature) -> tuple[Tensor, Tensor]:
     """Returns ∇L·ω and ωᵀAω of this process's loss."""
     if curvature == "gauss_newton":
-        with suppress(RuntimeError):  # an operation without a derivative in forward mode
+        with suppress(RuntimeError):  # if an operation has no derivative in forward mode
             slope, curved = forward_slope_and_curvature(loss, omega)
             return loss.combine(slope), loss.combine(curved)
     operator = curvature_operator(curvature, loss, loss.parameters)

@@ -82,7 +82,7 @@ class GroupRates:
                 self.applied.append(0.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what changes, as plain numbers."""
+        """Returns the state, as plain numbers."""
         rules = [{"name": type(rule).__name__} | rule.state_dict() for rule in self.rules]
         return {"multipliers": self.multipliers, "rules": rules, "applied": self.applied}
 

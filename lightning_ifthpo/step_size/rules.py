@@ -18,7 +18,7 @@ _RESTED = 8  # looks in a row without growth after which the rate is settled
 # that takes some ten steps, also with momentum 0.9.
 _GROWTH = 1.08
 _SHRINKAGE = 1.25
-_FLOOR = 0.25  # lowest rate, as a part of the highest, where the slope and not the curvature makes the gain negative
+_FLOOR = 0.25  # lowest rate over the highest, if the slope and not the curvature makes the gain negative
 _ENOUGH = 4  # looks that judge a rate after it has shrunk
 # Growth per look of a settled rate, and in recovery. It outweighs mistaken shrinking, seen in 4 % of the windows.
 _RECOVERY = 1.01
@@ -46,7 +46,7 @@ class Rule(ABC):
         """Updates the rate with a look; returns whether the look was used."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what changes, as plain numbers."""
+        """Returns the state, as plain numbers."""
         return {name.removeprefix("_"): getattr(self, name) for name in self._STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

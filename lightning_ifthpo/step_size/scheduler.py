@@ -87,8 +87,8 @@ class ExactGeNLR(LRScheduler):
         lr_min: Lower bound of the rate.
         lr_max: Upper bound of the rate.
         final_decay: Fraction of the run, at its end, over which the rate goes to zero linearly, without further looks.
-        per_group: Choose a rate for each parameter group, from the loss along its own part of the update while the
-            other groups make theirs. The initial rates then do not count at all. One look for each group.
+        per_group: Choose a rate for each parameter group, from the loss along its own part of the update, with the
+            updates of the other groups applied. The initial rates then do not count at all. One look for each group.
 
     Cost of a look: see `three_point_parabola` and `exact_parabola`; and a copy of the weights.
 
@@ -170,7 +170,7 @@ class ExactGeNLR(LRScheduler):
             self._rates.write(self.get_lr())
 
     def step(self, epoch: int | None = None) -> None:
-        """Counts an optimizer step, even if a loss scaler has skipped it, and sets the rates of the next."""
+        """Counts an optimizer step, even if a loss scaler has skipped it, and sets the rates of the next step."""
         self._rates.include_new_groups(self._decay())
         self.last_epoch += 1
         self._last_lr = self.get_lr()
@@ -181,7 +181,7 @@ class ExactGeNLR(LRScheduler):
         return self._rates.of_groups(self._decay())
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what changes, as tensors and plain numbers."""
+        """Returns the state, as tensors and plain numbers."""
         return self._rates.state_dict() | {
             "last_epoch": self.last_epoch,
             "update": None if self._update is None else self._update.omega,
@@ -235,7 +235,7 @@ class ExactGeNLR(LRScheduler):
         self._rates.write(self.get_lr())
 
     def _look(self, update: Update, applied: list[float]) -> None:
-        """Shows each rule the loss along its part of an update, which has been applied at these rates."""
+        """Measures the loss along each rule's part of an update, applied at these rates, and passes it to the rule."""
         if self._loss is None:
             raise RuntimeError("ExactGeNLR needs a loss to look at: call probe(loss) before optimizer.step()")
         self.looks += 1
@@ -245,7 +245,7 @@ class ExactGeNLR(LRScheduler):
         self.accepted = any(used)
 
     def _parabola(self, loss: LossFunction | Loss, update: Update, applied: float) -> Parabola:
-        """Returns the loss along an update, as seen from where the weights were before it was applied."""
+        """Returns the parabola of the loss along an update; its origin is at the weights before the update."""
         if not update.parameters:
             return Parabola(0.0, 0.0, 0.0)
         along = as_loss(loss, update.parameters).over(update.parameters)

@@ -98,7 +98,7 @@ def test_weight_averaging_with_its_own_rates_is_refused():
     ("module", "message"),
     [
         (lambda: Plain(torch.optim.LBFGS), "LBFGS cannot"),
-        (lambda: Plain(torch.optim.Rprop), "linear in its learning rate, and that of Rprop is not"),
+        (lambda: Plain(torch.optim.Rprop), "the update of Rprop is not linear in its learning rate"),
         (NoOptimizer, "one optimizer, and there are 0"),
         (Manual, "Manual optimizes manually, and ExactGeN needs the Trainer"),
         (lambda: Plain(maximize=True), "this SGD maximizes"),

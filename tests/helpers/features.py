@@ -306,7 +306,7 @@ FEATURES = {
         LBFGS,
         refused={"ExactGeN": "LBFGS"},
         warned={
-            "IFTHypergradient": "LBFGS is not among the optimizers whose update is understood",
+            "IFTHypergradient": "the update rule of LBFGS is not known",
             "SharpnessMonitor": "the stability edge of LBFGS is not known",
         },
     ),

@@ -149,7 +149,7 @@ def test_the_series_of_adam_equals_unrolled_adam_at_a_stationary_point():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "either lr, for gradient descent, or the optimizer"),
+        ({}, "either lr, for gradient descent, or an optimizer"),
         ({"lr": 0.1, "optimizer": torch.optim.SGD([torch.ones(1, requires_grad=True, device=DEVICE)])}, "either lr"),
         (
             {"optimizer": torch.optim.SGD([torch.ones(1, requires_grad=True, device=DEVICE)])},

@@ -139,7 +139,7 @@ def test_anything_else_is_cycled_in_its_own_order(source):
         for batch in (stream.next() for _ in range(3))
     ]
     assert batches == [[0, 1], [2, 3], [0, 1]]
-    with pytest.warns(UserWarning, match="3 batches are skipped to resume"):
+    with pytest.warns(UserWarning, match="to resume, the first 3 outer batches are skipped"):
         later = OuterData(source(), CPU, seed=0, consumed=3)
     batch = later.next()
     assert torch.as_tensor(batch[0] if isinstance(batch, list) else batch).tolist() == [2, 3]
@@ -171,7 +171,7 @@ def test_what_yields_no_batches_again_and_again_is_refused(source, message):
 
 
 def test_several_ranks_are_told_that_the_data_are_not_split():
-    with pytest.warns(UserWarning, match="iterated as they are on every rank"):
+    with pytest.warns(UserWarning, match="every rank iterates over the whole outer loader"):
         OuterData([1, 2], CPU, seed=0, world_size=2)
 
 

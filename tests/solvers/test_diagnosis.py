@@ -40,7 +40,7 @@ def test_negative_curvature_is_said_with_the_damping_that_would_lift_it():
     assert "negative curvature (λ_min = -0.25, λ_max = 3)" in message
     assert "a damping above 0.25" in message
     assert "step is too long" not in message
-    assert "besides, the step is too long: step_size η = 1 " in diagnose(
+    assert "In addition, the step is too long: step_size η = 1 " in diagnose(
         LinearSystem(operator), failed(Status.NEGATIVE_CURVATURE, step_size=1.0)
     )
 

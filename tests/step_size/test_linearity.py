@@ -15,7 +15,7 @@ from tests.helpers.device import DEVICE
 )
 def test_optimizers_that_are_not_linear_in_their_rate_are_refused(optimizer_type):
     optimizer = optimizer_type([nn.Parameter(torch.ones(3, device=DEVICE))])
-    with pytest.raises(ValueError, match=f"ExactGeN needs an optimizer whose .*{optimizer_type.__name__}"):
+    with pytest.raises(ValueError, match=f"{optimizer_type.__name__} (cannot do that|is not linear)"):
         check_linear_in_lr(optimizer)
 
 
@@ -31,7 +31,7 @@ def test_no_list_of_names_decides():
                     parameter.sub_(parameter.grad, alpha=group["lr"] ** group["power"])
 
     check_linear_in_lr(Own([nn.Parameter(torch.ones(2, device=DEVICE))]))
-    with pytest.raises(ValueError, match="that of Own is not"):
+    with pytest.raises(ValueError, match="update of Own is not linear"):
         check_linear_in_lr(Own([nn.Parameter(torch.ones(2, device=DEVICE))], power=2.0))
 
 
