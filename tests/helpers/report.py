@@ -117,7 +117,7 @@ def support() -> str:
     served: dict[tuple[str, ...], list[str]] = {}
     for name, feature in FEATURES.items():
         served.setdefault(tuple(column for column in COLUMNS if column not in feature.refused), []).append(name)
-    lines = ["| | beside |", "|---|---|"]
+    lines = ["| | works with |", "|---|---|"]
     lines += [
         f"| {', '.join(f'`{column}`' for column in columns)} | {', '.join(names)} |"
         for columns, names in served.items()
@@ -133,4 +133,4 @@ def table(reports: list[Report]) -> str:
 
 
 if __name__ == "__main__":
-    print(HEADER, table([Report(file) for file in sys.argv[1:]]), "", sep="\n")
+    print(HEADER, table([Report(file) for file in sys.argv[1:]]), sep="\n")
