@@ -14,6 +14,7 @@ FILES = re.findall(r"^```python\n# (\S+)\n(.*?)^```", (ROOT / "CONTRIBUTING.md")
 SOURCES = [(path, code) for path, code in FILES if path.startswith("lightning_ifthpo/")]
 
 
+@pytest.mark.slow  # starts a process for each
 @pytest.mark.parametrize(("path", "code"), SOURCES, ids=[path for path, _ in SOURCES])
 def test_a_new_file_passes_its_doctest_and_its_test(path, code, tmp_path):
     shutil.copytree(ROOT / "lightning_ifthpo", tmp_path / "lightning_ifthpo")
