@@ -206,3 +206,9 @@ def test_a_scalar_of_any_number_of_dimensions_is_a_loss():
 def test_the_name_stands_in_messages():
     with pytest.raises(ValueError, match="inner_loss: expected a scalar"):
         Loss(lambda: torch.ones(2, requires_grad=True), [torch.ones(1)], name="inner_loss").evaluate()
+
+
+def test_there_is_a_part_for_each_tensor():
+    w, function = cubic()
+    with pytest.raises(ValueError, match="longer"):
+        Loss(function, [w], scale=2.0).combine_list([w], [w, w])
