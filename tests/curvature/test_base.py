@@ -147,3 +147,18 @@ def test_preconditioning_from_both_sides_keeps_symmetry():
     assert torch.allclose(torch.linalg.eigvalsh(dense), wanted, atol=within(1e-12))
     with pytest.raises(ValueError, match=r"preconditioner of shape \(6,\), got \(5,\)"):
         MatrixOperator(matrix).preconditioned(p[:5])
+
+
+def test_a_matrix_is_symmetric_up_to_rounding_of_its_largest_entry():
+    rounding = torch.finfo(torch.float64).eps ** 0.5
+    skew = torch.tensor([[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64, device=DEVICE)
+    diagonal = torch.diag(torch.tensor([0.0, 1.0, 8.0], dtype=torch.float64, device=DEVICE))
+    MatrixOperator(diagonal + 3.0 * rounding * skew)
+    with pytest.raises(ValueError, match="symmetric matrix"):
+        MatrixOperator(diagonal + 5.0 * rounding * skew)
+    MatrixOperator(torch.zeros(2, 2, device=DEVICE))
+
+
+def test_damping_may_be_a_tensor_without_dimensions():
+    dense = MatrixOperator(torch.eye(2, device=DEVICE)).damped(torch.tensor(0.5, device=DEVICE)).to_dense()
+    assert torch.equal(dense, 1.5 * torch.eye(2, device=DEVICE))

@@ -72,3 +72,11 @@ def test_along_a_zero_vector_nothing_is_evaluated():
     weight = torch.ones(2, requires_grad=True, device=DEVICE)
     operator = FiniteDifferenceOperator(lambda: pytest.fail("evaluated"), [weight])
     assert torch.equal(operator.matvec(torch.zeros(2, device=DEVICE)), torch.zeros(2, device=DEVICE))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_hyperparameter_that_enters_on_one_side_only_has_no_mixed_product(sign):
+    """The loss is not differentiable there, and a difference would be of the size of 1/ε."""
+    weight, h = torch.ones(1, **WHERE, requires_grad=True), torch.ones(1, **WHERE, requires_grad=True)
+    operator = FiniteDifferenceOperator(lambda: ((weight * h if weight > 1.0 else weight) ** 2).sum(), [weight])
+    assert operator.mixed_product(torch.full((1,), sign, **WHERE), [h]) == [None]
