@@ -185,3 +185,13 @@ def test_damping_by_horizon_needs_an_optimizer_and_takes_its_step():
 def test_options_are_checked(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_horizon_is_at_least_one_step():
+    with pytest.raises(ValueError, match="horizon to be an integer >= 1, got 0"):
+        ConjugateGradient(horizon=0)
+
+
+def test_a_repr_shows_the_options_and_not_the_optimizer():
+    solver = Direct(damping=0.5)
+    assert repr(solver.with_optimizer(UpdateRule(0.1))) == repr(solver)

@@ -101,3 +101,26 @@ def test_identity_is_the_scaled_right_hand_side():
 def test_options_are_checked(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_given_step_costs_no_product_but_that_of_the_residual():
+    """And few terms along negative curvature need not grow: the sum is then what was asked for."""
+    matrix, b = torch.diag(torch.tensor([1.0, 0.5, -0.01], **WHERE)), torch.tensor([1.0, 1.0, 1e-3], **WHERE)
+    result = Neumann(terms=3, step_size=0.5).solve(MatrixOperator(matrix), b)
+    assert result.status is Status.COMPLETE
+    assert (result.products, result.extra_products) == (3, 1)
+    identity = Identity(step_size=0.5).solve(MatrixOperator(matrix), b)
+    assert (identity.products, identity.extra_products, identity.step_size) == (0, 1, 0.5)
+
+
+def test_a_zero_operator_has_no_negative_curvature_and_a_step_of_one():
+    b = right_hand_side(4)
+    result = Neumann(terms=2).solve(MatrixOperator(torch.zeros(4, 4, **WHERE)), b)
+    assert result.status is Status.COMPLETE
+    assert relative_error(result.x, 3.0 * b) < within(1e-14)
+
+
+@pytest.mark.parametrize("make", [Identity, Neumann])
+def test_the_damping_is_checked_here_too(make):
+    with pytest.raises(ValueError, match="expected a finite damping >= 0"):
+        make(damping=-1.0)
