@@ -212,3 +212,12 @@ def test_there_is_a_part_for_each_tensor():
     w, function = cubic()
     with pytest.raises(ValueError, match="longer"):
         Loss(function, [w], scale=2.0).combine_list([w], [w, w])
+
+
+def test_lists_of_one_process_are_taken_from_the_scale_too_and_keep_their_dtypes():
+    w, function = cubic()
+    like = [torch.ones(2, **FLOAT64), torch.ones((), device=DEVICE), torch.ones(1, **FLOAT64)]
+    parts = [torch.tensor([2.0, 4.0], **FLOAT64), torch.tensor(6.0, device=DEVICE), None]
+    first, second, missing = Loss(function, [w], scale=2.0).combine_list(parts, like)
+    assert (first.tolist(), second.item(), missing) == ([1.0, 2.0], 3.0, None)
+    assert (first.dtype, second.dtype) == (torch.float64, torch.float32)
