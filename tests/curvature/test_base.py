@@ -20,7 +20,7 @@ from tests.checks import (
     check_matches_dense,
     check_symmetric,
 )
-from tests.helpers.device import DEVICE, WHERE, randn, within
+from tests.helpers.device import DEVICE, FLOAT64, WHERE, randn, within
 from tests.helpers.implementations import DIFFERENCES, EXACT, LOSS_OPERATORS, OPERATORS
 from tests.helpers.networks import Net, batch, two_layers
 from tests.helpers.problems import relative_error, spd_matrix
@@ -162,3 +162,9 @@ def test_a_matrix_is_symmetric_up_to_rounding_of_its_largest_entry():
 def test_damping_may_be_a_tensor_without_dimensions():
     dense = MatrixOperator(torch.eye(2, device=DEVICE)).damped(torch.tensor(0.5, device=DEVICE)).to_dense()
     assert torch.equal(dense, 1.5 * torch.eye(2, device=DEVICE))
+
+
+def test_vectors_of_another_dtype_come_to_that_of_the_operator():
+    product = MatrixOperator(torch.diag(torch.tensor([1.0, 2.0], **FLOAT64))).matvec(torch.ones(2, device=DEVICE))
+    assert product.dtype == torch.float64
+    assert product.tolist() == [1.0, 2.0]
