@@ -17,6 +17,7 @@ from lightning_ifthpo.solvers import (
     Neumann,
     Status,
 )
+from lightning_ifthpo.solvers.base import status_without_tolerance
 from tests.checks import (
     check_refuses_other_shapes,
     check_reports_a_status_never_nan,
@@ -195,3 +196,22 @@ def test_the_horizon_is_at_least_one_step():
 def test_a_repr_shows_the_options_and_not_the_optimizer():
     solver = Direct(damping=0.5)
     assert repr(solver.with_optimizer(UpdateRule(0.1))) == repr(solver)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_without_a_tolerance_only_rounding_counts_as_converged(dtype):
+    """A residual of √eps is the limit."""
+    root = torch.finfo(dtype).eps ** 0.5
+    assert status_without_tolerance(0.5 * root, dtype) is Status.CONVERGED
+    assert status_without_tolerance(2.0 * root, dtype) is Status.COMPLETE
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_the_start_is_taken_in_the_units_of_the_solution(size):
+    """A start at the solution is left as it is, whatever the size of the right-hand side."""
+    matrix, b = spd_matrix(6, 10.0), size * right_hand_side(6)
+    x = torch.linalg.solve(matrix, b)
+    for solver in (ConjugateGradient(rtol=1e-3), MinimumResidual(rtol=1e-3)):
+        result = solver.solve(MatrixOperator(matrix), b, x)
+        assert relative_error(result.x, x) < within(1e-13)
+        assert (result.status, result.products) == (Status.CONVERGED, 1)

@@ -74,3 +74,15 @@ def test_a_preconditioner_pays_where_few_eigenvalues_stand_out(damping):
 def test_options_are_checked(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("family", [ConjugateGradient, MinimumResidual])
+def test_the_residual_is_checked_by_a_product_after_more_than_twenty(family):
+    operator, b = MatrixOperator(spd_matrix(40, 1e3, dtype=torch.float64)), right_hand_side(40, torch.float64)
+    results = [family(max_iterations=iterations).solve(operator, b) for iterations in (20, 21)]
+    assert [(result.products, result.extra_products) for result in results] == [(20, 0), (21, 1)]
+
+
+def test_the_products_of_a_preconditioner_count():
+    operator, b = MatrixOperator(spd_matrix(40, 1e3, dtype=torch.float64)), right_hand_side(40, torch.float64)
+    assert ConjugateGradient(max_iterations=2, preconditioner=Nystrom(rank=5)).solve(operator, b).products == 7

@@ -14,7 +14,8 @@ from lightning_ifthpo.solvers import (
     Status,
 )
 from lightning_ifthpo.solvers.diagnosis import diagnose
-from tests.helpers.device import DEVICE, WHERE, within
+from lightning_ifthpo.solvers.series import measured_step_size
+from tests.helpers.device import DEVICE, WHERE, randn, within
 from tests.helpers.problems import relative_error, spd_matrix
 from tests.helpers.systems import right_hand_side
 
@@ -124,3 +125,23 @@ def test_a_zero_operator_has_no_negative_curvature_and_a_step_of_one():
 def test_the_damping_is_checked_here_too(make):
     with pytest.raises(ValueError, match="expected a finite damping >= 0"):
         make(damping=-1.0)
+
+
+def test_terms_that_keep_their_length_up_to_rounding_do_not_grow():
+    """Along the null space of a matrix in a random basis each term equals the one before."""
+    values = torch.cat([torch.zeros(3, **WHERE), torch.linspace(1.0, 2.0, 5, **WHERE)])
+    basis = torch.linalg.qr(randn(8, 8, seed=6)).Q
+    matrix = basis @ torch.diag(values) @ basis.T
+    b = basis[:, :3].sum(1)
+    result = Neumann(terms=60, step_size=0.5).solve(MatrixOperator((matrix + matrix.T) / 2), b)
+    assert (result.status, result.products) == (Status.COMPLETE, 60)
+    assert relative_error(result.x, 0.5 * 61 * b) < within(1e-12)
+
+
+def test_a_measured_step_counts_the_bound_of_the_largest_eigenvalue():
+    """Ten products see less than λ_max of a spectrum without a gap, and a little more with the bound."""
+    values = torch.linspace(0.0, 1.0, 400, **WHERE)
+    step, negative, products = measured_step_size(MatrixOperator(torch.diag(values)))
+    assert 0.9 < step < 1.0
+    assert not negative
+    assert products <= 10
