@@ -259,3 +259,10 @@ def test_units_at_their_kink_are_recognized_and_not_divided():
     model = exact_parabola(problem.loss, problem.parameters, problem.gradient())
     assert (model.slope, model.curvature, model.optimal_step) == (0.0, 0.0, None)
     assert not AveragedRule().observe(model)
+
+
+def test_rounding_is_that_of_the_largest_loss():
+    """Here that of the ends, because the loss passes through zero: a second difference of half a unit is nothing."""
+    eps = torch.finfo(torch.float32).eps
+    assert fitted_parabola(lambda step: step + eps * step**2 / 2, [-1.0, 0.0, 1.0]).curvature == 0.0
+    assert fitted_parabola(lambda step: step + 3 * eps * step**2, [-1.0, 0.0, 1.0]).curvature == pytest.approx(6 * eps)

@@ -283,3 +283,32 @@ def test_a_loss_is_needed():
 def test_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         ExactGeNLR(torch.optim.SGD([nn.Parameter(torch.ones(1, device=DEVICE))], lr=0.1), **options)
+
+
+def test_the_final_decay_may_be_the_whole_run():
+    weight, loss = quadratic()
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scheduler = ExactGeNLR(optimizer, total_steps=4, final_decay=1.0)
+    rates = []
+    for _ in range(4):
+        loop(optimizer, scheduler, loss, 1)
+        rates.append(scheduler.get_lr()[0] / scheduler.rules[0].lr)
+    assert rates == pytest.approx([0.75, 0.5, 0.25, 0.0])
+
+
+@pytest.mark.parametrize("probe", ["next_batch", "same_batch"])
+def test_a_loss_is_wanted_when_a_probe_looks_or_a_step_needs_it(probe):
+    weight, loss = quadratic()
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scheduler = ExactGeNLR(optimizer, rule="published", probe=probe, every_n_steps=3)
+    wanted, looks = [], []
+    for _ in range(7):
+        wanted.append(scheduler.wants_loss)
+        loop(optimizer, scheduler, loss, 1)
+        looks.append(scheduler.looks)
+    if probe == "same_batch":
+        assert wanted == [True] * 7
+        assert looks == [1, 1, 1, 2, 2, 2, 3]
+    else:  # the first look is at its own step, those at the steps 0, 3 and 6 are on the next batch
+        assert wanted == [True, True, False, False, True, False, False]
+        assert looks == [1, 2, 2, 2, 3, 3, 3]
