@@ -221,3 +221,8 @@ def test_lists_of_one_process_are_taken_from_the_scale_too_and_keep_their_dtypes
     first, second, missing = Loss(function, [w], scale=2.0).combine_list(parts, like)
     assert (first.tolist(), second.item(), missing) == ([1.0, 2.0], 3.0, None)
     assert (first.dtype, second.dtype) == (torch.float64, torch.float32)
+
+
+def test_the_session_is_that_which_was_given():
+    w, function = cubic()
+    assert Loss(function, [w], session=open_session).session is open_session
