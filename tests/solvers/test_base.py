@@ -215,3 +215,20 @@ def test_the_start_is_taken_in_the_units_of_the_solution(size):
         result = solver.solve(MatrixOperator(matrix), b, x)
         assert relative_error(result.x, x) < within(1e-13)
         assert (result.status, result.products) == (Status.CONVERGED, 1)
+
+
+RULE = UpdateRule(step_size=0.02, decay=0.5)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_the_horizon_and_the_decay_of_the_optimizer_are_damping(solver):
+    """1 / (0.02 · 50) + 0.5 = 1.5."""
+    matrix, b = spd_matrix(6, 10.0), right_hand_side(6)
+    assert replace(solver, damping="horizon").needs_optimizer
+    by_rule = replace(solver, damping="horizon", horizon=50).with_optimizer(RULE).solve(MatrixOperator(matrix), b)
+    rule = UpdateRule(RULE.step_size) if isinstance(solver, Amortized) else None  # without one it measures its step
+    by_number = replace(solver, damping=1.5, horizon=50, rule=rule).solve(MatrixOperator(matrix), b)
+    assert relative_error(by_rule.x, by_number.x) < within(1e-12)
+    undamped = replace(solver, damping=0.0, horizon=50, rule=rule).solve(MatrixOperator(matrix), b)
+    if not isinstance(solver, Identity):
+        assert relative_error(by_rule.x, undamped.x) > 1e-3
