@@ -85,12 +85,7 @@ class ExactGeN(L.Callback):
         replaced = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
         if replaced:
             rank_zero_warn(f"ExactGeN replaces {', '.join(replaced)}; configure no scheduler")
-        self._scheduler = ExactGeNLR(
-            trainer.optimizers[0],
-            every_n_steps=math.ceil(self.every_n_batches / trainer.accumulate_grad_batches),
-            curvature=self._kind,
-            **asdict(self.options),
-        )
+        self._scheduler = ExactGeNLR(trainer.optimizers[0], curvature=self._kind, **asdict(self.options))
         self._logged = 0
         trainer.strategy.lr_scheduler_configs = [LRSchedulerConfig(self._scheduler, interval="step", name="ExactGeN")]
 
@@ -108,11 +103,12 @@ class ExactGeN(L.Callback):
     ) -> None:
         """Looks along the last update, on a batch that did not produce it."""
         scheduler = self._active_scheduler
+        # here, because accumulation may change from epoch to epoch
+        scheduler.every_n_steps = math.ceil(self.every_n_batches / trainer.accumulate_grad_batches)
         if scheduler.wants_loss:
             # a look after the step needs a copy, because the training step may change the batch
             loss = self._losses.inner(batch if scheduler.is_pending else copied(batch))
-            loss.session = partial(self._losses.session, self._kind, step=scheduler.last_epoch)
-            scheduler.probe(loss)
+            scheduler.probe(loss, partial(self._losses.session, self._kind, step=scheduler.last_epoch))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -126,6 +122,7 @@ class ExactGeN(L.Callback):
         """Detaches the scheduler from the optimizer."""
         if self._scheduler is not None:
             self._scheduler.detach()
+        self.__dict__.pop("_losses", None)  # a callback outlives the fit, and should not keep the model
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Detaches the scheduler; the Trainer does not call `teardown` after an exception."""

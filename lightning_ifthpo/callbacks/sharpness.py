@@ -160,6 +160,10 @@ class SharpnessMonitor(PeriodicCallback):
         """Starts the clock of the budget."""
         self._cadence.begin(self._ranks.broadcast_bool)
 
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forgets the model, because a callback outlives the fit."""
+        self.__dict__.pop("_losses", None)
+
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reports how many measurements failed, did not converge, or were postponed."""
         if self.failures:

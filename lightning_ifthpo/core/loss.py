@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
@@ -39,7 +39,6 @@ class Loss:
         all_reduce: Sums a tensor over the processes, such as `sum_over_processes`; None for a single process.
         scale: A power of two by which the loss is multiplied before it is differentiated, so that small gradients do
             not become zero in float16. `combine` divides by it.
-        session: Makes a context manager inside which the loss must be evaluated and differentiated.
 
     Raises:
         TypeError, ValueError: See `ParameterSpace`.
@@ -60,7 +59,6 @@ class Loss:
     share: float = 1.0
     all_reduce: AllReduce | None = None
     scale: float = 1.0
-    session: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def __post_init__(self) -> None:
         self.space = ParameterSpace(self.parameters)
@@ -80,26 +78,25 @@ class Loss:
         if self._random_state is None:
             self._random_state = RandomState(self.space.device)
 
-    def evaluate(self) -> tuple[Tensor, Sequence[Tensor]]:
+    def evaluate(self, *, graph: bool = True) -> tuple[Tensor, Sequence[Tensor]]:
         """Returns this process's share · scale · L with its graph, and the outputs that the loss returned or marked.
 
         Raises:
-            TypeError: If the function does not return a real floating-point tensor.
-            ValueError: If it is not a scalar, or depends on no tensor that requires a gradient.
+            TypeError: If the function does not return a real floating-point tensor, or (loss, outputs).
+            ValueError: If the loss is not a scalar, or a graph is needed and it depends on nothing that requires one.
         """
         random_numbers = nullcontext() if self._random_state is None else self._random_state.replayed()
         self.fix_random_numbers()
         with random_numbers, recording_outputs() as marked:
             returned = self.function()
-        value, outputs = returned if isinstance(returned, tuple) else (returned, ())
-        _check_value(value, self.name)
+        value, outputs = _checked(returned, self.name, graph)
         for factor in (self.share, self.scale):
             value = value if factor == 1.0 else value * factor
-        return value, [outputs] if isinstance(outputs, Tensor) else outputs or marked
+        return value, outputs or marked
 
     def value(self) -> Tensor:
         """Returns the loss on the global batch, a detached scalar; one forward pass."""
-        return self.combine(self.evaluate()[0])
+        return self.combine(self.evaluate(graph=False)[0])
 
     def gradient(self) -> Tensor:
         """Returns ∂L/∂w on the global batch, [n], detached; one gradient."""
@@ -205,19 +202,35 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
 
 
 def as_loss(loss: LossFunction | Loss, parameters: Sequence[Tensor], name: str = "the loss") -> Loss:
-    """Returns a `Loss` unchanged, and a function as the `Loss` of these parameters."""
-    return loss if isinstance(loss, Loss) else Loss(loss, parameters, name=name)
+    """Returns a `Loss` unchanged, and a function as the `Loss` of these parameters.
+
+    Raises:
+        ValueError: If a `Loss` has other parameters, or the same ones in another order.
+    """
+    if not isinstance(loss, Loss):
+        return Loss(loss, parameters, name=name)
+    if list(map(id, loss.parameters)) != list(map(id, parameters)):
+        raise ValueError(f"{loss.name} is a Loss of other parameters; pass loss.parameters, or loss.over(parameters)")
+    return loss
 
 
-def _check_value(value: object, name: str) -> None:
+def _checked(returned: object, name: str, graph: bool) -> tuple[Tensor, Sequence[Tensor]]:
+    """Returns the loss and its outputs, if they are what a loss function may return."""
+    if isinstance(returned, tuple) and len(returned) != 2:
+        raise TypeError(f"{name}: expected a scalar tensor or (loss, outputs), got a tuple of {len(returned)}")
+    value, outputs = returned if isinstance(returned, tuple) else (returned, ())
+    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+    if not isinstance(outputs, Sequence) or not all(isinstance(output, Tensor) for output in outputs):
+        raise TypeError(f"{name}: expected a scalar tensor or (loss, outputs), got outputs {outputs!r}")
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a scalar tensor, got {type(value).__name__}")
     if value.numel() != 1:
         raise ValueError(f"{name}: expected a scalar, got shape {tuple(value.shape)}; take its mean or sum")
     if not value.is_floating_point():
         raise TypeError(f"{name}: expected a real floating-point tensor, got {value.dtype}")
-    if not value.requires_grad:
+    if graph and not value.requires_grad:
         raise ValueError(
             f"{name} is detached: it depends on no parameter that requires a gradient. Look for .detach(), .item() or "
             "torch.no_grad() in the function that computes it"
         )
+    return value, outputs

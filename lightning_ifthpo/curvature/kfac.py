@@ -58,7 +58,9 @@ class KFACOperator(LossOperator, InvertibleOperator):
             raise ImportError("KFAC needs curvlinops: pip install 'lightning_ifthpo[kfac]'") from error
         loss = as_loss(loss, parameters)
         if loss.all_reduce is not None or loss.scale != 1.0:
-            raise ValueError("curvature='kfac' needs all examples in one process; with several use 'gauss_newton'")
+            raise ValueError(
+                "curvature='kfac' needs all examples in one process, and no loss scale; otherwise use 'gauss_newton'"
+            )
         with _record_layers() as calls:
             total, outputs = loss.evaluate()
         super().__init__(loss)

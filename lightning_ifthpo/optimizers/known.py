@@ -114,6 +114,6 @@ def _response(optimizer: Optimizer, group: _Dict, parameter: Tensor) -> Response
         if kind in _TABLE:
             # in torch 2.6 the groups of AdamW do not say that it is decoupled
             decoupled = kind is AdamW or bool(group.get("decoupled_weight_decay", False))
-            plain = Response(rate, float(group["weight_decay"]), decoupled)
+            plain = Response(rate, float(group.get("weight_decay", 0.0)), decoupled)
             return _TABLE[kind](plain, group, optimizer.state.get(parameter, {}))
     return Response(rate)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_ifthpo.core.autodiff import gradients_on
 from lightning_ifthpo.core.loss import Loss
+from lightning_ifthpo.module import BilevelLightningModule
 from lightning_ifthpo.runtime.batches import copied
 from lightning_ifthpo.runtime.distributed import Ranks
 from lightning_ifthpo.runtime.isolation import twice_differentiable, undisturbed
@@ -87,5 +88,5 @@ class ModuleLosses:
 
 def trainable(module: Any) -> list[nn.Parameter]:
     """Returns the weights of a module that require a gradient, without hyperparameters."""
-    parameters = module.inner_parameters() if hasattr(module, "inner_parameters") else module.parameters()
+    parameters = module.inner_parameters() if isinstance(module, BilevelLightningModule) else module.parameters()
     return [parameter for parameter in parameters if parameter.requires_grad]

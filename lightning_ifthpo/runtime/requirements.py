@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
@@ -119,11 +119,13 @@ def _check_optimizers(trainer: L.Trainer, module: Any, trainable_before: dict[in
 
 
 def _ask_modules(module: Any, lr: float) -> None:
-    """Calls `check_training(parameters, lr)` of submodules that have it, and adds their names to its errors."""
+    """Calls `check_training(parameters, lr)` of registered modules that have it, and adds their names to its errors."""
     parameters = list(module.parameters())
-    for name, submodule in module.named_modules():
-        if hasattr(submodule, "check_training"):
-            try:
-                submodule.check_training(parameters, lr)
-            except ValueError as error:
-                raise ValueError(f"hyperparameter {name!r}: {error}") from error
+    for registered in {path.split(".")[0] for path, _ in module.named_hyperparameters()}:
+        value = getattr(module, registered)
+        for name, submodule in value.named_modules(prefix=registered) if isinstance(value, nn.Module) else ():
+            if hasattr(submodule, "check_training"):
+                try:
+                    submodule.check_training(parameters, lr)
+                except ValueError as error:
+                    raise ValueError(f"hyperparameter {name!r}: {error}") from error

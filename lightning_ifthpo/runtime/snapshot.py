@@ -39,7 +39,7 @@ def restored(module: nn.Module) -> Iterator[None]:
 def _restorers(module: nn.Module) -> Iterator[Callable[[], object]]:
     """Yields functions that restore one module. They run in reverse order: contents first, the attributes last."""
     attributes = {} if isinstance(module, torch.jit.ScriptModule) else vars(module)  # a ScriptModule's live in C++
-    yield partial(_refill, attributes, attributes.copy())
+    yield partial(_restore_attributes, attributes, attributes.copy())
     for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
         yield _tensor_restorer(tensor)
     for value in attributes.values():
@@ -53,6 +53,12 @@ def _restorers(module: nn.Module) -> Iterator[Callable[[], object]]:
             yield partial(value.setstate, value.getstate())
         elif isinstance(value, np.random.Generator):
             yield partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+
+
+def _restore_attributes(attributes: dict[str, Any], before: dict[str, Any]) -> None:
+    attributes.update(before)  # an interruption never leaves a module without attributes
+    for name in attributes.keys() - before.keys():
+        del attributes[name]
 
 
 def _refill(container: Any, contents: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Amortized(Solver):
     """
 
     products: int = at_least(2, default=2)
-    damping: Damping = "horizon"
+    damping: Damping = field(default="horizon", kw_only=True)
 
     def solve(self, operator: CurvatureOperator, b: Tensor, x0: Tensor | None = None) -> SolveResult:
         """Returns the estimate x0 of (A + δI)⁻¹ b after its moves; see `Solver.solve`."""

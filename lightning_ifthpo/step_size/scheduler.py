@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
+from lightning_ifthpo.core.loss import Loss, LossFunction
 from lightning_ifthpo.core.random_state import isolated
 from lightning_ifthpo.core.validation import is_ascending, is_number, require_at_least, require_choice, require_flag
 from lightning_ifthpo.curvature.kinds import LossCurvature
@@ -128,9 +129,10 @@ class ExactGeNLR(LRScheduler):
         self._rates = GroupRates(optimizer, partial(_RULES[rule], lr_min, lr_max), per_group)
         self.rules = self._rates.rules
         self.total_steps = total_steps
-        self._every = every_n_steps
+        self.every_n_steps = every_n_steps
         self._curvature = curvature
         self._loss: LossFunction | Loss | None = None
+        self._session: Callable[[], AbstractContextManager[object]] = nullcontext
         self._before: tuple[list[Tensor], list[Tensor]] | None = None  # the weights, and copies of them
         self._update: Update | None = None
         self.looks = 0
@@ -155,15 +157,20 @@ class ExactGeNLR(LRScheduler):
         """Whether `probe` has an effect at present; at other times the call can be left out."""
         return self.is_pending or self._options.probe == "same_batch" or not self._rates.started
 
-    def probe(self, loss: LossFunction | Loss) -> None:
+    def probe(
+        self,
+        loss: LossFunction | Loss,
+        session: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
         """Keeps the loss of the present batch, looks along the last update if there is one, and restores random states.
 
         Args:
-            loss: Callable without arguments that returns the scalar loss. A `Loss` where evaluations have side effects
-                to undo (`Loss.session`), such as running statistics of BatchNorm, or where each process has a share.
+            loss: Callable without arguments that returns the scalar loss; a `Loss` where each process has a share.
+            session: Makes a context manager inside which the loss is evaluated and differentiated. Use it to undo side
+                effects of an evaluation, such as new running statistics of BatchNorm.
         """
         self._rates.include_new_groups(self._decay())
-        self._loss = loss
+        self._loss, self._session = loss, session
         if self._update is not None:
             update, self._update = self._update, None
             self._look(update, self._rates.applied)
@@ -202,7 +209,7 @@ class ExactGeNLR(LRScheduler):
         for hook in self._hooks:
             hook.remove()
         self._rates.write(self.get_lr())
-        self._loss = self._update = None
+        self._loss, self._session, self._update = None, nullcontext, None
 
     def _decay(self) -> float:
         """Returns the factor of the final decay; one before the decay."""
@@ -213,7 +220,7 @@ class ExactGeNLR(LRScheduler):
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._rates.include_new_groups(self._decay())
-        due = self.last_epoch % self._every == 0 or not all(rule.settled for rule in self.rules)
+        due = self.last_epoch % self.every_n_steps == 0 or not all(rule.settled for rule in self.rules)
         # No looks during the final decay: the rate must not rise again.
         if not self._rates.started or (due and self._decay() == 1.0):
             weights = self._trainable()
@@ -248,8 +255,9 @@ class ExactGeNLR(LRScheduler):
         """Returns the parabola of the loss along an update; its origin is at the weights before the update."""
         if not update.parameters:
             return Parabola(0.0, 0.0, 0.0)
-        along = as_loss(loss, update.parameters).over(update.parameters)
-        with isolated(along.space.device), torch.enable_grad(), along.session():
+        function = loss if isinstance(loss, Loss) else Loss(loss, update.parameters)
+        along = function.over(update.parameters)
+        with isolated(along.space.device), torch.enable_grad(), self._session():
             if self._curvature == "three_point":
                 return three_point_parabola(along, update.parameters, update.omega, step=applied).at(-applied)
             return exact_parabola(along, update.parameters, update.omega, curvature=self._curvature).at(-applied)

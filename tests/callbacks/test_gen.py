@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     Callback,
+    GradientAccumulationScheduler,
     LearningRateMonitor,
     ModelCheckpoint,
 )
@@ -334,3 +335,18 @@ def test_the_bilevel_mixin_and_its_losses_are_served():
     trainer, rates = fit(Classifier(), ExactGeN())
     assert max(rates.rates) > 1e-4
     assert float(trainer.callback_metrics["gen/refused"]) == 0
+
+
+@pytest.mark.parametrize("scheduled", [False, True], ids=["fixed", "scheduled"])
+def test_every_n_batches_counts_batches_also_with_accumulation(scheduled):
+    """Eight batches are two steps: as many looks as with every second batch and no accumulation."""
+
+    def looks(every, batches, **options):
+        callbacks = [ExactGeN(every, rule="published", final_decay=0.0), *options.pop("callbacks", [])]
+        trainer = quiet_trainer(callbacks=callbacks, limit_train_batches=batches, limit_val_batches=0, **options)
+        trainer.fit(Classifier(), DataLoader(classification_data(batches * 4), batch_size=4))
+        return trainer.lr_scheduler_configs[0].scheduler.looks
+
+    options = {"callbacks": [GradientAccumulationScheduler({0: 4})]} if scheduled else {"accumulate_grad_batches": 4}
+    assert looks(8, 32, **options) == looks(2, 8)
+    assert looks(8, 32, **options) > looks(32, 32, **options)

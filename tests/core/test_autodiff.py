@@ -80,3 +80,9 @@ def test_flags_are_restored_also_after_an_error():
 def test_none_stands_for_zero_in_a_sum():
     one, two = torch.tensor(1.0), torch.tensor(2.0)
     assert add([one, one, None, None], [two, None, two, None]) == [torch.tensor(3.0), one, two, None]
+
+
+def test_tensors_and_directions_come_in_pairs():
+    x = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match="shorter"), tangents([x, x.clone()], [torch.ones(2)]):
+        pass

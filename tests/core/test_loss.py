@@ -1,7 +1,5 @@
 """A loss on one batch: value, outputs, share, scale, moves along a direction, random numbers."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,16 +78,11 @@ def test_the_own_share_belongs_to_a_single_process():
 def test_a_loss_of_other_parameters_keeps_all_the_rest():
     w, function = cubic()
     other = torch.ones(3, requires_grad=True, device=DEVICE)
-    loss = Loss(function, [w], name="mine", share=0.5, scale=2.0, all_reduce=torch.clone, session=open_session)
+    loss = Loss(function, [w], name="mine", share=0.5, scale=2.0, all_reduce=torch.clone)
     moved = loss.over([other])
     assert moved.parameters == [other]
-    kept = ("function", "name", "share", "scale", "all_reduce", "session")
+    kept = ("function", "name", "share", "scale", "all_reduce")
     assert all(getattr(moved, name) is getattr(loss, name) for name in kept)
-
-
-@contextmanager
-def open_session():
-    yield
 
 
 def test_lists_are_combined_by_one_collective_and_none_is_zero_unless_all_have_none():
@@ -172,6 +165,34 @@ def test_moves_leave_the_generators_unchanged():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("other", [lambda w, v: [v, w], lambda w, v: [w], lambda w, v: [w, v, w.clone()]])
+def test_a_loss_of_other_parameters_is_refused(other):
+    w, v = (torch.ones(2, requires_grad=True, device=DEVICE) for _ in range(2))
+    loss = Loss(lambda: (w * v).sum(), [w, v])
+    with pytest.raises(ValueError, match=r"is a Loss of other parameters; pass loss.parameters, or loss.over"):
+        as_loss(loss, other(w, v))
+
+
+def test_a_value_needs_no_graph():
+    w = torch.ones(2, device=DEVICE)
+    assert Loss(lambda: w.sum(), [w]).value().item() == 2.0
+    with torch.no_grad():
+        assert Loss(lambda: w.sum(), [w]).value().item() == 2.0
+
+
+@pytest.mark.parametrize("outputs", [{"a": 1}, [1.0], "z", 3])
+def test_outputs_that_are_no_tensors_are_refused(outputs):
+    w, function = cubic()
+    with pytest.raises(TypeError, match=r"expected a scalar tensor or \(loss, outputs\)"):
+        Loss(lambda: (function(), outputs), [w]).evaluate()
+
+
+def test_a_triple_is_refused():
+    w, function = cubic()
+    with pytest.raises(TypeError, match=r"got a tuple of 3"):
+        Loss(lambda: (function(), w, w), [w]).evaluate()
+
+
 def test_a_loss_is_taken_as_it_is_and_a_function_gets_a_name():
     w, function = cubic()
     loss = Loss(function, [w])
@@ -237,3 +258,18 @@ def test_what_enters_linearly_or_not_at_all_has_zero_blocks():
     assert graph.gradient.tolist() == [4.0, 1.0, 0.0, 0.0]
     assert graph.hessian_product(torch.ones(4)).tolist() == [2.0, 0.0, 0.0, 0.0]
     assert graph.mixed_product(torch.ones(4), [other]) == [None]
+
+
+def test_there_is_a_part_for_each_tensor():
+    w, function = cubic()
+    with pytest.raises(ValueError, match="longer"):
+        Loss(function, [w], scale=2.0).combine_list([w], [w, w])
+
+
+def test_lists_of_one_process_are_taken_from_the_scale_too_and_keep_their_dtypes():
+    w, function = cubic()
+    like = [torch.ones(2, **FLOAT64), torch.ones((), device=DEVICE), torch.ones(1, **FLOAT64)]
+    parts = [torch.tensor([2.0, 4.0], **FLOAT64), torch.tensor(6.0, device=DEVICE), None]
+    first, second, missing = Loss(function, [w], scale=2.0).combine_list(parts, like)
+    assert (first.tolist(), second.item(), missing) == ([1.0, 2.0], 3.0, None)
+    assert (first.dtype, second.dtype) == (torch.float64, torch.float32)

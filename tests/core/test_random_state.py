@@ -1,12 +1,13 @@
 """Random numbers that are drawn again, and those that are due, which nobody disturbs."""
 
 import random
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 
-from lightning_ifthpo.core.random_state import RandomState, isolated
+from lightning_ifthpo.core.random_state import RandomState, Stream, derive_seed, generator_of, isolated
 from tests.helpers.device import DEVICE
 
 CPU = torch.device("cpu")
@@ -79,3 +80,14 @@ def test_seeds_may_be_larger_than_numpy_takes(seed):
     with isolated(CPU, seed):
         assert torch.initial_seed() == seed
         draw()
+
+
+def test_seeds_differ_with_each_argument_and_are_small_enough_for_torch():
+    numbers = list(product(Stream, range(3), range(3), range(3)))
+    seeds = [derive_seed(stream, seed=seed, step=step, rank=rank) for stream, seed, step, rank in numbers]
+    assert len(set(seeds)) == len(numbers)
+    assert 0 <= min(seeds) < max(seeds) < 2**63
+    for stream, seed, step, rank in numbers:
+        if rank == 0:
+            wanted = derive_seed(stream, seed=seed, step=step)
+            assert generator_of(stream, seed=seed, step=step).initial_seed() == wanted

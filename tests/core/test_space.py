@@ -58,3 +58,8 @@ def test_refuses_a_tensor_twice():
 def test_refuses_a_vector_of_wrong_shape():
     with pytest.raises(ValueError, match=r"shape \(2,\), got \(3,\)"):
         ParameterSpace([torch.zeros(2)]).split(torch.zeros(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_zeros_have_the_dtype_of_the_space(dtype):
+    assert ParameterSpace([torch.ones(2, dtype=dtype)]).flatten([None]).dtype == dtype

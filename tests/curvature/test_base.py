@@ -20,7 +20,7 @@ from tests.checks import (
     check_matches_dense,
     check_symmetric,
 )
-from tests.helpers.device import DEVICE, WHERE, randn, within
+from tests.helpers.device import DEVICE, FLOAT64, WHERE, randn, within
 from tests.helpers.implementations import DIFFERENCES, EXACT, LOSS_OPERATORS, OPERATORS
 from tests.helpers.networks import Net, batch, two_layers
 from tests.helpers.problems import relative_error, spd_matrix
@@ -147,3 +147,24 @@ def test_preconditioning_from_both_sides_keeps_symmetry():
     assert torch.allclose(torch.linalg.eigvalsh(dense), wanted, atol=within(1e-12))
     with pytest.raises(ValueError, match=r"preconditioner of shape \(6,\), got \(5,\)"):
         MatrixOperator(matrix).preconditioned(p[:5])
+
+
+def test_a_matrix_is_symmetric_up_to_rounding_of_its_largest_entry():
+    rounding = torch.finfo(torch.float64).eps ** 0.5
+    skew = torch.tensor([[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64, device=DEVICE)
+    diagonal = torch.diag(torch.tensor([0.0, 1.0, 8.0], dtype=torch.float64, device=DEVICE))
+    MatrixOperator(diagonal + 3.0 * rounding * skew)
+    with pytest.raises(ValueError, match="symmetric matrix"):
+        MatrixOperator(diagonal + 5.0 * rounding * skew)
+    MatrixOperator(torch.zeros(2, 2, device=DEVICE))
+
+
+def test_damping_may_be_a_tensor_without_dimensions():
+    dense = MatrixOperator(torch.eye(2, device=DEVICE)).damped(torch.tensor(0.5, device=DEVICE)).to_dense()
+    assert torch.equal(dense, 1.5 * torch.eye(2, device=DEVICE))
+
+
+def test_vectors_of_another_dtype_come_to_that_of_the_operator():
+    product = MatrixOperator(torch.diag(torch.tensor([1.0, 2.0], **FLOAT64))).matvec(torch.ones(2, device=DEVICE))
+    assert product.dtype == torch.float64
+    assert product.tolist() == [1.0, 2.0]

@@ -72,3 +72,35 @@ def test_along_a_zero_vector_nothing_is_evaluated():
     weight = torch.ones(2, requires_grad=True, device=DEVICE)
     operator = FiniteDifferenceOperator(lambda: pytest.fail("evaluated"), [weight])
     assert torch.equal(operator.matvec(torch.zeros(2, device=DEVICE)), torch.zeros(2, device=DEVICE))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_hyperparameter_that_enters_on_one_side_only_has_no_mixed_product(sign):
+    """The loss is not differentiable there, and a difference would be of the size of 1/ε."""
+    weight, h = torch.ones(1, **WHERE, requires_grad=True), torch.ones(1, **WHERE, requires_grad=True)
+    operator = FiniteDifferenceOperator(lambda: ((weight * h if weight > 1.0 else weight) ** 2).sum(), [weight])
+    assert operator.mixed_product(torch.full((1,), sign, **WHERE), [h]) == [None]
+
+
+def test_random_numbers_are_those_that_come_next_when_the_operator_is_made():
+    """Whatever is asked first, and whatever is drawn in between; none of it advances the generators."""
+    weight = torch.ones(20, **WHERE, requires_grad=True)
+    loss = lambda: (F.dropout(weight, 0.5) ** 3).sum()  # noqa: E731
+    torch.manual_seed(3)
+    wanted = loss().item()
+    torch.manual_seed(3)
+    operator = FiniteDifferenceOperator(loss, [weight])
+    state = torch.get_rng_state()
+    assert operator.gradient.count_nonzero() < 20
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(5)
+    assert operator.loss.item() == wanted
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e8])
+def test_differences_are_as_wide_as_the_weights_ask_for(size):
+    """At weights of 1e8 cbrt(eps) is only 400 units in the last place; at 1e-8 the width is cbrt(eps) itself."""
+    weight = torch.full((4,), size, device=DEVICE, dtype=torch.float64, requires_grad=True)
+    matrix = torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64, device=DEVICE))
+    operator = FiniteDifferenceOperator(lambda: weight @ matrix @ weight / 2 + weight.sum(), [weight])
+    assert relative_error(operator.to_dense(), matrix) < 1e-8

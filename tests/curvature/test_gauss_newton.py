@@ -5,12 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lightning_ifthpo.core.loss import Loss
 from lightning_ifthpo.curvature import (
     GaussNewtonOperator,
     HessianOperator,
     mark_outputs,
 )
-from tests.helpers.device import DEVICE, WHERE, within
+from lightning_ifthpo.curvature.gauss_newton import forward_slope_and_curvature
+from tests.helpers.device import DEVICE, WHERE, randn, within
 from tests.helpers.networks import Net, batch, functional
 from tests.helpers.problems import relative_error
 
@@ -121,3 +123,28 @@ def test_gauss_newton_is_positive_semidefinite_where_the_hessian_is_not():
     hessian = torch.linalg.eigvalsh(HessianOperator(loss, parameters).to_dense())
     assert gauss_newton[0] > -within(1e-14)
     assert hessian[0] < -1e-3
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_slope_and_curvature_in_forward_mode_are_those_of_the_dense_matrix(name):
+    """With four tensors of weights and two outputs, and with two tensors and three outputs."""
+    x, y = batch()
+    penalty = PENALTIES[name]
+    for net, parts in (
+        (nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), [1, 2]),
+        (nn.Sequential(nn.Linear(4, 3), nn.Tanh()), [1, 1, 1]),
+    ):
+        net.to(**WHERE)
+        parameters = list(net.parameters())
+
+        def loss(net=net, parts=parts, parameters=parameters):
+            z = torch.cat([mark_outputs(part) for part in net(x).split(parts, dim=1)], dim=1)
+            flat = torch.cat([p.reshape(-1) for p in parameters])
+            return F.cross_entropy(z, y) + penalty(z.reshape(-1), flat)
+
+        v = randn(sum(p.numel() for p in parameters), seed=3)
+        slope, curvature = forward_slope_and_curvature(Loss(loss, parameters), v)
+        gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss(), parameters)])
+        dense = reference_gauss_newton(net, x, y, penalty)
+        assert slope.item() == pytest.approx(float(gradient @ v), rel=within(1e-12))
+        assert curvature.item() == pytest.approx(float(v @ dense @ v), rel=within(1e-12))

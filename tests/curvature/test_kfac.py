@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_ifthpo import implicit_hypergradient
+from lightning_ifthpo import Loss, implicit_hypergradient
 from lightning_ifthpo.curvature import (
     GaussNewtonOperator,
     HessianOperator,
@@ -290,3 +290,11 @@ def test_kfac_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "curvlinops", None)
     with pytest.raises(ImportError, match=r"pip install 'lightning_ifthpo\[kfac\]'"):
         KFACOperator(loss, parameters)
+
+
+@pytest.mark.parametrize("options", [{"all_reduce": torch.clone}, {"scale": 2.0}], ids=["processes", "loss scale"])
+def test_kfac_of_a_share_or_of_a_scaled_loss_is_refused(options):
+    net = nn.Linear(4, 2).to(**WHERE)
+    loss = Loss(kfac_problem(net), list(net.parameters()), **options)
+    with pytest.raises(ValueError, match="needs all examples in one process"):
+        KFACOperator(loss, list(net.parameters()))

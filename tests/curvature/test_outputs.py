@@ -8,6 +8,7 @@ from lightning_ifthpo.curvature import (
     KFACOperator,
     mark_outputs,
 )
+from lightning_ifthpo.curvature.outputs import checked_outputs, cut_at
 from tests.helpers.device import DEVICE, WHERE
 from tests.helpers.networks import two_layers
 
@@ -33,3 +34,32 @@ def test_outputs_marked_twice_on_one_way_are_refused(operator):
 
     with pytest.raises(ValueError, match="depends on another one; mark only the last"):
         operator(loss, list(net.parameters()))
+
+
+def test_outputs_that_do_not_depend_on_each_other_are_accepted():
+    w = torch.ones(4, requires_grad=True, device=DEVICE)
+    outputs = [*(2.0 * w).split(2), 3.0 * w]  # two of one node, and one of another
+    assert checked_outputs(outputs) is outputs
+    assert checked_outputs(outputs[:1]) == outputs[:1]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [0, 2, 1]], ids=str)
+def test_an_output_that_comes_after_the_one_it_depends_on_is_found_among_three(order):
+    w = torch.ones(4, requires_grad=True, device=DEVICE)
+    first = 2.0 * w
+    outputs = [first, first.square(), 3.0 * w]
+    with pytest.raises(ValueError, match="depends on another one"):
+        checked_outputs([outputs[index] for index in order])
+
+
+def test_a_cut_stops_gradients_behind_the_outputs_and_is_taken_away_again():
+    w = torch.tensor([1.0, 2.0], requires_grad=True, device=DEVICE)
+    output = 3.0 * w
+    loss = output.square().sum() + w.sum()
+    slopes = []
+    for cut in ([output], []):
+        with cut_at(cut):
+            slopes.append(torch.autograd.grad(loss, [output, w], retain_graph=True))
+    slopes.append(torch.autograd.grad(loss, [output, w]))
+    assert [slope.tolist() for slope, _ in slopes] == [[6.0, 12.0]] * 3
+    assert [slope.tolist() for _, slope in slopes] == [[1.0, 1.0], [19.0, 37.0], [19.0, 37.0]]

@@ -53,3 +53,16 @@ def test_a_hypernetwork_perturbs_by_its_scale_and_refuses_none():
     for options in ({"lr": 0.0}, {"lr": 0.1, "scale": -1.0}):
         with pytest.raises(ValueError, match="lr > 0 and scale > 0"):
             LinearBestResponse(inner, [w], [h], **options)
+
+
+def test_perturbations_come_from_the_generator():
+    h, w = torch.zeros(4, **FLOAT64), torch.ones(4, **FLOAT64, requires_grad=True)
+
+    def learned(seed):
+        generator = torch.Generator(DEVICE).manual_seed(seed)
+        response = LinearBestResponse(lambda: (w * h).sum() + w.square().sum(), [w], [h], lr=0.1, generator=generator)
+        response.step()
+        return response.jacobian
+
+    assert torch.equal(learned(5), learned(5))
+    assert not torch.allclose(learned(5), learned(6))

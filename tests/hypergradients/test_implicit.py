@@ -10,6 +10,7 @@ from lightning_ifthpo import (
 )
 from lightning_ifthpo.curvature import HessianOperator
 from lightning_ifthpo.solvers import (
+    Amortized,
     ConjugateGradient,
     Direct,
     Identity,
@@ -190,3 +191,13 @@ def test_a_failure_is_diagnosed_where_that_is_asked_for(diagnosed):
     assert result.status is Status.NEGATIVE_CURVATURE
     assert ("negative curvature (λ_min = -2, λ_max = 2)" in result.diagnosis) == diagnosed
     assert (result.diagnosis == "") != diagnosed
+
+
+def test_a_diagnosis_is_that_of_the_damped_system():
+    w, lam = torch.ones(2, **FLOAT64, requires_grad=True), torch.tensor(1.0, **FLOAT64)
+    values = torch.tensor([3.0, -1.0], **FLOAT64)
+    losses = (lambda: (lam * values * w.square()).sum() / 2, lambda: w.sum(), [w], [lam])
+    result = implicit_hypergradient(*losses, solver=ConjugateGradient(damping=0.5))
+    assert "negative curvature (λ_min = -0.5, λ_max = 3.5)" in result.diagnosis
+    result = implicit_hypergradient(*losses, solver=Amortized(), x0=torch.tensor([0.0, 1.0], **FLOAT64))
+    assert "negative curvature (λ_min = -1, λ_max = 3)" in result.diagnosis

@@ -7,8 +7,10 @@ from lightning_ifthpo import (
     implicit_hypergradient,
 )
 from lightning_ifthpo.core.loss import Loss
+from lightning_ifthpo.hypergradients.result import OuterGradient, combine
 from lightning_ifthpo.solvers import (
     Direct,
+    SolveResult,
     Status,
 )
 from tests.helpers.device import DEVICE, FLOAT64
@@ -75,3 +77,26 @@ def test_no_hyperparameter_is_unused_that_another_process_uses():
     assert [part.tolist() for part in sums if part.numel() == 4] == [[1.0, 0.0, -1.0, 0.0]]
     assert [gradient.item() for gradient in result.gradients] == pytest.approx([1.0, -0.25])
     assert result.unused == ()
+
+
+@pytest.mark.parametrize("where", ["outer loss", "inner loss", "direct", "indirect"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_each_term_that_is_not_finite_shows_in_the_status(where, value):
+    numbers = {name: torch.tensor(value if name == where else 1.0) for name in (
+        "nothing", "outer loss", "inner loss", "direct", "indirect"
+    )}  # fmt: skip
+    solution = SolveResult(torch.ones(2), 0.0, 3, Status.CONVERGED)
+
+    def status(at):
+        outer = OuterGradient(at["outer loss"], torch.ones(2), [at["direct"]])
+        return combine(outer, [torch.tensor(2.0)], [at["indirect"]], [at["inner loss"]], solution).status
+
+    assert status(numbers) is Status.NONFINITE
+    assert status(dict.fromkeys(numbers, torch.tensor(1.0))) is Status.CONVERGED
+
+
+def test_the_outer_loss_comes_without_its_graph():
+    w, lam = torch.ones(1, requires_grad=True, device=DEVICE), torch.tensor(2.0, device=DEVICE)
+    result = implicit_hypergradient(lambda: w.square().sum(), lambda: (lam * w.square()).sum(), [w], [lam])
+    assert result.outer_loss.item() == 2.0
+    assert not any(tensor.requires_grad for tensor in (result.outer_loss, *result.gradients, result.solution.x))

@@ -166,3 +166,16 @@ def test_unrolled_refuses_optimizers(options, message):
         unrolled_hypergradient(
             lambda: w.sum(), lambda: w.sum(), [w], [torch.tensor(1.0, device=DEVICE)], steps=1, **options
         )
+
+
+def test_an_optimizer_may_insist_on_a_learning_rate():
+    class Own(torch.optim.SGD):
+        def __init__(self, params, lr, *, differentiable=False, **options):
+            super().__init__(params, lr=lr, differentiable=differentiable)
+
+    inner, outer, w, log_decay, _ = ridge()
+    with torch.no_grad():
+        w.add_(1.0)
+    losses = (inner, outer, [w], [log_decay])
+    own = unrolled_hypergradient(*losses, steps=3, optimizer=Own([{"params": [w], "lr": 0.1}], lr=0.5))
+    assert own.gradients[0].item() == unrolled_hypergradient(*losses, steps=3, lr=0.1).gradients[0].item()

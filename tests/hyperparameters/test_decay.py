@@ -134,3 +134,19 @@ def test_weights_that_were_replaced_are_refused(granularity):
 def test_weights_of_a_part_of_the_module_are_enough():
     net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
     WeightDecay(net[1]).check_training(net.parameters(), 0.1)
+
+
+def test_the_decay_has_the_dtype_of_the_weights():
+    decay = WeightDecay(net().double(), "tensor", initial=0.02)
+    assert [part.dtype for part in decay.parameters()] == [torch.float64] * 4
+    assert decay.decays()[0].item() == pytest.approx(0.02, rel=1e-14)
+
+
+@pytest.mark.parametrize("maximum", [0.7, 5.0])
+def test_the_decay_is_that_of_its_formula(maximum):
+    decay = WeightDecay(net().double(), initial=0.1, maximum=maximum)
+    assert decay.decays()[0].item() == pytest.approx(0.1, rel=1e-12)
+    for value in (-3.0, 0.5, 2.0):
+        with torch.no_grad():
+            decay.log_decay[0].fill_(value)
+        assert decay.decays()[0].item() == pytest.approx(1 / (math.exp(-value) + 1 / maximum), rel=1e-12)

@@ -166,3 +166,8 @@ def test_a_decay_that_diverges_by_itself_is_far_beyond_the_edge():
     weight = torch.zeros(3, requires_grad=True, device=DEVICE)
     edge = StabilityEdge.of(torch.optim.AdamW([weight], lr=1.0, weight_decay=2.0), [weight])
     assert edge.ratio(1.0, torch.ones(3, device=DEVICE)) > 1e6
+
+
+def test_weights_without_an_optimizer_have_no_part_in_it_at_a_learning_rate_of_zero_either():
+    held, free = torch.zeros(2, requires_grad=True, device=DEVICE), torch.zeros(1, requires_grad=True, device=DEVICE)
+    assert StabilityEdge.of([SGD([held], lr=0.0)], [held, free]).metric.tolist() == [1.0, 1.0, 0.0]

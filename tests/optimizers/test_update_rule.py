@@ -141,3 +141,15 @@ def test_what_is_not_known_is_not_guessed(optimizer_type):
     optimizer.step()
     assert not is_known(optimizer)
     assert UpdateRule.of([optimizer], [weight]).step_size == 0.25
+
+
+def test_weights_at_rest_have_no_decoupled_decay():
+    moving, resting = (torch.ones(2, **FLOAT64, requires_grad=True) for _ in range(2))
+    optimizer = torch.optim.AdamW([{"params": [moving]}, {"params": [resting], "lr": 0.0}], lr=0.1, weight_decay=0.2)
+    rule = UpdateRule.of([optimizer], [moving, resting])
+    assert rule.decay.tolist() == pytest.approx([0.2, 0.2, 0.0, 0.0])
+    for weight in (moving, resting):
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    rule = UpdateRule.of([optimizer], [moving, resting])
+    assert rule.decay.tolist() == pytest.approx([0.2, 0.2, 0.0, 0.0])

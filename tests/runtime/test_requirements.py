@@ -5,13 +5,14 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_ifthpo import ExactGeN, IFTHypergradient, SharpnessMonitor
 from lightning_ifthpo.runtime import requirements
 from lightning_ifthpo.runtime.requirements import check_strategy
 from tests.helpers.scaled import Scaled
-from tests.helpers.trainers import Classifier, loader, quiet_trainer
+from tests.helpers.trainers import Classifier, loader, quiet_trainer, trained
 
 
 @pytest.mark.parametrize("callback", [IFTHypergradient, SharpnessMonitor, ExactGeN])
@@ -49,7 +50,7 @@ def test_finite_differences_need_float32(trainer, callback):
 
 def test_an_optimizer_that_is_not_understood_is_named():
     module = Classifier(optimizer="Adadelta")
-    with pytest.warns(UserWarning, match="Adadelta is not among the optimizers"):
+    with pytest.warns(UserWarning, match="the update rule of Adadelta is not known"):
         quiet_trainer(callbacks=[IFTHypergradient(2)]).fit(module)
 
 
@@ -91,3 +92,35 @@ def test_outer_data_come_from_argument_module_data_module_or_validation():
     assert used(Sized(), datamodule=Data()) == {6}
     with pytest.warns(UserWarning, match="tuned on the validation data"):
         assert used(Sized(), train_dataloaders=loader(), val_dataloaders=loader(batch_size=3)) == {3}
+
+
+class OwnNames(Classifier):
+    """Has methods of its own with the names that hyperparameter modules and the mixin use."""
+
+    def check_training(self):
+        raise AssertionError("not a hyperparameter")
+
+
+def test_only_registered_modules_are_asked_for_their_checks():
+    trained([IFTHypergradient(4)], OwnNames)
+
+
+@pytest.mark.parametrize("callback", [SharpnessMonitor(2), ExactGeN()], ids=["sharpness", "gen"])
+def test_a_plain_module_may_have_inner_parameters_of_another_kind(callback):
+    class MetaLearner(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Linear(4, 3)
+
+        def inner_parameters(self, task):
+            raise AssertionError("not ours")
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    trainer = quiet_trainer(callbacks=[callback], limit_val_batches=0)
+    trainer.fit(MetaLearner(), loader())
+    assert {"sharpness/lambda_max", "gen/lr"} & trainer.callback_metrics.keys()

@@ -131,3 +131,44 @@ def test_a_damping_beyond_all_numbers_is_told():
 def test_options_are_checked(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_all_moves_are_as_short_as_the_largest_curvature_seen_asks_for():
+    """The iteration as it is defined, with dense matrices, at a step three times as long as is stable."""
+    matrix, b, step, horizon = spd_matrix(SIZE, 30.0), right_hand_side(SIZE), 0.2, 10**6
+    b = b / b.norm()
+    damped = matrix + torch.eye(SIZE, **WHERE) / (step * horizon)
+    x, paces = torch.zeros_like(b), []
+    for last in (False, False, True):
+        residual = b - damped @ x
+        if not last:
+            paces.append(float(step * (residual @ damped @ residual) / (residual @ residual)))
+        x = x + step / max(1.0, *paces) * residual
+    result = run(Amortized(products=2, horizon=horizon).with_optimizer(UpdateRule(step)), matrix, b)
+    assert max(paces) > 1.0
+    assert relative_error(result.x, x) < within(1e-12)
+
+
+@pytest.mark.parametrize("step", [0.0, torch.zeros(SIZE, **WHERE)], ids=["number", "vector"])
+def test_a_learning_rate_of_zero_moves_no_estimate(step):
+    result = run(Amortized().with_optimizer(UpdateRule(step)), spd_matrix(SIZE, 30.0), right_hand_side(SIZE), solves=3)
+    assert result.status is Status.COMPLETE
+    assert not bool(result.x.any())
+
+
+def test_an_estimate_that_is_too_long_is_shortened_to_the_longest_that_an_inverse_can_have():
+    """Of a zero operator: horizon · s · b, in the direction of the start, which is that of b."""
+    b, step, horizon = right_hand_side(SIZE), 0.1, 50
+    solver = Amortized(horizon=horizon).with_optimizer(UpdateRule(step))
+    longest = horizon * step * b
+    result = solver.solve(MatrixOperator(torch.zeros(SIZE, SIZE, **WHERE)), b, 10.0 * longest)
+    assert relative_error(result.x, longest) < within(1e-12)
+
+
+def test_curvature_along_the_estimate_shortens_its_moves():
+    """A step of 0.1 is ten times the inverse of the curvature along the estimate, and a tenth of that of its moves."""
+    operator = MatrixOperator(torch.diag(torch.tensor([100.0, 1.0], **WHERE)))
+    b, start = torch.tensor([100.0, 1.0], **WHERE), torch.tensor([1.0, 0.0], **WHERE)
+    result = Amortized(damping=0.0).with_optimizer(UpdateRule(0.1)).solve(operator, b, start)
+    # two moves of a hundredth of the residual, which is 1 and then 0.99
+    assert result.x.tolist() == pytest.approx([1.0, 0.01 + 0.0099], rel=within(1e-12))

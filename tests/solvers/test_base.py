@@ -17,6 +17,7 @@ from lightning_ifthpo.solvers import (
     Neumann,
     Status,
 )
+from lightning_ifthpo.solvers.base import status_without_tolerance
 from tests.checks import (
     check_refuses_other_shapes,
     check_reports_a_status_never_nan,
@@ -185,3 +186,49 @@ def test_damping_by_horizon_needs_an_optimizer_and_takes_its_step():
 def test_options_are_checked(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_horizon_is_at_least_one_step():
+    with pytest.raises(ValueError, match="horizon to be an integer >= 1, got 0"):
+        ConjugateGradient(horizon=0)
+
+
+def test_a_repr_shows_the_options_and_not_the_optimizer():
+    solver = Direct(damping=0.5)
+    assert repr(solver.with_optimizer(UpdateRule(0.1))) == repr(solver)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_without_a_tolerance_only_rounding_counts_as_converged(dtype):
+    """A residual of √eps is the limit."""
+    root = torch.finfo(dtype).eps ** 0.5
+    assert status_without_tolerance(0.5 * root, dtype) is Status.CONVERGED
+    assert status_without_tolerance(2.0 * root, dtype) is Status.COMPLETE
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_the_start_is_taken_in_the_units_of_the_solution(size):
+    """A start at the solution is left as it is, whatever the size of the right-hand side."""
+    matrix, b = spd_matrix(6, 10.0), size * right_hand_side(6)
+    x = torch.linalg.solve(matrix, b)
+    for solver in (ConjugateGradient(rtol=1e-3), MinimumResidual(rtol=1e-3)):
+        result = solver.solve(MatrixOperator(matrix), b, x)
+        assert relative_error(result.x, x) < within(1e-13)
+        assert (result.status, result.products) == (Status.CONVERGED, 1)
+
+
+RULE = UpdateRule(step_size=0.02, decay=0.5)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_the_horizon_and_the_decay_of_the_optimizer_are_damping(solver):
+    """1 / (0.02 · 50) + 0.5 = 1.5."""
+    matrix, b = spd_matrix(6, 10.0), right_hand_side(6)
+    assert replace(solver, damping="horizon").needs_optimizer
+    by_rule = replace(solver, damping="horizon", horizon=50).with_optimizer(RULE).solve(MatrixOperator(matrix), b)
+    rule = UpdateRule(RULE.step_size) if isinstance(solver, Amortized) else None  # without one it measures its step
+    by_number = replace(solver, damping=1.5, horizon=50, rule=rule).solve(MatrixOperator(matrix), b)
+    assert relative_error(by_rule.x, by_number.x) < within(1e-12)
+    undamped = replace(solver, damping=0.0, horizon=50, rule=rule).solve(MatrixOperator(matrix), b)
+    if not isinstance(solver, Identity):
+        assert relative_error(by_rule.x, undamped.x) > 1e-3

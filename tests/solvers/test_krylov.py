@@ -74,3 +74,33 @@ def test_a_preconditioner_pays_where_few_eigenvalues_stand_out(damping):
 def test_options_are_checked(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("family", [ConjugateGradient, MinimumResidual])
+def test_the_residual_is_checked_by_a_product_after_more_than_twenty(family):
+    operator, b = MatrixOperator(spd_matrix(40, 1e3, dtype=torch.float64)), right_hand_side(40, torch.float64)
+    results = [family(max_iterations=iterations).solve(operator, b) for iterations in (20, 21)]
+    assert [(result.products, result.extra_products) for result in results] == [(20, 0), (21, 1)]
+
+
+def test_the_products_of_a_preconditioner_count():
+    operator, b = MatrixOperator(spd_matrix(40, 1e3, dtype=torch.float64)), right_hand_side(40, torch.float64)
+    assert ConjugateGradient(max_iterations=2, preconditioner=Nystrom(rank=5)).solve(operator, b).products == 7
+
+
+@pytest.mark.parametrize("values", [[0.0, 1.0, 2.0], [0.0, 1.0, 2.0, 3.0], [0.0, 0.0, 3.0, 4.0]], ids=str)
+def test_minimum_residual_on_a_singular_system_ends_where_only_rounding_is_left(values):
+    matrix = torch.diag(torch.tensor(values, **FLOAT64))
+    b = torch.ones(len(values), **FLOAT64)
+    result = MinimumResidual(max_iterations=20).solve(MatrixOperator(matrix), b)
+    assert result.status is Status.COMPLETE
+    assert result.products <= len(values)
+    assert result.relative_residual == pytest.approx((values.count(0.0) / len(values)) ** 0.5, rel=1e-9)
+    assert float(result.x.norm()) < 3.0
+
+
+def test_minimum_residual_of_a_nan_is_not_finite():
+    operator = MatrixOperator(torch.eye(3, **FLOAT64))
+    operator.matrix = torch.full((3, 3), torch.nan, **FLOAT64)
+    result = MinimumResidual().solve(operator, torch.ones(3, **FLOAT64))
+    assert (result.status, result.products) == (Status.NONFINITE, 1)

@@ -5,6 +5,7 @@ import torch
 
 from lightning_ifthpo.curvature import MatrixOperator
 from lightning_ifthpo.solvers import (
+    LinearSystem,
     Nystrom,
 )
 from tests.helpers.device import DEVICE, WHERE, randn, within
@@ -51,3 +52,27 @@ def test_nystrom_refuses_to_divide_by_what_it_does_not_see():
 def test_options_are_checked(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("damping", [0.5, torch.linspace(0.1, 1.0, 6, **WHERE)], ids=["number", "vector"])
+def test_a_preconditioner_makes_what_it_has_seen_equal_and_leaves_the_rest(damping):
+    """In units of the damping, S(A + δ)S = I + SAS: the r eigenvalues that it has seen become the smallest of them."""
+    basis = torch.linalg.qr(randn(6, 6, seed=4)).Q
+    delta = torch.as_tensor(damping, **WHERE).expand(6)
+    scaled = basis @ torch.diag(torch.tensor([9.0, 4.0, 2.0, 0.0, 0.0, 0.0], **WHERE)) @ basis.T  # SAS
+    matrix = delta.sqrt()[:, None] * scaled * delta.sqrt()
+    system = LinearSystem(MatrixOperator((matrix + matrix.T) / 2), damping)
+    low_rank = Nystrom(rank=3).approximation(system)
+    inverse = torch.stack([low_rank.precondition(row) for row in torch.eye(6, **WHERE)], dim=1)
+    wanted = torch.tensor([1.0, 1.0, 1.0, 3.0, 3.0, 3.0], **WHERE)
+    found = torch.linalg.eigvals(inverse @ (matrix + torch.diag(delta))).real.sort().values
+    assert torch.allclose(found, wanted, rtol=within(1e-9))
+    assert torch.allclose(low_rank.values, torch.tensor([9.0, 4.0, 2.0], **WHERE), rtol=within(1e-9))
+
+
+@pytest.mark.parametrize("rank", [6, 9])
+def test_without_damping_all_directions_give_the_inverse(rank):
+    matrix, b = spd_matrix(6, 10.0), right_hand_side(6)
+    result = Nystrom(rank=rank).solve(MatrixOperator(matrix), b)
+    assert relative_error(result.x, torch.linalg.solve(matrix, b)) < within(1e-12)
+    assert result.products == 6

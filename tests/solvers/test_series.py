@@ -14,7 +14,8 @@ from lightning_ifthpo.solvers import (
     Status,
 )
 from lightning_ifthpo.solvers.diagnosis import diagnose
-from tests.helpers.device import DEVICE, WHERE, within
+from lightning_ifthpo.solvers.series import measured_step_size
+from tests.helpers.device import DEVICE, WHERE, randn, within
 from tests.helpers.problems import relative_error, spd_matrix
 from tests.helpers.systems import right_hand_side
 
@@ -101,3 +102,48 @@ def test_identity_is_the_scaled_right_hand_side():
 def test_options_are_checked(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_given_step_costs_no_product_but_that_of_the_residual():
+    """And few terms along negative curvature need not grow: the sum is then what was asked for."""
+    matrix, b = torch.diag(torch.tensor([1.0, 0.5, -0.01], **WHERE)), torch.tensor([1.0, 1.0, 1e-3], **WHERE)
+    result = Neumann(terms=3, step_size=0.5).solve(MatrixOperator(matrix), b)
+    assert result.status is Status.COMPLETE
+    assert (result.products, result.extra_products) == (3, 1)
+    identity = Identity(step_size=0.5).solve(MatrixOperator(matrix), b)
+    assert (identity.products, identity.extra_products, identity.step_size) == (0, 1, 0.5)
+
+
+def test_a_zero_operator_has_no_negative_curvature_and_a_step_of_one():
+    b = right_hand_side(4)
+    result = Neumann(terms=2).solve(MatrixOperator(torch.zeros(4, 4, **WHERE)), b)
+    assert result.status is Status.COMPLETE
+    assert relative_error(result.x, 3.0 * b) < within(1e-14)
+
+
+@pytest.mark.parametrize("make", [Identity, Neumann])
+def test_the_damping_is_checked_here_too(make):
+    with pytest.raises(ValueError, match="expected a finite damping >= 0"):
+        make(damping=-1.0)
+
+
+@pytest.mark.parametrize("step", [0.3, 0.5, 0.9])
+@pytest.mark.parametrize("seed", [1, 2, 6])
+def test_terms_that_keep_their_length_up_to_rounding_do_not_grow(seed, step):
+    """Along the null space of a matrix in a random basis each term equals the one before."""
+    values = torch.cat([torch.zeros(30, **WHERE), torch.linspace(1.0, 2.0, 30, **WHERE)])
+    basis = torch.linalg.qr(randn(60, 60, seed=seed)).Q
+    matrix = basis @ torch.diag(values) @ basis.T
+    b = basis[:, :30].sum(1)
+    result = Neumann(terms=60, step_size=step).solve(MatrixOperator((matrix + matrix.T) / 2), b)
+    assert (result.status, result.products) == (Status.COMPLETE, 60)
+    assert relative_error(result.x, step * 61 * b) < within(1e-12)
+
+
+def test_a_measured_step_counts_the_bound_of_the_largest_eigenvalue():
+    """Ten products see less than λ_max of a spectrum without a gap, and a little more with the bound."""
+    values = torch.linspace(0.0, 1.0, 400, **WHERE)
+    step, negative, products = measured_step_size(MatrixOperator(torch.diag(values)))
+    assert 0.9 < step < 1.0
+    assert not negative
+    assert products <= 10

@@ -84,3 +84,13 @@ def test_random_vectors_come_from_their_generator_in_the_dtype_of_the_operator()
     assert (first.shape, first.dtype, first.device) == ((5,), operator.dtype, operator.device)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_ritz_values_of_some_of_the_vectors_are_those_of_the_operator_in_them():
+    matrix = spd_matrix(20, 100.0, signs=True)
+    basis = basis_of(matrix, 8)
+    vectors = basis.combine(torch.eye(8, dtype=torch.float64, device=DEVICE))
+    for first, last in ((0, 5), (2, 6), (3, None)):
+        part = vectors[first:last]
+        wanted = torch.linalg.eigvalsh(part @ matrix @ part.T)
+        assert relative_error(basis.ritz(first, last).values, wanted) < within(1e-13)

@@ -71,3 +71,15 @@ def test_the_distance_of_two_distributions_is_that_of_scipy():
     weights, other_weights = torch.tensor([0.5, 0.25, 0.25], device=DEVICE), torch.tensor([0.1, 0.9], device=DEVICE)
     wanted = _wasserstein_distance(values.numpy(), others.numpy(), weights.numpy(), other_weights.numpy())
     assert wasserstein(values, weights, others, other_weights) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_the_probes_come_from_the_generator_and_are_always_the_same_without_one():
+    operator = operator_of(torch.linspace(-1.0, 1.0, 40))
+    seeded = [
+        spectral_density(operator, max_probes=1, generator=torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)
+    ]
+    assert torch.equal(seeded[0].weights, seeded[1].weights)
+    assert not torch.equal(seeded[0].weights, seeded[2].weights)
+    plain = [spectral_density(operator, max_probes=1).weights for _ in range(2)]
+    assert torch.equal(*plain)
+    assert not torch.equal(plain[0], seeded[0].weights)

@@ -164,3 +164,8 @@ def test_lanczos_takes_as_many_products_as_asked():
     operator = MatrixOperator(spd_matrix(50, 1e3))
     assert lanczos(operator, rtol=0.5).products < 7
     assert lanczos(operator, rtol=0.5, min_iterations=7).products == 7
+
+
+@pytest.mark.parametrize("options", [{"k": 3}, {"min_iterations": 3}], ids=str)
+def test_as_few_products_are_allowed_as_are_asked_for(options):
+    assert lanczos(MatrixOperator(torch.diag(torch.arange(1.0, 9.0))), max_iterations=3, **options).products == 3

@@ -95,3 +95,22 @@ def test_power_iteration_on_nothing_and_on_nan():
 def test_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         power_iteration(MatrixOperator(torch.eye(4, device=DEVICE)), **options)
+
+
+@pytest.mark.parametrize("which", ["magnitude", "largest", "smallest"])
+def test_the_last_product_is_that_of_the_vector_that_is_returned(which):
+    """So that its bound is a residual, and no sum of earlier ones."""
+    seen = []
+
+    class Recorded(MatrixOperator):
+        def matvec(self, v):
+            seen.append(v.clone())
+            return super().matvec(v)
+
+    matrix = spd_matrix(20, 50.0, signs=True, dtype=torch.float64)
+    pair = power_iteration(Recorded(matrix), which=which, max_iterations=5000, rtol=1e-7)
+    assert pair.converged
+    assert torch.equal(seen[-1], pair.vector)
+    assert len(seen) == pair.products
+    assert pair.bound == pytest.approx(float((matrix @ pair.vector - pair.value * pair.vector).norm()), rel=1e-6)
+    assert "vector" not in repr(pair)

@@ -7,7 +7,7 @@ import torch
 
 from lightning_ifthpo.curvature import MatrixOperator
 from lightning_ifthpo.spectrum import spectral_density, trace
-from tests.helpers.device import DEVICE, WHERE
+from tests.helpers.device import DEVICE, FLOAT64, WHERE
 from tests.helpers.problems import SPECTRA, operator_of
 
 
@@ -46,3 +46,12 @@ def test_density_and_trace_say_when_the_operator_is_not_finite():
 def test_refuses_fewer_products_than_its_thirds_need():
     with pytest.raises(ValueError, match="products >= 6"):
         trace(MatrixOperator(torch.eye(4, device=DEVICE)), products=5)
+
+
+def test_a_third_of_the_products_is_enough_for_an_operator_of_that_rank():
+    """It is then seen whole, and nothing is left to sample."""
+    values = torch.cat([torch.tensor([5.0, -3.0, 2.0, 1.0], **FLOAT64), torch.zeros(36, **FLOAT64)])
+    estimate = trace(operator_of(values, dtype=torch.float64), products=12)
+    assert estimate.trace == pytest.approx(5.0, abs=1e-12)
+    assert estimate.standard_error < 1e-12
+    assert estimate.products == 12

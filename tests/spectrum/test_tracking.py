@@ -92,3 +92,23 @@ def test_a_tracker_survives_a_change_of_size_and_a_nan():
 def test_a_tracker_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         SpectrumTracker(**options)
+
+
+@pytest.mark.parametrize("method", ["lanczos", "power_iteration"])
+def test_the_next_measurement_starts_from_the_last_and_takes_five_products_at_least(method):
+    values = torch.cat([torch.tensor([-2.0, 3.0], **WHERE), torch.linspace(-1.0, 1.0, 100, **WHERE)])
+    tracker, operator = SpectrumTracker(method, max_iterations=200), MatrixOperator(torch.diag(values))
+    cold, warm = tracker.measure(operator), tracker.measure(operator)
+    assert cold.converged
+    assert warm.converged
+    ends = 1 if method == "lanczos" else 2
+    assert ends * 5 <= warm.products < cold.products
+
+
+def test_noise_shows_a_power_iteration_what_an_exact_eigenvector_hides():
+    """The start is the old eigenvector, which is still one, but no longer that of the largest eigenvalue."""
+    tracker = SpectrumTracker("power_iteration", max_iterations=200)
+    tracker.load_state_dict({"measurements": 1, "last": torch.eye(4, **WHERE)[:2]})
+    result = tracker.measure(MatrixOperator(torch.diag(torch.tensor([1.0, -1.0, 2.0, -2.0], **WHERE))))
+    assert result.largest.item() == pytest.approx(2.0, rel=1e-2)
+    assert result.smallest.item() == pytest.approx(-2.0, rel=1e-2)

@@ -44,3 +44,12 @@ def test_optimizers_of_matrices_are_tried_out_on_one_and_none_may_maximize():
     check_linear_in_lr(Matrices([nn.Parameter(torch.ones(2, 2, device=DEVICE))], lr=0.1))
     with pytest.raises(ValueError, match="this SGD maximizes"):
         check_linear_in_lr(torch.optim.SGD([nn.Parameter(torch.ones(2, device=DEVICE))], lr=0.1, maximize=True))
+
+
+def test_an_optimizer_that_does_not_move_is_refused():
+    class Still(torch.optim.SGD):
+        def step(self, closure=None):
+            pass
+
+    with pytest.raises(ValueError, match="update of Still is not linear"):
+        check_linear_in_lr(Still([nn.Parameter(torch.ones(2, device=DEVICE))], lr=0.1))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_ifthpo import Loss
 from lightning_ifthpo.curvature import GaussNewtonOperator
 from lightning_ifthpo.step_size import (
     AveragedRule,
@@ -259,3 +260,28 @@ def test_units_at_their_kink_are_recognized_and_not_divided():
     model = exact_parabola(problem.loss, problem.parameters, problem.gradient())
     assert (model.slope, model.curvature, model.optimal_step) == (0.0, 0.0, None)
     assert not AveragedRule().observe(model)
+
+
+def test_rounding_is_that_of_the_largest_loss():
+    """Here that of the ends, because the loss passes through zero: a second difference of half a unit is nothing."""
+    eps = torch.finfo(torch.float32).eps
+    assert fitted_parabola(lambda step: step + eps * step**2 / 2, [-1.0, 0.0, 1.0]).curvature == 0.0
+    assert fitted_parabola(lambda step: step + 3 * eps * step**2, [-1.0, 0.0, 1.0]).curvature == pytest.approx(6 * eps)
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton", "finite_difference", "three_point"])
+def test_a_share_counts_and_a_loss_scale_does_not(curvature):
+    w = torch.tensor([1.0, 2.0], **FLOAT64, requires_grad=True)
+
+    def function():
+        z = w**2
+        return (z**2).sum() / 2, z
+
+    def parabola(loss):
+        if curvature == "three_point":
+            return three_point_parabola(loss, [w], [torch.ones(2, **FLOAT64)], step=0.1)
+        return exact_parabola(loss, [w], [torch.ones(2, **FLOAT64)], curvature=curvature)
+
+    plain, scaled = parabola(Loss(function, [w])), parabola(Loss(function, [w], share=0.5, scale=8.0))
+    assert scaled.slope == pytest.approx(plain.slope / 2, rel=1e-9)
+    assert scaled.curvature == pytest.approx(plain.curvature / 2, rel=1e-6)

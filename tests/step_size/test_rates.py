@@ -104,3 +104,11 @@ def test_a_state_is_restored_and_that_of_other_rules_is_refused():
     assert twin.of_groups(1.0) == rates.of_groups(1.0)
     with pytest.raises(ValueError, match="the checkpoint holds the state of another scheduler"):
         twin.load_state_dict({})
+
+
+def test_a_new_group_is_compared_with_the_highest_of_several_rates():
+    sgd = optimizer(0.1, 0.4)
+    rates = GroupRates(sgd, lambda: Fixed(2.0), per_group=False)
+    sgd.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 0.25})
+    rates.include_new_groups(0.5)
+    assert rates.multipliers == [0.25, 1.0, 0.25]

@@ -1,5 +1,7 @@
 """ExactGeNLR in plain loops."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
@@ -283,3 +285,111 @@ def test_a_loss_is_needed():
 def test_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         ExactGeNLR(torch.optim.SGD([nn.Parameter(torch.ones(1, device=DEVICE))], lr=0.1), **options)
+
+
+def test_the_final_decay_may_be_the_whole_run():
+    weight, loss = quadratic()
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scheduler = ExactGeNLR(optimizer, total_steps=4, final_decay=1.0)
+    rates = []
+    for _ in range(4):
+        loop(optimizer, scheduler, loss, 1)
+        rates.append(scheduler.get_lr()[0] / scheduler.rules[0].lr)
+    assert rates == pytest.approx([0.75, 0.5, 0.25, 0.0])
+
+
+@pytest.mark.parametrize("probe", ["next_batch", "same_batch"])
+def test_a_loss_is_wanted_when_a_probe_looks_or_a_step_needs_it(probe):
+    weight, loss = quadratic()
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scheduler = ExactGeNLR(optimizer, rule="published", probe=probe, every_n_steps=3)
+    wanted, looks = [], []
+    for _ in range(7):
+        wanted.append(scheduler.wants_loss)
+        loop(optimizer, scheduler, loss, 1)
+        looks.append(scheduler.looks)
+    if probe == "same_batch":
+        assert wanted == [True] * 7
+        assert looks == [1, 1, 1, 2, 2, 2, 3]
+    else:  # the first look is at its own step, those at the steps 0, 3 and 6 are on the next batch
+        assert wanted == [True, True, False, False, True, False, False]
+        assert looks == [1, 2, 2, 2, 3, 3, 3]
+
+
+@pytest.mark.parametrize("curvature", ["three_point", "hessian", "gauss_newton", "finite_difference"])
+def test_a_look_is_taken_in_the_session_of_the_loss_with_gradients_and_leaves_the_generators_unchanged(curvature):
+    weight = nn.Parameter(torch.ones(50, **FLOAT64))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scheduler = ExactGeNLR(optimizer, curvature=curvature)
+    opened, inside = [], []
+
+    @contextmanager
+    def session():
+        opened.append(1)
+        yield
+        opened.pop()
+
+    def function():
+        inside.append(len(opened))
+        outputs = nn.functional.dropout(weight, 0.5)
+        return outputs.square().sum(), outputs
+
+    def looked():
+        state = torch.get_rng_state()
+        with torch.no_grad():
+            scheduler.probe(function, session)
+        return torch.equal(torch.get_rng_state(), state)
+
+    assert looked()
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    scheduler.step()
+    inside.clear()
+    assert looked()
+    assert inside
+    assert all(count == 1 for count in inside)
+    assert scheduler.looks == 2
+    assert scheduler.parabolas[0].curvature > 0.0
+
+
+def test_looks_are_rare_once_the_rate_has_settled_and_end_with_the_final_decay():
+    weight, loss = quadratic()
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scheduler = ExactGeNLR(optimizer, rule="published", every_n_steps=4, total_steps=20, final_decay=0.5)
+    looks = []
+    for _ in range(20):
+        loop(optimizer, scheduler, loss, 1)
+        looks.append(scheduler.looks)
+    # along the updates of the steps 0, 4 and 8, one step later each; the first update is also looked at in its own step
+    assert looks == [1, 2, 2, 2, 2, 3, 3, 3, 3, 4, *[4] * 10]
+
+
+def test_after_detaching_the_optimizer_makes_plain_steps_at_its_last_rate():
+    weight, loss = quadratic()
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scheduler = ExactGeNLR(optimizer)
+    loop(optimizer, scheduler, loss, 5)
+    rate = scheduler.get_lr()[0]
+    scheduler.detach()
+    before, looks = weight.detach().clone(), scheduler.looks
+    optimizer.zero_grad()
+    loss().backward()
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == rate
+    assert torch.allclose(weight.detach(), before - rate * weight.grad, rtol=1e-14)
+    assert scheduler.looks == looks
+    assert not scheduler.is_pending
+
+
+def test_a_look_counts_as_used_if_any_of_its_rules_used_it():
+    weights = [nn.Parameter(torch.full((2,), 3.0, **FLOAT64)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": [weight]} for weight in weights], lr=1.0)
+    scheduler = ExactGeNLR(optimizer, per_group=True, rule="published", curvature="hessian", every_n_steps=1)
+    loop(optimizer, scheduler, lambda: weights[0].square().sum() - weights[1].square().sum(), 1)
+    assert scheduler.accepted
+    assert scheduler.refused == 1
+    both = nn.Parameter(torch.full((2,), 3.0, **FLOAT64))
+    optimizer = torch.optim.SGD([both], lr=1.0)
+    scheduler = ExactGeNLR(optimizer, rule="published", curvature="hessian")
+    loop(optimizer, scheduler, lambda: -both.square().sum(), 1)
+    assert not scheduler.accepted
