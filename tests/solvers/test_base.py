@@ -229,6 +229,7 @@ def test_the_horizon_and_the_decay_of_the_optimizer_are_damping(solver):
     rule = UpdateRule(RULE.step_size) if isinstance(solver, Amortized) else None  # without one it measures its step
     by_number = replace(solver, damping=1.5, horizon=50, rule=rule).solve(MatrixOperator(matrix), b)
     assert relative_error(by_rule.x, by_number.x) < within(1e-12)
+    assert by_rule.relative_residual == pytest.approx(by_number.relative_residual, rel=1e-6, abs=within(1e-12))
     undamped = replace(solver, damping=0.0, horizon=50, rule=rule).solve(MatrixOperator(matrix), b)
     if not isinstance(solver, Identity):
         assert relative_error(by_rule.x, undamped.x) > 1e-3
