@@ -176,7 +176,7 @@ def table(results: Results) -> str:
     for name in SHOWN:
         entries = [models[model][where][name] for model, where in places]
         products = [f"{entry['products']:.0f}" for entry in entries]
-        marks = ["†" if entry["failed"] else "‡" if entry["stopped"] else "" for entry in entries]
+        marks = ["‡" if entry["stopped"] else "†" if entry["failed"] else "" for entry in entries]
         cosines = [number(entry["cosine"], 2) + mark for entry, mark in zip(entries, marks, strict=True)]
         rows.append([name, ", ".join(sorted(set(products), key=int)), *cosines])
     return markdown(["method", "products", *(f"{model}, {where}" for model, where in places)], rows)
