@@ -190,4 +190,5 @@ def _slope_and_curvature(loss: Loss, omega: Tensor, curvature: LossCurvature) ->
     operator = curvature_operator(curvature, loss, loss.parameters)
     if isinstance(operator, FiniteDifferenceOperator):
         return operator.slope_and_curvature(omega)
-    return operator.gradient @ omega, operator.quadratic(omega)
+    curved = operator.quadratic(omega)  # first, because the operator keeps its gradient
+    return operator.gradient @ omega, curved
