@@ -75,7 +75,7 @@ def main() -> dict[str, dict[str, float]]:
         fit(5, folder)  # as if the machine had stopped here
         resumed = fit(10, folder, folder / "5.ckpt")
     pairs = zip(at_once.parameters(), resumed.parameters(), strict=True)
-    difference = max(float((one - other).abs().max()) for one, other in pairs)
+    difference = max(float((one - other).detach().abs().max()) for one, other in pairs)
     moved = float((resumed.log_penalties + 6.0).abs().max())
     print(f"largest difference of any weight or penalty: {difference}; log penalties moved by up to {moved:.2f}")
 
