@@ -180,7 +180,7 @@ def summary(results: Results) -> dict[str, float]:
     """Returns the error and the cosine of each method."""
     rows = results["methods"].items()
     figures = {f"{name}, {key}": round(row[key], 3) for name, row in rows for key in ("error", "cosine")}
-    return figures | {"unrolled beside Neumann": results["unrolled beside Neumann"]}
+    return figures | {"unrolled against Neumann": results["unrolled against Neumann"]}
 
 
 def table(results: Results) -> str:
@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> Figures:
         error = float((inverse - exact).norm() / exact.norm())
         cosine = float((inverse * exact).sum() / (inverse.norm() * exact.norm()))
         pictures[name], methods[name] = small(inverse), {"error": round(error, 6), "cosine": round(cosine, 6)}
-    results = {"methods": methods, "unrolled beside Neumann": unrolled_difference(problem, spectrum)}
+    results = {"methods": methods, "unrolled against Neumann": unrolled_difference(problem, spectrum)}
     return conclude(
         NAME,
         results,

@@ -95,7 +95,7 @@ def test_kfac_takes_the_positive_part_of_a_loss_that_is_not_convex():
 
 
 def test_kfac_draws_the_same_dropout_masks_for_both_of_its_passes():
-    """A network that is nothing but its mask would have curvature zero where two masks differ."""
+    """A network that consists of its mask alone would have curvature zero where two masks differ."""
     dropout, layer = nn.Dropout(0.5), nn.Linear(64, 1, bias=False).to(**WHERE)
 
     recorded = []
@@ -241,13 +241,13 @@ def test_kfac_of_a_network_with_checkpointed_activations_is_the_same():
 
 @pytest.mark.parametrize("frozen", [0, 2])
 def test_frozen_and_unused_parameters_have_blocks_of_zeros(frozen):
-    net, beside = two_layers(), nn.Linear(4, 1).to(**WHERE)
+    net, other = two_layers(), nn.Linear(4, 1).to(**WHERE)
     whole = KFACOperator(kfac_problem(net), list(net.parameters()))
     net[frozen].requires_grad_(False)
-    loss, parameters = kfac_problem(net), [*net.parameters(), *beside.parameters()]
+    loss, parameters = kfac_problem(net), [*net.parameters(), *other.parameters()]
 
-    part = KFACOperator(lambda: loss() + beside.weight.square().sum(), parameters)
-    idle = {*net[frozen].parameters(), *beside.parameters()}
+    part = KFACOperator(lambda: loss() + other.weight.square().sum(), parameters)
+    idle = {*net[frozen].parameters(), *other.parameters()}
     zero = torch.cat([torch.full((parameter.numel(),), parameter in idle, device=DEVICE) for parameter in parameters])
     dense = torch.zeros(28, 28, **WHERE)
     dense[:23, :23] = whole.to_dense()

@@ -1,4 +1,4 @@
-"""What the Trainer can do beside training, each as a fit in which our callbacks have to work or be refused."""
+"""Features of the Trainer, each as a fit in which our callbacks have to work or be refused."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ class Feature:
     Args:
         make: Makes the module, given learning rates.
         options: Of the Trainer.
-        callbacks: Functions that make callbacks to stand beside ours.
+        callbacks: Functions that make further callbacks.
         fit: Trains.
         refused: What the message of a refusal says, for each callback that is refused.
         warned: What a warning says, for each callback that works with a warning.

@@ -59,7 +59,7 @@ class Report:
         return "; ".join(f"{count}: {reason}" for reason, count in reasons.items()) or "none"
 
     def features(self, column: str, names: list[str]) -> int:
-        """Returns beside how many features a callback was seen to work, or to be refused with the reason."""
+        """Returns with how many features a callback was seen to work, or to be refused with the reason."""
         return len(
             {f"test_feature[{name}-{column}]" for name in names}
             & {c.split("::")[1] for c in self.passed("tests.system.test_trainer_features::")}

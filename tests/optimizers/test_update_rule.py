@@ -50,7 +50,7 @@ def test_one_push_of_gradient_descent_moves_the_weights_by_the_step_in_the_long_
             optimizer.step()
         ends.append(flat(weights))
     step = UpdateRule.of([optimizer], weights).step_size
-    # what momentum keeps after 200 steps: 0.9^200 = 7e-10; and the rounding of weights of size one beside 1e-5
+    # what momentum keeps after 200 steps: 0.9^200 = 7e-10; and the rounding of weights of size one against 1e-5
     assert relative_error(ends[0] - ends[1], step * 1e-3) < 1e-8
 
 

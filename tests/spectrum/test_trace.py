@@ -27,7 +27,7 @@ def test_the_error_of_the_trace_is_what_it_is_said_to_be(name, products):
 
 
 def test_dominant_eigenvalues_do_not_blur_the_trace():
-    """What Hutch++ is for: outliers of 1e6 beside a bulk of one."""
+    """What Hutch++ is for: outliers of 1e6 over a bulk of one."""
     values = torch.cat([torch.full((5,), 1e6, device=DEVICE), torch.ones(995, device=DEVICE)]).to(**WHERE)
     result = trace(operator_of(values), products=60, rtol=1e-3)
     assert result.trace == pytest.approx(float(values.sum()), rel=1e-6)

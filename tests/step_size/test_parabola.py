@@ -193,7 +193,7 @@ def test_a_failing_loss_leaves_the_weights_where_they_were():
 
 
 class Net(nn.Module):
-    """Two layers, a penalty beside the outputs and a weight that nothing depends on."""
+    """Two layers, a penalty that bypasses the outputs, and a weight that nothing depends on."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Each callback beside each feature of the Trainer: it works and disturbs nothing, or is refused with the reason."""
+"""Each callback with each feature of the Trainer: it works and disturbs nothing, or is refused with the reason."""
 
 import math
 from contextlib import nullcontext
@@ -17,8 +17,8 @@ def run(feature, callbacks, **options):
     torch.manual_seed(7)
     module = feature.make(**options)
     recorder = Recorder()
-    beside = [make() for make in feature.callbacks]
-    trainer = quiet_trainer(**({"max_epochs": 2} | feature.options()), callbacks=[*beside, *callbacks, recorder])
+    others = [make() for make in feature.callbacks]
+    trainer = quiet_trainer(**({"max_epochs": 2} | feature.options()), callbacks=[*others, *callbacks, recorder])
     feature.fit(trainer, module)
     return recorder
 

@@ -31,7 +31,7 @@ def test_unrolled_steps_invert_as_the_neumann_series(trained):
 def test_more_work_is_nearer_to_the_exact_inverse(tmp_path, capsys):
     result = example.main(["--pooling", "7", "--output", str(tmp_path)])
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
-    assert all(entry["expected"] is None for name, entry in result.items() if name != "unrolled beside Neumann")
+    assert all(entry["expected"] is None for name, entry in result.items() if name != "unrolled against Neumann")
     error = {name.removesuffix(", error"): entry["measured"] for name, entry in result.items()}
     series = [error[name] for name in ("Neumann 100", "Neumann 20", "Neumann 5", "Neumann 1", "identity")]
     assert series == sorted(series)
