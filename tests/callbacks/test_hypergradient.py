@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ifthpo import BilevelLightningModule, IFTHypergradient
 from lightning_ifthpo.hyperparameters import WeightDecay
-from lightning_ifthpo.solvers import Amortized, ConjugateGradient, Direct, Neumann
+from lightning_ifthpo.solvers import Amortized, ConjugateGradient, Direct, Identity, Neumann
 from tests.helpers.problems import relative_error
 from tests.helpers.trainers import ACCELERATOR, Classifier, Ridge, loader, quiet_trainer, same, trained
 

@@ -114,9 +114,7 @@ LOGGERS = {
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:spectral_density=True, but no logger takes figures")
-@pytest.mark.filterwarnings(
-    "ignore:Field .model_name. has conflict"
-)  # MLflow with pydantic 2.7, on the oldest versions
+@pytest.mark.filterwarnings("ignore:Field .model_name. has conflict")  # MLflow with pydantic 2.7
 @pytest.mark.parametrize("name", LOGGERS)
 def test_what_is_logged_can_be_read_back(name, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # which prefers data bases
