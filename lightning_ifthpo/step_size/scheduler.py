@@ -255,8 +255,7 @@ class ExactGeNLR(LRScheduler):
         """Returns the parabola of the loss along an update; its origin is at the weights before the update."""
         if not update.parameters:
             return Parabola(0.0, 0.0, 0.0)
-        function = loss if isinstance(loss, Loss) else Loss(loss, update.parameters)
-        along = function.over(update.parameters)
+        along = loss.over(update.parameters) if isinstance(loss, Loss) else Loss(loss, update.parameters)
         with isolated(along.space.device), torch.enable_grad(), self._session():
             if self._curvature == "three_point":
                 return three_point_parabola(along, update.parameters, update.omega, step=applied).at(-applied)
