@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_ifthpo.core.autodiff import vjp, zeros_for_none
+from lightning_ifthpo.core.graph import check_differentiable, twice_differentiable_checkpoints
 from lightning_ifthpo.core.marking import recording_outputs
+from lightning_ifthpo.core.module_state import modules_rewound
 from lightning_ifthpo.core.random_state import RandomState
 from lightning_ifthpo.core.space import ParameterSpace
 
@@ -27,8 +29,9 @@ AllReduce: TypeAlias = Callable[[Tensor], Tensor]
 class Loss:
     """L(λ, w) on one batch, in one process or as one process's share of a sum.
 
-    Every evaluation draws the same random numbers. The first one advances the generators, as a call of the function
-    does, unless `fix_random_numbers` was called before. Later ones leave the generators unchanged.
+    Every evaluation draws the same random numbers and finds modules in the same state. The first one advances the
+    generators, as a call of the function does, unless `fix_random_numbers` was called before. Later ones leave the
+    generators unchanged. All of them undo what they change in modules: buffers, counters, queues, gradients.
 
     Args:
         function: Callable without arguments that returns the scalar loss, or (loss, outputs).
@@ -37,6 +40,8 @@ class Loss:
         share: This process's part of the global batch. The function returns the mean over its own examples, so that
             the sum of share · L over all processes is the mean over all examples.
         all_reduce: Sums a tensor over the processes, such as `sum_over_processes`; None for a single process.
+        is_verified: Whether its second derivatives are known to be right. If not, the graph is searched for some that
+            torch leaves out.
         scale: A power of two by which the loss is multiplied before it is differentiated, so that small gradients do
             not become zero in float16. `combine` divides by it.
 
@@ -59,6 +64,7 @@ class Loss:
     share: float = 1.0
     all_reduce: AllReduce | None = None
     scale: float = 1.0
+    is_verified: bool = False
 
     def __post_init__(self) -> None:
         self.space = ParameterSpace(self.parameters)
@@ -87,7 +93,7 @@ class Loss:
         """
         random_numbers = nullcontext() if self._random_state is None else self._random_state.replayed()
         self.fix_random_numbers()
-        with random_numbers, recording_outputs() as marked:
+        with random_numbers, modules_rewound(), twice_differentiable_checkpoints(), recording_outputs() as marked:
             returned = self.function()
         value, outputs = _checked(returned, self.name, graph)
         for factor in (self.share, self.scale):
@@ -104,7 +110,7 @@ class Loss:
 
     def graph(self) -> LossGraph:
         """Returns this process's share · scale · L with its graph; one forward pass."""
-        return LossGraph(self.evaluate()[0], self.space)
+        return LossGraph(self.evaluate()[0], self)
 
     @contextmanager
     def along(self, direction: Sequence[Tensor | None]) -> Iterator[Callable[[float], Tensor]]:
@@ -162,10 +168,10 @@ class LossGraph:
 
     Attributes:
         value: L, a scalar tensor with its graph.
-        space: The parameters w, together [n].
+        loss: The loss that was evaluated.
 
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
-    >>> graph = LossGraph((w**3).sum(), ParameterSpace([w]))
+    >>> graph = Loss(lambda: (w**3).sum(), [w]).graph()
     >>> graph.gradient
     tensor([ 3., 12.])
     >>> graph.hessian_product(torch.tensor([1.0, 1.0]))
@@ -173,7 +179,12 @@ class LossGraph:
     """
 
     value: Tensor
-    space: ParameterSpace
+    loss: Loss
+
+    @property
+    def space(self) -> ParameterSpace:
+        """The parameters w, together [n]."""
+        return self.loss.space
 
     @property
     def gradient(self) -> Tensor:
@@ -182,8 +193,15 @@ class LossGraph:
 
     @cached_property
     def differentiable_gradient(self) -> list[Tensor | None]:
-        """∂L/∂w, shaped like the parameters, with its graph; the first access costs about one gradient."""
-        return vjp([self.value], self.space.tensors, create_graph=True)
+        """∂L/∂w, shaped like the parameters, with its graph; the first access costs about one gradient.
+
+        Raises:
+            SecondDerivativeError: If torch would leave out a second derivative.
+        """
+        gradients = vjp([self.value], self.space.tensors, create_graph=True)
+        if not self.loss.is_verified:
+            check_differentiable(gradients, self.value, self.loss.name)
+        return gradients
 
     def hessian_product(self, v: Tensor) -> Tensor:
         """Returns H v, [n], with H = ∂²L/∂w∂wᵀ and v: [n]; about two gradients (Pearlmutter 1994)."""

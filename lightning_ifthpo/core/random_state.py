@@ -16,7 +16,8 @@ class Stream(IntEnum):
 
     OUTER_TRANSFORMS is for transforms of single outer examples in this process, BATCH_TRANSFORMS for transforms of
     whole batches in Lightning's hooks, LOSSES for dropout and noise in losses, START_VECTORS for eigenvalue solvers,
-    TRACE and DENSITY for probe vectors, and SKETCH for the directions of a low-rank approximation.
+    TRACE and DENSITY for probe vectors, SKETCH for the directions of a low-rank approximation, and VERIFICATION for the
+    vectors that derivatives are tried on.
     """
 
     OUTER_ORDER = 0
@@ -28,6 +29,7 @@ class Stream(IntEnum):
     TRACE = 6
     DENSITY = 7
     SKETCH = 8
+    VERIFICATION = 9
 
 
 def derive_seed(stream: Stream, *, seed: int = 0, step: int = 0, rank: int = 0) -> int:

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lightning_ifthpo.core.graph import second_derivatives_of
 from lightning_ifthpo.core.loss import Loss, LossGraph
 
 
@@ -85,10 +86,14 @@ class LossOperator(CurvatureOperator):
 
         It is exact for every curvature except finite differences. Cost: one to two gradients.
         """
-        return self._loss.combine_list(self._own_mixed_product(v, hyperparameters), hyperparameters)
+        with second_derivatives_of(self._loss.name):
+            own = self._own_mixed_product(v, hyperparameters)
+        return self._loss.combine_list(own, hyperparameters)
 
     def _product(self, v: Tensor) -> Tensor:
-        return self._loss.combine(self._own_product(v))
+        with second_derivatives_of(self._loss.name):
+            own = self._own_product(v)
+        return self._loss.combine(own)
 
     @abstractmethod
     def _own_product(self, v: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lightning_ifthpo.core.autodiff import add, tangent, tangents, vjp, zeros_for_none
+from lightning_ifthpo.core.graph import check_differentiable
 from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
 from lightning_ifthpo.curvature.base import LossOperator
 from lightning_ifthpo.curvature.outputs import checked_outputs, cut_at
@@ -56,6 +57,9 @@ class GaussNewtonOperator(LossOperator):
         slopes = zeros_for_none(self._output_gradient, self._outputs)
         self._u = [u.view_as(u) if u.requires_grad else u.detach().requires_grad_() for u in slopes]
         self._transposed_product = vjp(self._outputs, parameters, self._u, create_graph=True)
+        if not self._loss.is_verified:
+            gradients = [*self._output_gradient, *self._penalty_gradient, *self._transposed_product]
+            check_differentiable(gradients, self._total, self._loss.name)
 
     def _own_loss(self) -> Tensor:
         return self._total

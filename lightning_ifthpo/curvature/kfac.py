@@ -64,7 +64,7 @@ class KFACOperator(LossOperator, InvertibleOperator):
         with _record_layers() as calls:
             total, outputs = loss.evaluate()
         super().__init__(loss)
-        self._graph = LossGraph(total, loss.space)
+        self._graph = LossGraph(total, loss)
         outputs = checked_outputs(outputs)
         slopes = vjp(outputs, parameters, [torch.zeros_like(output) for output in outputs])
         # vjp returns None for frozen or unused parameters

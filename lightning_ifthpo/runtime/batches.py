@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -15,8 +17,20 @@ from lightning_ifthpo.training_loss import is_stub
 
 
 def copied(batch: Any) -> Any:
-    """Returns a copy of a batch with its own containers and tensors."""
-    return apply_to_collection(batch, Tensor, Tensor.clone)
+    """Returns a copy of a batch with its own containers, tensors and objects.
+
+    Objects that cannot be copied (`copy.deepcopy`) are shared.
+    """
+    return apply_to_collection(batch, object, _copied_leaf, wrong_dtype=(Mapping, list, tuple), allow_frozen=True)
+
+
+def _copied_leaf(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # a class may raise anything here
+        return value
 
 
 def prepared(trainer: L.Trainer, module: L.LightningModule, batch: Any, seed: int, step: int = 0) -> Any:

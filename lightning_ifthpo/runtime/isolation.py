@@ -4,32 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_ifthpo.core.module_state import ModuleState, restored
 from lightning_ifthpo.core.random_state import Stream, derive_seed, isolated
-from lightning_ifthpo.runtime.snapshot import restored
+from lightning_ifthpo.runtime.silence import do_nothing, silenced
+from lightning_ifthpo.training_loss import is_stub
 
 
 @contextmanager
-def undisturbed(trainer: L.Trainer, module: L.LightningModule, seed: int, step: int = 0) -> Iterator[None]:
-    """Undoes changes to the module inside the block (see `restored`) and to the random state; discards logged values.
+def undisturbed(trainer: L.Trainer, module: L.LightningModule, seed: int, step: int = 0) -> Iterator[ModuleState]:
+    """Undoes changes to the module (see `ModuleState`) and to the random state, and discards what is logged.
 
-    Use `torch.autograd.grad` inside it: `backward` would change gradients. The random numbers depend on seed, step and
-    process. A resumed run draws the same ones again.
+    Gives the module's state at the beginning of the block. The random numbers depend on seed, step and process. A
+    resumed run draws the same ones again.
     """
     with ExitStack() as stack:
         own_seed = derive_seed(Stream.LOSSES, seed=seed, step=step, rank=trainer.global_rank)
         stack.enter_context(isolated(module.device, own_seed))
-        stack.enter_context(restored(module))
-        stack.callback(setattr, trainer, "loggers", trainer.loggers)
-        trainer.loggers = [DummyLogger()]  # accepts all calls, as under fast_dev_run
-        vars(module).update(dict.fromkeys(("log", "log_dict"), lambda *_, **__: None))
-        yield
+        stack.enter_context(_mute(trainer, module))
+        stack.enter_context(_without_backward_hooks(module))
+        yield stack.enter_context(restored(module))
 
 
 @contextmanager
@@ -38,4 +38,40 @@ def twice_differentiable(module: nn.Module) -> Iterator[None]:
     recurrent = any(isinstance(submodule, nn.RNNBase) for submodule in module.modules())
     without_cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
     with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), without_cudnn:
+        yield
+
+
+@contextmanager
+def _mute(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
+    """Lets loggers, and `log` and `log_dict` of the module, do nothing inside the block."""
+    with ExitStack() as stack:
+        stack.callback(setattr, trainer, "loggers", trainer.loggers)
+        trainer.loggers = [silenced(logger) for logger in trainer.loggers]
+        for name in ("log", "log_dict"):
+            # Lightning's own class, `lightning` or `pytorch_lightning`
+            owner: Any = next(kind for kind in type(module).__mro__ if is_stub(vars(kind).get(name, is_stub)))
+            stack.callback(setattr, owner, name, vars(owner)[name])
+            stack.callback(vars(module).pop, name)
+            setattr(owner, name, do_nothing)
+            vars(module)[name] = do_nothing
+        yield
+
+
+@contextmanager
+def _without_backward_hooks(module: nn.Module) -> Iterator[None]:
+    """Removes hooks on gradients inside the block: they would act on products too, as if on a gradient.
+
+    The attributes are private. torch has no public list of hooks.
+    """
+    with ExitStack() as stack:
+        for parameter in module.parameters():
+            for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+                if hooks := getattr(parameter, name):
+                    stack.callback(setattr, parameter, name, hooks)
+                    setattr(parameter, name, None)
+        for submodule in module.modules():
+            for hooks in (submodule._backward_hooks, submodule._backward_pre_hooks):
+                if hooks:
+                    stack.callback(hooks.update, hooks.copy())
+                    hooks.clear()
         yield

@@ -8,15 +8,17 @@ from functools import partial
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_ifthpo.core.autodiff import gradients_on
 from lightning_ifthpo.core.loss import Loss
+from lightning_ifthpo.core.module_state import ModuleState
 from lightning_ifthpo.module import BilevelLightningModule
 from lightning_ifthpo.runtime.batches import copied
 from lightning_ifthpo.runtime.distributed import Ranks
 from lightning_ifthpo.runtime.isolation import twice_differentiable, undisturbed
-from lightning_ifthpo.runtime.precision import CurvaturePrecision, is_autocast, precision_of
+from lightning_ifthpo.runtime.precision import CurvaturePrecision, has_half_weights, is_autocast, precision_of
 from lightning_ifthpo.runtime.sharding import unsharded
 from lightning_ifthpo.training_loss import training_loss
 
@@ -33,7 +35,11 @@ class ModuleLosses:
     Args:
         module: The module, with an inner loss or a training step, and with `outer_loss` if that is evaluated.
         ranks: The processes among which batches are split; None if they are not split.
-        precision: "32" evaluates without autocast; "inherit" as training does.
+        precision: "32" evaluates without autocast; "inherit" as training does. A module that needs autocast, because it
+            mixes half and full precision, is evaluated under autocast in any case.
+
+    Attributes:
+        is_verified: Whether the second derivatives of the inner loss are known to be right.
     """
 
     def __init__(
@@ -43,8 +49,15 @@ class ModuleLosses:
         self._module = module
         self._ranks = ranks
         self._modes: dict[nn.Module, bool] = {}
-        autocasts = "mixed" in precision_of(trainer) and not is_autocast(trainer, precision)
-        self._forward_context = nullcontext if autocasts else trainer.precision_plugin.forward_context
+        self._state: ModuleState | None = None
+        self._leaves_out_autocast = "mixed" in precision_of(trainer) and not is_autocast(trainer, precision)
+        self.is_verified = False
+
+    @property
+    def has_low_precision(self) -> bool:
+        """Whether weights or losses are in half precision, so that differences of them are lost in rounding."""
+        autocasts = "mixed" in precision_of(self._trainer) and not self._leaves_out_autocast
+        return autocasts or has_half_weights(self._trainer)
 
     @contextmanager
     def session(self, curvature: str, *, seed: int = 0, step: int = 0) -> Iterator[None]:
@@ -54,7 +67,8 @@ class ModuleLosses:
         """
         with ExitStack() as stack:
             stack.enter_context(unsharded(self._module))
-            stack.enter_context(undisturbed(self._trainer, self._module, seed, step))
+            self._state = stack.enter_context(undisturbed(self._trainer, self._module, seed, step))
+            stack.callback(setattr, self, "_state", None)
             stack.enter_context(gradients_on())
             if curvature not in BY_DIFFERENCES:
                 stack.enter_context(twice_differentiable(self._module))
@@ -76,13 +90,33 @@ class ModuleLosses:
             name=name,
             share=1.0 if self._ranks is None else self._ranks.share_of(batch),
             all_reduce=None if self._ranks is None else self._ranks.sum_over_ranks,
+            is_verified=self.is_verified,
             scale=scale,
         )
 
     def _evaluate(self, loss: Callable[[Any], Tensor], batch: Any, *, training: bool) -> Tensor:
+        try:
+            return self._evaluate_once(loss, batch, training)
+        except RuntimeError as error:
+            # torch's words are "same dtype", "scalar type", "bias type" and the like
+            if not self._leaves_out_autocast or "type" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+        self._leaves_out_autocast = False
+        value = self._evaluate_once(loss, batch, training)
+        rank_zero_warn(
+            "losses are differentiated under autocast, in the precision of training, because they fail in float32: "
+            f"{reason}"
+        )
+        return value
+
+    def _evaluate_once(self, loss: Callable[[Any], Tensor], batch: Any, training: bool) -> Tensor:
+        assert self._state is not None, "evaluate a loss inside a session"
+        self._state.rewind()
+        self._state.exchange()  # until the next evaluation, as the modes
         for submodule, mode in self._modes.items():
             submodule.training = mode and training
-        with self._forward_context():
+        with nullcontext() if self._leaves_out_autocast else self._trainer.precision_plugin.forward_context():
             return loss(copied(batch))
 
 

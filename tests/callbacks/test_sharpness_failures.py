@@ -26,7 +26,7 @@ class Failing(Plain):
     """Fails in its second evaluation within a batch, which is the measurement."""
 
     def training_step(self, batch, batch_idx):
-        if not self.trainer.loggers or type(self.trainer.loggers[0]).__name__ != "DummyLogger":
+        if not self.trainer.loggers or type(self.trainer.loggers[0]) is CSVLogger:
             return super().training_step(batch, batch_idx)
         self.net[0].eval()
         self.scratch = 1

@@ -5,9 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_ifthpo.core.loss import Loss, LossGraph, as_loss, sum_over_processes
+from lightning_ifthpo.core.loss import Loss, as_loss, sum_over_processes
 from lightning_ifthpo.core.marking import mark_outputs
-from lightning_ifthpo.core.space import ParameterSpace
 from tests.helpers.device import DEVICE, FLOAT64
 from tests.helpers.problems import spd_matrix
 
@@ -233,7 +232,7 @@ def test_the_name_stands_in_messages():
 
 def quadratic_graph(matrix, weight, hyperparameter):
     """L = h wᵀAw/2, with gradient hAw, Hessian hA and mixed derivative Aw."""
-    return LossGraph(hyperparameter * weight @ matrix @ weight / 2, ParameterSpace([weight]))
+    return Loss(lambda: hyperparameter * weight @ matrix @ weight / 2, [weight]).graph()
 
 
 def test_products_are_those_of_the_closed_form_and_can_be_repeated():
@@ -253,8 +252,7 @@ def test_products_are_those_of_the_closed_form_and_can_be_repeated():
 def test_what_enters_linearly_or_not_at_all_has_zero_blocks():
     curved, linear = torch.tensor([2.0], requires_grad=True), torch.tensor([3.0], requires_grad=True)
     frozen, unused, other = torch.ones(1), torch.ones(1, requires_grad=True), torch.ones((), requires_grad=True)
-    space = ParameterSpace([curved, linear, frozen, unused])
-    graph = LossGraph((curved**2 + linear + frozen).sum(), space)
+    graph = Loss(lambda: (curved**2 + linear + frozen).sum(), [curved, linear, frozen, unused]).graph()
     assert graph.gradient.tolist() == [4.0, 1.0, 0.0, 0.0]
     assert graph.hessian_product(torch.ones(4)).tolist() == [2.0, 0.0, 0.0, 0.0]
     assert graph.mixed_product(torch.ones(4), [other]) == [None]

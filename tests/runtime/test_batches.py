@@ -1,6 +1,9 @@
 """Batches as the Trainer would hand them over."""
 
+import threading
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import lightning as L
 import pytest
@@ -34,6 +37,58 @@ def test_a_copy_may_be_changed(make, read):
     read(copy).mul_(0.0)
     assert torch.equal(x, torch.ones(2))
     assert type(copy) is type(batch)
+
+
+class Graph:
+    """A batch of a class of its own."""
+
+    def __init__(self, x):
+        self.x, self.store = x, {"edges": [x.clone()]}
+
+
+class Slotted:
+    __slots__ = ("x",)
+
+    def __init__(self, x):
+        self.x = x
+
+
+@dataclass(frozen=True)
+class Frozen:
+    x: Tensor
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    graph: Graph
+
+
+@pytest.mark.parametrize(
+    ("make", "read"),
+    [
+        (Graph, lambda batch: [batch.x, batch.store["edges"][0]]),
+        (lambda x: [Graph(x), 3], lambda batch: [batch[0].x]),
+        (Slotted, lambda batch: [batch.x]),
+        (Frozen, lambda batch: [batch.x]),
+        (lambda x: Pair(x, Graph(x)), lambda batch: [batch.x, batch.graph.x]),
+        (lambda x: {"a": SimpleNamespace(x=x)}, lambda batch: [batch["a"].x]),
+        (lambda x: [x.numpy()], lambda batch: [batch[0]]),
+    ],
+    ids=["object", "in a list", "slots", "frozen dataclass", "named tuple", "namespace", "NumPy"],
+)
+def test_batches_of_any_class_are_copied(make, read):
+    x = torch.ones(2)
+    batch = make(x)
+    copy = copied(batch)
+    for part in read(copy):
+        part *= 0.0
+    assert all(float(part.sum()) == 2.0 for part in read(batch))
+    assert type(copy) is type(batch)
+
+
+def test_what_cannot_be_copied_is_shared():
+    lock = threading.Lock()
+    assert copied([lock, torch.ones(1)])[0] is lock
 
 
 class Doubling(Classifier):

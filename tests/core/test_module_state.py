@@ -1,6 +1,7 @@
-"""What a module is put back to."""
+"""What a module is put back to, and what evaluations find."""
 
 import copy
+import itertools
 import random
 from collections import deque
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchmetrics import MeanMetric
 
-from lightning_ifthpo.runtime.snapshot import restored
+from lightning_ifthpo.core.module_state import modules_rewound, restored
 from tests.helpers.monitored import Plain, monitor
 from tests.helpers.trainers import quiet_trainer, same
 
@@ -69,6 +70,19 @@ def test_what_a_training_step_does_in_place_is_undone():
     assert same(*states)
 
 
+class Meter:
+    """An object of a class that nobody knows."""
+
+    def __init__(self):
+        self.total, self.values, self.average = 0.0, [], torch.zeros(2)
+
+
+def remember(layer):
+    kept = []
+    layer.register_forward_hook(lambda *_: kept.append(1))
+    return lambda: len(kept)
+
+
 class Stateful(nn.Module):
     """One attribute of each kind that can be put back."""
 
@@ -80,6 +94,11 @@ class Stateful(nn.Module):
         self.items, self.table, self.names, self.queue = [1], {"a": 1}, {"a"}, deque([1], maxlen=2)
         self.plain, self.number = torch.zeros(2), 1
         self.generator, self.python = torch.Generator().manual_seed(0), random.Random(0)
+        self.numpy, self.old_numpy = np.random.default_rng(0), np.random.RandomState(0)
+        self.nested, self.pair = {"list": [[1]]}, ([1], torch.zeros(2))
+        self.meter, self.teacher = Meter(), [nn.Linear(2, 2).requires_grad_(False)]
+        self.hook_memory = remember(self.layer)
+        self.stream, self.letters = iter(range(9)), (letter for letter in "abc")
 
 
 CHANGES = {
@@ -100,6 +119,19 @@ CHANGES = {
     "metric": lambda module: module.metric.update(3.0),
     "generator of torch": lambda module: torch.rand(3, generator=module.generator),
     "generator of Python": lambda module: module.python.random(),
+    "generator of NumPy": lambda module: module.numpy.random(),
+    "old generator of NumPy": lambda module: module.old_numpy.rand(),
+    "list in a list in a dict": lambda module: module.nested["list"][0].append(2),
+    "list in a tuple": lambda module: module.pair[0].append(2),
+    "tensor in a tuple": lambda module: module.pair[1].add_(1.0),
+    "attribute of an object": lambda module: setattr(module.meter, "total", 1.0),
+    "list of an object": lambda module: module.meter.values.append(1.0),
+    "tensor of an object": lambda module: module.meter.average.add_(1.0),
+    "module in a list": lambda module: module.teacher[0].weight.mul_(2.0),
+    "memory of a hook": lambda module: module.layer(torch.zeros(1, 2)),
+    "gradient": lambda module: module.layer(torch.ones(1, 2)).sum().backward(),
+    "iterator": lambda module: next(module.stream),
+    "running generator": lambda module: next(module.letters),
 }
 
 
@@ -114,16 +146,31 @@ def contents(module):
     names = sorted(vars(module).keys()), sorted(name for name, _ in module.named_modules())
     flags = [p.requires_grad for p in module.parameters()], [m.training for m in module.modules()]
     values = list(module.items), dict(module.table), set(module.names), list(module.queue), module.number
-    return [tensor.clone() for tensor in tensors], names, flags, values, module.python.getstate()
+    tensors += [module.pair[1], module.meter.average, module.teacher[0].weight]
+    generators = module.python.getstate(), module.numpy.bit_generator.state, str(module.old_numpy.get_state())
+    inside = copy.deepcopy((module.nested, module.pair[0], module.meter.total, module.meter.values))
+    gradients = [p.grad for p in module.parameters()]
+    memory = module.hook_memory()
+    return [tensor.clone() for tensor in tensors], names, flags, values, generators, inside, gradients, memory
+
+
+def rest(module):
+    """What its iterators yield from here."""
+    return [next(module.stream), next(module.stream), next(module.letters)]
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_each_kind_of_change_is_undone(name):
     module = Stateful()
     before = contents(module)
-    with restored(module):
+    with restored(module) as state:
+        state.exchange()
+        CHANGES[name](module)
+        state.rewind()
+        state.exchange()
         CHANGES[name](module)
     assert same(contents(module), before)
+    assert rest(module) == [0, 1, "a"]
 
 
 @pytest.mark.parametrize("name", ["buffer in place", "list", "mode"])
@@ -155,7 +202,106 @@ def test_a_graph_that_needs_a_buffer_survives():
 def test_a_shared_buffer_stays_shared_inside():
     module = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
     module[1].running_mean = module[0].running_mean
-    with restored(module):
+    with restored(module) as state:
+        state.exchange()
         assert module[0].running_mean is module[1].running_mean
         module[0].running_mean.add_(1.0)
     assert module[0].running_mean.tolist() == [0.0, 0.0]
+
+
+def test_a_graph_keeps_the_buffers_that_it_was_made_with():
+    """An evaluation works on copies, so that the next one does not change what its graph has kept."""
+    module = Stateful()
+    x = torch.ones(2, requires_grad=True)
+    with restored(module) as state:
+        state.exchange()
+        module.buffer.add_(3.0)
+        value = (x * module.buffer).sum()
+        state.rewind()
+        state.exchange()
+        module.buffer.add_(5.0)
+        assert module.buffer.tolist() == [5.0, 5.0]
+    value.backward()
+    assert x.grad.tolist() == [3.0, 3.0]
+
+
+def test_weights_that_somebody_moves_between_evaluations_stay_moved():
+    module = Stateful()
+    with restored(module) as state:
+        before = module.layer.weight.detach().clone()
+        with torch.no_grad():
+            module.layer.weight.add_(1.0)
+        state.rewind()
+        assert torch.equal(module.layer.weight, before + 1.0)
+    assert torch.equal(module.layer.weight, before)
+
+
+class Moving(nn.Module):
+    """A forward pass that depends on how often it was called, by a buffer, an attribute and a generator of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.count, self.seen = 0, []
+        self.generator = torch.Generator().manual_seed(3)
+        self.stream = itertools.count()
+
+    def forward(self, x):
+        self.calls += 1
+        self.count += 1
+        self.seen.append(self.count)
+        return x * self.calls * len(self.seen) + torch.rand((), generator=self.generator) + next(self.stream)
+
+
+def test_modules_that_a_function_calls_are_put_back():
+    module = nn.Sequential(Moving(), Moving())
+    results = []
+    for _ in range(3):
+        with modules_rewound():
+            results.append(module(torch.ones(2)))
+    assert same(results[0], results[1])
+    assert same(results[0], results[2])
+    assert module[0].calls == 0
+    assert (module[1].count, module[1].seen) == (0, [])
+    assert same(module(torch.ones(2)), results[0])
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+def test_a_functional_call_keeps_its_own_tensors(buffers):
+    module = nn.BatchNorm1d(2)
+    weights = {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters()}
+    extra = {name: b.clone() for name, b in module.named_buffers()} if buffers else {}
+    before = dict(module.named_parameters()), dict(module.named_buffers())
+    with modules_rewound():
+        output = torch.func.functional_call(module, weights | extra, torch.randn(4, 2))
+    output.sum().backward()
+    assert all(module.get_parameter(name) is p for name, p in before[0].items())
+    assert all(module.get_buffer(name) is b for name, b in before[1].items())
+    assert weights["weight"].grad is not None
+    assert module.num_batches_tracked == 0
+
+
+def test_modules_under_vmap_are_left_alone():
+    module = nn.Linear(2, 1)
+    stacked, _ = torch.func.stack_module_state([nn.Linear(2, 1), nn.Linear(2, 1)])
+    with modules_rewound():
+        torch.func.vmap(lambda p: torch.func.functional_call(module, p, torch.ones(1, 2)))(stacked)
+    assert isinstance(module.weight, nn.Parameter)
+
+
+def test_a_trainer_or_a_data_set_is_not_looked_into():
+    class Data(torch.utils.data.Dataset):
+        def __init__(self):
+            self.reads = 0
+
+    module = Stateful()
+    module.data = Data()
+    with restored(module):
+        module.data.reads = 5
+    assert module.data.reads == 5
+
+
+def test_a_compiled_module_does_not_warn():
+    module = torch.compile(nn.Linear(2, 2), backend="eager")
+    with modules_rewound():
+        module(torch.ones(1, 2))

@@ -1,0 +1,98 @@
+"""Copies of tensors that take time and memory only once somebody writes to them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+# Bytes from which a copy is made only when somebody writes. A smaller copy takes less than 0.1 ms.
+_LARGE = 2**20
+
+
+def lazy_copy(tensor: Tensor) -> Tensor:
+    """Returns a detached copy of a tensor.
+
+    A large one shares the tensor's memory until one of the two is written to, by anything that asks torch for the
+    memory: an operation, `.data`, NumPy. The one that is written to moves to new memory. Memory that torch did not
+    allocate (a mapped file, shared memory, a NumPy array) is copied at once.
+    """
+    source = tensor.detach()
+    if source.device.type in ("cpu", "cuda") and source.nbytes >= _LARGE:
+        try:
+            # Private: torch has no public name for copy on write.
+            return source._lazy_clone()
+        except RuntimeError:  # memory of someone else's, or a subclass of Tensor that does not know the operation
+            pass
+    return source.clone()
+
+
+class TensorState:
+    """Contents, `.grad` and `requires_grad` of a tensor when the object is made, and the way back to them.
+
+    Contents are written back only where they have changed: never into an expanded tensor or a read-only mapped file.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._memory = tensor.data  # the same memory, which `tensor.data = other` would exchange
+        self._entries = _without_repetitions(self._memory)
+        # Weights stay where they are: others may know the place in memory, such as captured CUDA graphs.
+        self._copy = self._entries.clone() if tensor.requires_grad else lazy_copy(self._entries)
+        self._requires_grad = tensor.requires_grad
+        self._grad = tensor.grad if tensor.is_leaf else None
+        self._grad_state = None if self._grad is None else TensorState(self._grad)
+
+    def restore(self) -> None:
+        """Returns to the state; neither a graph nor the version counter sees it."""
+        if not self._is_unchanged():
+            self._entries.copy_(self._copy)
+        self.tensor.data = self._memory
+        if self.tensor.is_leaf:
+            self.tensor.requires_grad_(self._requires_grad)
+        self.restore_grad()
+
+    def restore_visibly(self) -> None:
+        """Restores the contents so that a graph that has kept the changed ones raises an error."""
+        self.tensor.data = self._memory
+        if not self._is_unchanged():
+            with torch.no_grad():
+                _without_repetitions(self.tensor).copy_(self._copy)
+
+    def restore_grad(self) -> None:
+        """Restores `.grad`, and its contents."""
+        if self.tensor.is_leaf and self.tensor.grad is not self._grad:
+            self.tensor.grad = self._grad
+        if self._grad_state is not None:
+            self._grad_state.restore()
+
+    def _is_unchanged(self) -> bool:
+        # Private: torch gives a tensor memory of its own at the first write, and nothing public says that it did.
+        shared: bool = torch._C._is_cow_tensor(self._entries)  # type: ignore[attr-defined]
+        return shared or _is_identical(self._entries, self._copy)
+
+
+def has_state(tensor: Tensor) -> bool:
+    """Returns whether a tensor has memory that may change: not on meta devices, in inference mode or inside `vmap`."""
+    if is_lazy(tensor) or tensor.is_meta or tensor.is_inference():
+        return False
+    return torch.func.debug_unwrap(tensor) is tensor
+
+
+def _is_identical(left: Tensor, right: Tensor) -> bool:
+    """Returns whether all bits of two tensors of one shape are the same: NaN equals NaN here, and −0 is not 0."""
+    return left.layout is torch.strided and torch.equal(_as_integers(left), _as_integers(right))
+
+
+def _as_integers(tensor: Tensor) -> Tensor:
+    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
+
+
+def _without_repetitions(tensor: Tensor) -> Tensor:
+    """Returns a tensor without the repetitions that `expand` makes, which are all the same place in memory."""
+    if tensor.layout is torch.strided:
+        for dimension, stride in enumerate(tensor.stride()):
+            if stride == 0 and tensor.shape[dimension] > 1:
+                tensor = tensor.narrow(dimension, 0, 1)
+    return tensor

@@ -1,0 +1,94 @@
+"""What the graph of a loss shows about its derivatives."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
+
+
+class SecondDerivativeError(RuntimeError):
+    """torch leaves out second derivatives of a loss, refuses to compute them, or computes them wrongly.
+
+    Attributes:
+        cause: The message without advice.
+    """
+
+    def __init__(self, cause: str, advice: str = "use curvature='finite_difference'") -> None:
+        super().__init__(f"{cause}; {advice}")
+        self.cause = cause
+
+
+def nodes(tensors: Sequence[Tensor | None]) -> Iterator[Node]:
+    """Yields each node of the graph of tensors once; `None` has no graph."""
+    waiting = [tensor.grad_fn for tensor in tensors if tensor is not None and tensor.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+
+
+def custom_functions(tensors: Sequence[Tensor | None]) -> list[str]:
+    """Returns the names of all `torch.autograd.Function`s in the graph of tensors, sorted."""
+    found = {node.name() for node in nodes(tensors) if isinstance(node, BackwardCFunction)}
+    return sorted(name.removesuffix("Backward") for name in found)
+
+
+def check_differentiable(gradients: Sequence[Tensor | None], loss: Tensor, name: str) -> None:
+    """Raises SecondDerivativeError if a backward pass that can be differentiated only once leads to the gradients.
+
+    torch puts a node there that raises an error, and skips it if only derivatives of certain tensors are asked for.
+    """
+    if any(node.name() == "torch::autograd::Error" for node in nodes(gradients)):
+        functions = ", ".join(custom_functions([loss])) or "a custom function"
+        raise SecondDerivativeError(
+            f"{name} goes through {functions}, whose backward pass can be differentiated only once, and torch would "
+            "leave out its second derivative"
+        )
+
+
+# torch and torchvision use several wordings: "derivative for … is not implemented", "double backwards on … not
+# supported", "trying to differentiate twice a function that was marked with @once_differentiable"
+_REFUSALS = re.compile("derivative .* not implemented|double.?backward|differentiate twice", re.IGNORECASE)
+
+
+@contextmanager
+def second_derivatives_of(name: str) -> Iterator[None]:
+    """Raises SecondDerivativeError, with what to do, where torch refuses a second derivative inside the block."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, SecondDerivativeError) or not _REFUSALS.search(str(error)):
+            raise
+        raise SecondDerivativeError(f"{name} has no second derivative ({str(error).splitlines()[0]})") from error
+
+
+@contextmanager
+def twice_differentiable_checkpoints() -> Iterator[None]:
+    """Makes re-entrant activation checkpoints non-reentrant inside the block.
+
+    A re-entrant checkpoint hides the weights inside it from `torch.autograd.grad`: their derivatives would be zero.
+    """
+
+    def apply(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
+        if any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+        with torch.no_grad():  # a re-entrant checkpoint gives no gradient then
+            return function(*args)
+
+    CheckpointFunction.apply = apply
+    try:
+        yield
+    finally:
+        del CheckpointFunction.apply

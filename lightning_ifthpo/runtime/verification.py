@@ -1,0 +1,59 @@
+"""The curvature that can be trusted on the first batch: the one that was asked for, or finite differences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.memory import is_oom_error
+
+from lightning_ifthpo.core.graph import SecondDerivativeError
+from lightning_ifthpo.core.loss import Loss
+from lightning_ifthpo.curvature.kinds import curvature_operator
+from lightning_ifthpo.curvature.verification import AsymmetricCurvatureError, check_symmetric, verify_derivatives
+from lightning_ifthpo.runtime.losses import ModuleLosses
+
+# Differences of gradients of a smooth network are symmetric to 1e-3 in float32.
+_SYMMETRIC = 0.05
+
+
+def trusted_curvature(losses: ModuleLosses, loss: Loss, curvature: Any, user: str) -> Any:
+    """Returns a curvature after checking derivatives with it; finite differences, with a warning, if there are faults.
+
+    Call it inside a session. Later losses of `losses` are not checked again.
+
+    Args:
+        losses: The losses of the module.
+        loss: The inner loss on the first batch.
+        curvature: Name of the curvature.
+        user: Name of the callback, for the warning.
+
+    Raises:
+        SecondDerivativeError: If finite differences cannot replace the curvature: in half precision, or because the
+            gradient is not that of a function.
+
+    Cost: see `verify_derivatives`.
+    """
+    try:
+        verify_derivatives(curvature_operator(curvature, loss, loss.parameters), loss)
+    except (RuntimeError, AttributeError) as error:  # a hook may not be made for products
+        if curvature == "finite_difference" or is_oom_error(error) or losses.has_low_precision:
+            raise
+        if isinstance(error, AsymmetricCurvatureError):
+            _check_differences(loss, error)
+        cause = error.cause if isinstance(error, SecondDerivativeError) else f"{type(error).__name__}: {error}"
+        rank_zero_warn(
+            f"{user} uses curvature='finite_difference' in place of {curvature!r}: {cause}. Differences are noisy "
+            "where gradients jump, as with ReLU"
+        )
+        curvature = "finite_difference"
+    losses.is_verified = True
+    return curvature
+
+
+def _check_differences(loss: Loss, error: AsymmetricCurvatureError) -> None:
+    """Raises the error unless differences of gradients are symmetric, so that only torch's derivatives are wrong."""
+    try:
+        check_symmetric(curvature_operator("finite_difference", loss, loss.parameters), loss.name, _SYMMETRIC)
+    except AsymmetricCurvatureError:
+        raise error from None
