@@ -11,10 +11,9 @@ from lightning_ifthpo.core.autodiff import differentiable
 from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
 from lightning_ifthpo.core.space import check_real
 from lightning_ifthpo.curvature.kinds import Curvature, curvature_operator
+from lightning_ifthpo.hypergradients.diagnosis import Setting
 from lightning_ifthpo.hypergradients.result import Hypergradient, OuterGradient, combine
 from lightning_ifthpo.solvers import ConjugateGradient, Solver
-from lightning_ifthpo.solvers.diagnosis import diagnose
-from lightning_ifthpo.solvers.system import LinearSystem
 
 
 def implicit_hypergradient(
@@ -49,7 +48,7 @@ def implicit_hypergradient(
         solver: Solves the linear system.
         x0: First iterate of the solve, [n], such as the `solution.x` of a similar problem.
         allow_unused: Return zeros for hyperparameters that influence neither loss, instead of raising.
-        diagnosed: Measure why a failed solve failed, by at most 60 products.
+        diagnosed: Say why a failed solve failed, by at most 62 products and a gradient, or why a result means nothing.
 
     Raises:
         ValueError: If a loss is not scalar or is detached, or a hyperparameter influences neither loss.
@@ -75,7 +74,7 @@ def implicit_hypergradient(
         solution = solver.solve(operator, outer_gradient.v, x0)
         mixed = operator.mixed_product(solution.x, hyperparameters)
         result = combine(outer_gradient, hyperparameters, mixed, [operator.loss], solution, allow_unused)
-        if diagnosed and not result.status.succeeded:
-            system = LinearSystem(operator) if solver.needs_optimizer else solver.system(operator)
-            result = replace(result, diagnosis=diagnose(system, result.solution))
+        if diagnosed:
+            setting = Setting(inner, outer_gradient, operator, solver, curvature)
+            result = replace(result, diagnosis=setting.diagnosis(result))
     return result

@@ -128,7 +128,7 @@ class ConjugateGradient(_Krylov):
         x, stiffest, (iterations, tolerance), done = start.x, start.stiffest, limits, 0
         direction = residual if low_rank is None else low_rank.precondition(residual)
         squared, slope = torch.stack([residual @ residual, residual @ direction]).tolist()
-        eps, status = torch.finfo(x.dtype).eps, Status.COMPLETE
+        best, least, eps, status = x, squared, torch.finfo(x.dtype).eps, Status.COMPLETE
         while done < iterations and math.sqrt(squared) > tolerance:
             image = system.matvec(direction)
             done += 1
@@ -143,11 +143,15 @@ class ConjugateGradient(_Krylov):
             # rounding of A times this step would change the residual by a hundredth of b
             too_long = slope * stiffest * eps > 1e-2 * abs(curvature) / math.sqrt(length)
             status = _curvature_status(curvature / length, math.sqrt(gain / length), stiffest, x.dtype, too_long)
+            if status is Status.MAX_ITERATIONS:
+                x, squared = best, least
             if status is not Status.COMPLETE:
                 break
             x, residual = x + step * direction, new_residual
             direction = conditioned + (new_slope / slope) * direction
             squared, slope = new_squared, new_slope
+            if squared < least:
+                best, least = x, squared
         return _Run(x, math.sqrt(squared), done, status, stiffest)
 
 
