@@ -199,7 +199,7 @@ class MinimumResidual(_Krylov):
                 x = _without(x, residual)
                 break
             d_new = (v - first * d - second * d_old) / diagonal
-            if _length(d_new) * scale * flat > 1.0:  # A maps the direction to a vector of length one
+            if _length(d_new * (scale * flat)) > 1.0:  # A maps the direction to a vector of length one
                 x = _without(x, d_new)
                 break
             (cos_old, sin_old), (cos, sin) = (cos, sin), (corner / diagonal, beta_new / diagonal)
@@ -229,7 +229,7 @@ def _curvature_status(quotient: float, image: float, stiffest: float, dtype: tor
         dtype: That of the products.
         too_long: Whether a step along p would be too long for the dtype.
     """
-    if math.isnan(quotient):
+    if not math.isfinite(quotient) or not math.isfinite(image):
         return Status.NONFINITE
     if is_negative(quotient, stiffest, dtype):
         return Status.NEGATIVE_CURVATURE
