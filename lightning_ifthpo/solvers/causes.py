@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from enum import Enum
 from typing import NamedTuple
@@ -124,6 +125,11 @@ class Cause(Enum):
         self.title = title
         self.meaning = meaning
         self.remedies = remedies
+
+    @property
+    def words(self) -> str:
+        """The words by which a diagnosis can be recognized: the longest part of its title without a number."""
+        return max(re.split(r"{\w+}|[()]", self.title), key=len).strip()
 
     def describe(self, settings: Collection[str] = (), **numbers: object) -> str:
         """Returns the diagnosis in words: what, the numbers that show it, what it means and what to do."""
