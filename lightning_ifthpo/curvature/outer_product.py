@@ -54,5 +54,5 @@ class GradientOuterProductOperator(LossOperator, InvertibleOperator):
             return inverse * (b - g * s)
         unit = undamped / length  # the undamped weights move along it alone, and so their row gives s
         s = unit @ b / length
-        x = inverse * (b - g * s)
+        x: Tensor = inverse * (b - g * s)
         return x + unit * ((s - g @ x) / length)

@@ -46,7 +46,7 @@ class Setting:
         elif not bool(self.outer.v.any()):
             found = self._unknown_weights() or Cause.ZERO_RIGHT_HAND_SIDE.describe()
         elif result.status.succeeded:
-            found = self._no_influence(result) or self._not_at_minimum(result)
+            found = self._unused(result) or self._not_at_minimum(result) or self._no_influence(result)
         else:
             found = self._no_curvature() or self._unknown_weights()
         return found or diagnose(
@@ -73,14 +73,17 @@ class Setting:
                 return Cause.NOT_FINITE.describe(where=where, advice=advice)
         return ""
 
+    def _unused(self, result: Hypergradient) -> str:
+        """Returns that a hyperparameter enters neither loss. In a fit the dry run tells, and batches use some alone."""
+        if not result.unused or (self.solver.rule is not None and len(result.unused) < len(result.direct)):
+            return ""
+        return Cause.NO_INFLUENCE.describe(name=f"hyperparameter {result.unused[0]}")
+
     def _no_influence(self, result: Hypergradient) -> str:
-        """Returns that a hyperparameter moves nothing: by structure, or all of them by numbers."""
-        in_a_fit = self.solver.rule is not None  # where the dry run has looked, and a batch may use a part of them
-        if result.unused and not (in_a_fit and len(result.unused) < len(result.direct)):
-            return Cause.NO_INFLUENCE.describe(name=f"hyperparameter {result.unused[0]}")
-        if not any(bool(gradient.any()) for gradient in result.gradients) and bool(result.solution.x.any()):
-            return Cause.NO_INFLUENCE.describe(name="any change of the hyperparameters, at their present values,")
-        return ""
+        """Returns that all terms of the hypergradient are exactly zero."""
+        if any(bool(gradient.any()) for gradient in result.gradients) or not bool(result.solution.x.any()):
+            return ""
+        return Cause.NO_INFLUENCE.describe(name="any hyperparameter, at its present value,")
 
     def _not_at_minimum(self, result: Hypergradient) -> str:
         """Returns that a Newton step to the minimum of the inner loss would change the outer loss much.
@@ -96,7 +99,9 @@ class Setting:
         change, loss = abs(float(gradient @ result.solution.x)), abs(float(self.outer.value))
         if not change > 0.1 * loss:
             return ""
-        numbers = f"‖∇L‖ = {float(torch.linalg.vector_norm(gradient)):.2g}, and a Newton step to the minimum would change "
+        numbers = (
+            f"‖∇L‖ = {float(torch.linalg.vector_norm(gradient)):.2g}, and a Newton step to the minimum would change "
+        )
         numbers += f"the outer loss of {loss:.3g} by {change:.2g}"
         return Cause.NOT_AT_MINIMUM.describe(settings_of(self._system, self.solver, self.curvature), numbers=numbers)
 

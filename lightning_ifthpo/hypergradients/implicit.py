@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from lightning_ifthpo.core.autodiff import differentiable
 from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
 from lightning_ifthpo.core.space import check_real
+from lightning_ifthpo.curvature.base import LossOperator
 from lightning_ifthpo.curvature.kinds import Curvature, curvature_operator
 from lightning_ifthpo.hypergradients.diagnosis import Setting
 from lightning_ifthpo.hypergradients.result import Hypergradient, OuterGradient, combine
@@ -72,9 +74,17 @@ def implicit_hypergradient(
         outer_gradient = OuterGradient.of(outer, hyperparameters)
         operator = curvature_operator(curvature, inner, parameters)
         solution = solver.solve(operator, outer_gradient.v, x0)
-        mixed = operator.mixed_product(solution.x, hyperparameters)
+        mixed = _mixed_product(operator, solution.x, hyperparameters)
         result = combine(outer_gradient, hyperparameters, mixed, [operator.loss], solution, allow_unused)
         if diagnosed:
             setting = Setting(inner, outer_gradient, operator, solver, curvature)
             result = replace(result, diagnosis=setting.diagnosis(result))
     return result
+
+
+def _mixed_product(operator: LossOperator, x: Tensor, hyperparameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """Returns (∂²L/∂w∂λᵀ)ᵀ x, with `None` for what is zero by structure and not because x is."""
+    if bool(x.any()):
+        return operator.mixed_product(x, hyperparameters)
+    shown = operator.mixed_product(torch.ones_like(x), hyperparameters)
+    return [None if part is None else torch.zeros_like(part) for part in shown]

@@ -27,9 +27,10 @@ class Amortized(Solver):
 
     κ = min(1, 1/L) with L the largest curvature seen along the estimate and its moves, in units of S⁻¹: an optimizer
     at its edge of stability would make a plain iteration diverge. ‖x‖ is kept below horizon · ‖b‖ (in the norms of S⁻¹
-    and S), which A⁻¹b never exceeds, also at the start. Use it with a positive semi-definite curvature, such as Gauss–Newton; along
-    negative curvature beyond the damping the status is NEGATIVE_CURVATURE. The residual is measured before the last
-    move. It says little about the quality of the hypergradient, because the operator changes with every batch.
+    and S), which A⁻¹b never exceeds, also at the start. Use it with a positive semi-definite curvature, such as
+    Gauss–Newton; along negative curvature beyond the damping the status is NEGATIVE_CURVATURE. The residual is measured
+    before the last move. It says little about the quality of the hypergradient, because the operator changes with every
+    batch.
 
     Cost: `products` products. Without an optimizer (`with_optimizer`) S is 1/λ_max, measured at each solve.
 

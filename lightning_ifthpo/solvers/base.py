@@ -160,7 +160,7 @@ def is_finite_or_word(value: Any, *words: str) -> bool:
 def rounding_residual(dtype: torch.dtype) -> float:
     """Returns the relative residual below which a solve without a tolerance counts as converged: √eps."""
     # a consistent system leaves (condition number) · eps, an inconsistent one b's part in the null space
-    return torch.finfo(dtype).eps ** 0.5
+    return math.sqrt(torch.finfo(dtype).eps)
 
 
 def status_without_tolerance(residual: float, dtype: torch.dtype) -> Status:
@@ -172,4 +172,4 @@ def is_negative(curvature: float, largest: float, dtype: torch.dtype) -> bool:
     """Whether a curvature is negative by more than rounding, with the largest curvature that was seen."""
     # √eps: along a null vector a product leaves a few eps of the largest curvature, of either sign, and differences of
     # gradients leave eps^⅔ (see FiniteDifferenceOperator)
-    return curvature < -(torch.finfo(dtype).eps ** 0.5) * largest
+    return curvature < -math.sqrt(torch.finfo(dtype).eps) * largest

@@ -71,6 +71,7 @@ class Cause(Enum):
         "rounding floor of {dtype} (relative residual {residual}, of which rounding leaves about {floor})",
         "more iterations do not lower it",
         Remedy("use float64", unless=("float64",)),
+        Remedy("use exact products, curvature='hessian' or 'gauss_newton'", only=("finite_difference",)),
         Remedy("use an rtol above {residual}"),
         Remedy("raise the damping, which bounds the condition number"),
     )

@@ -138,7 +138,7 @@ class _Diagnosis:
         return torch.as_tensor(self.solver.rule.step_size, dtype=matrix.dtype, device=matrix.device).expand(matrix.size)
 
     def _too_long(self, spectrum: _Spectrum, *, scaled: bool) -> str:
-        """Returns the diagnosis of a step that is too long for the largest eigenvalue, or "" """
+        """Returns the diagnosis of a step that is too long for the largest eigenvalue; "" if it is not."""
         step, largest = 1.0 if scaled else self.result.step_size, spectrum.largest
         if step is None or not step * largest > 2.0:
             return ""
@@ -165,7 +165,9 @@ class _Diagnosis:
         """Returns why a residual is left: rounding, a null space, or too few iterations."""
         left, dtype = self.result.relative_residual, self.system.matrix.dtype
         relative = max(left, 1e-300)
-        floor = torch.finfo(dtype).eps * spectrum.scale * self._extent()
+        eps = torch.finfo(dtype).eps
+        eps = eps ** (2 / 3) if "finite_difference" in self.settings else eps  # see FiniteDifferenceOperator
+        floor = eps * spectrum.scale * self._extent()
         rounding = Cause.ROUNDING.describe(
             self.settings, dtype=str(dtype).removeprefix("torch."), residual=f"{left:.2g}", floor=f"{floor:.1g}"
         )
@@ -176,9 +178,9 @@ class _Diagnosis:
             in_null_space = f"{100.0 * math.sqrt(share) * min(left, 1.0):.2g} % of the length"
             numbers = {"spectrum": spectrum, "damping": f"{1e-3 * spectrum.scale:.1g}", "share": in_null_space}
             return Cause.SINGULAR.describe(self.settings, **numbers)
-        if isinstance(self.solver, ConjugateGradient | MinimumResidual):
-            if self.result.products < self.solver.max_iterations:  # it ended because a restart did not help
-                return rounding
+        krylov = isinstance(self.solver, ConjugateGradient | MinimumResidual)
+        if krylov and self.result.products < self.solver.max_iterations:  # it ended because a restart did not help
+            return rounding
         return self._slow(spectrum, left)
 
     def _slow(self, spectrum: _Spectrum, left: float) -> str:

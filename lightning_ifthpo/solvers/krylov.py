@@ -241,7 +241,8 @@ def _curvature_status(quotient: float, image: float, stiffest: float, dtype: tor
 
 
 def _squared(vector: Tensor) -> Tensor:
-    return vector @ vector
+    square: Tensor = vector @ vector
+    return square
 
 
 def _length(vector: Tensor) -> float:

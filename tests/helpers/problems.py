@@ -148,9 +148,7 @@ class LowRankOperator(CurvatureOperator):
         return self.jacobian.T @ (self.signs * (self.jacobian @ v))
 
 
-def low_rank(
-    seed: int, dtype: torch.dtype, *, signs: bool, consistent: bool
-) -> tuple[LowRankOperator, Tensor, Tensor]:
+def low_rank(seed: int, dtype: torch.dtype, *, signs: bool, consistent: bool) -> tuple[LowRankOperator, Tensor, Tensor]:
     """A random matrix of rank r of n with eigenvalues 0.1 … 1, in float64 too, and a right-hand side, [n]."""
     generator = torch.Generator().manual_seed(seed)
     size = (5, 10, 30, 100)[seed % 4]

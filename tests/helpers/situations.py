@@ -279,72 +279,316 @@ def faulty() -> list[Situation]:
     slow, rounding, minimum = C.ILL_CONDITIONED, C.ROUNDING, C.NOT_AT_MINIMUM
     return [
         S("Neumann, step 50 × too long", at(softmax, solver=Neumann(terms=50, step_size=50.0)), step),
-        S("the same under Gauss–Newton, float32", at(softmax, SINGLE, solver=Neumann(terms=50, step_size=50.0), curvature="gauss_newton"), step, never=GAUSS_NEWTON),
-        S("Neumann, step 3 / λ_max, damped", at(quadratic, DEFINITE, solver=Neumann(terms=99, step_size=1.0, damping=0.1)), step),
-        S("Neumann without safeguard, overflowing", at(quadratic, DEFINITE, solver=Neumann(terms=2000, step_size=2.0, safeguard=False)), step),
-        S("Neumann without safeguard, a few terms", at(quadratic, DEFINITE, solver=Neumann(terms=6, step_size=2.0, safeguard=False)), step),
-        S("Neumann with the optimizer's step, preconditioned", at(softmax, solver=Neumann(terms=50, step_size="optimizer").with_optimizer(SCALED_STEP)), step, never=AUTO),
-        S("Identity, step 30 × too long", at(quadratic, DEFINITE, v=NEAR, solver=Identity(step_size=30.0)), step, never=AUTO),
+        S(
+            "the same under Gauss–Newton, float32",
+            at(softmax, SINGLE, solver=Neumann(terms=50, step_size=50.0), curvature="gauss_newton"),
+            step,
+            never=GAUSS_NEWTON,
+        ),
+        S(
+            "Neumann, step 3 / λ_max, damped",
+            at(quadratic, DEFINITE, solver=Neumann(terms=99, step_size=1.0, damping=0.1)),
+            step,
+        ),
+        S(
+            "Neumann without safeguard, overflowing",
+            at(quadratic, DEFINITE, solver=Neumann(terms=2000, step_size=2.0, safeguard=False)),
+            step,
+        ),
+        S(
+            "Neumann without safeguard, a few terms",
+            at(quadratic, DEFINITE, solver=Neumann(terms=6, step_size=2.0, safeguard=False)),
+            step,
+        ),
+        S(
+            "Neumann with the optimizer's step, preconditioned",
+            at(softmax, solver=Neumann(terms=50, step_size="optimizer").with_optimizer(SCALED_STEP)),
+            step,
+            never=AUTO,
+        ),
+        S(
+            "Identity, step 30 × too long",
+            at(quadratic, DEFINITE, v=NEAR, solver=Identity(step_size=30.0)),
+            step,
+            never=AUTO,
+        ),
         S("in a Trainer, a series with η = 10", fitted(Ridge, Neumann(terms=30, step_size=10.0)), step),
         S("saddle, CG", at(quadratic, NEGATIVE, solver=CG(**TIGHT)), negative, ("a damping above 0.3",)),
         S("saddle, CG in float32", at(quadratic, NEGATIVE, SINGLE, solver=CG(**LOOSE)), negative),
-        S("saddle, damped too little", at(quadratic, NEGATIVE, solver=CG(damping=0.1, **TIGHT)), negative, ("beyond the damping of 0.1", "a damping above 0.3")),
-        S("saddle, preconditioned CG", at(quadratic, NEGATIVE, solver=CG(preconditioner=Nystrom(rank=2), **TIGHT)), negative),
+        S(
+            "saddle, damped too little",
+            at(quadratic, NEGATIVE, solver=CG(damping=0.1, **TIGHT)),
+            negative,
+            ("beyond the damping of 0.1", "a damping above 0.3"),
+        ),
+        S(
+            "saddle, preconditioned CG",
+            at(quadratic, NEGATIVE, solver=CG(preconditioner=Nystrom(rank=2), **TIGHT)),
+            negative,
+        ),
         S("saddle, measured Neumann", at(quadratic, NEGATIVE, solver=Neumann(terms=50)), negative, never=("Neumann",)),
         S("saddle, Nyström", at(quadratic, NEGATIVE, solver=Nystrom(rank=5, damping=0.1)), negative),
-        S("saddle, Amortized", at(one_weight, lambda w, lam: lam * (w[0] ** 2 - w[1] ** 2), lambda w, lam: w.sum(), [1.0, 1.0], solver=Amortized(horizon=1000).with_optimizer(UpdateRule(0.1)), x0=torch.tensor([0.0, 1.0], dtype=DOUBLE, device=DEVICE)), negative),
+        S(
+            "saddle, Amortized",
+            at(
+                one_weight,
+                lambda w, lam: lam * (w[0] ** 2 - w[1] ** 2),
+                lambda w, lam: w.sum(),
+                [1.0, 1.0],
+                solver=Amortized(horizon=1000).with_optimizer(UpdateRule(0.1)),
+                x0=torch.tensor([0.0, 1.0], dtype=DOUBLE, device=DEVICE),
+            ),
+            negative,
+        ),
         S("maximum, CG", at(quadratic, [-1.0, -2.0, -3.0], solver=CG(**TIGHT)), negative),
-        S("half up, half down", at(one_weight, lambda w, lam: lam * (w[0] ** 2 - w[1] ** 2), lambda w, lam: w.sum(), [1.0, 1.0], solver=CG()), negative),
+        S(
+            "half up, half down",
+            at(
+                one_weight,
+                lambda w, lam: lam * (w[0] ** 2 - w[1] ** 2),
+                lambda w, lam: w.sum(),
+                [1.0, 1.0],
+                solver=CG(),
+            ),
+            negative,
+        ),
         S("network at its start, CG", at(network, solver=CG(**LOOSE)), negative),
-        S("concave loss under Gauss–Newton", at(network, sign=-1.0, solver=CG(**LOOSE), curvature="gauss_newton"), negative, never=GAUSS_NEWTON),
+        S(
+            "concave loss under Gauss–Newton",
+            at(network, sign=-1.0, solver=CG(**LOOSE), curvature="gauss_newton"),
+            negative,
+            never=GAUSS_NEWTON,
+        ),
         S("in a Trainer, a concave penalty", fitted(Bent, CG(max_iterations=20), max_epochs=1), negative),
-        S("fewer residuals than weights, CG", at(low_rank, solver=CG(**TIGHT), curvature="gauss_newton"), singular, never=GAUSS_NEWTON),
+        S(
+            "fewer residuals than weights, CG",
+            at(low_rank, solver=CG(**TIGHT), curvature="gauss_newton"),
+            singular,
+            never=GAUSS_NEWTON,
+        ),
         S("the same in float32", at(low_rank, SINGLE, solver=CG(**LOOSE)), singular),
         S("the same, MINRES", at(low_rank, solver=MINRES(**TIGHT)), singular, never=("use MinimumResidual()",)),
         S("the same, MINRES in float32", at(low_rank, SINGLE, solver=MINRES(**LOOSE)), singular),
         S("the same, preconditioned CG", at(low_rank, solver=CG(preconditioner=Nystrom(rank=5), **TIGHT)), singular),
-        S("a zero eigenvalue between both signs, MINRES", at(quadratic, [-1.0, 0.0, 2.0, 3.0], solver=MINRES(**TIGHT)), singular),
-        S("in a Trainer, three examples for four weights", fitted(Underdetermined, CG(max_iterations=50, rtol=1e-6)), singular),
-        S("condition 1e6, 20 iterations of CG", at(quadratic, spread(6), solver=CG(max_iterations=20, rtol=1e-6)), slow),
-        S("condition 1e8, 40 iterations of CG", at(quadratic, spread(8), solver=CG(max_iterations=40, rtol=1e-6)), slow),
+        S(
+            "a zero eigenvalue between both signs, MINRES",
+            at(quadratic, [-1.0, 0.0, 2.0, 3.0], solver=MINRES(**TIGHT)),
+            singular,
+        ),
+        S(
+            "in a Trainer, three examples for four weights",
+            fitted(Underdetermined, CG(max_iterations=50, rtol=1e-6)),
+            singular,
+        ),
+        S(
+            "condition 1e6, 20 iterations of CG",
+            at(quadratic, spread(6), solver=CG(max_iterations=20, rtol=1e-6)),
+            slow,
+        ),
+        S(
+            "condition 1e8, 40 iterations of CG",
+            at(quadratic, spread(8), solver=CG(max_iterations=40, rtol=1e-6)),
+            slow,
+        ),
         S("condition 1e4 in float32", at(quadratic, spread(4), SINGLE, solver=CG(max_iterations=20, rtol=1e-3)), slow),
         S("condition 1e6, MINRES", at(quadratic, spread(6), solver=MINRES(max_iterations=15, rtol=1e-4)), slow),
-        S("condition 1e6, preconditioned", at(quadratic, spread(6, 80), solver=CG(max_iterations=10, rtol=1e-6, preconditioner=Nystrom(rank=3))), slow),
-        S("worse than zero after 20 iterations", at(quadratic, spread(8), v=torch.ones(40), solver=CG(max_iterations=20)), slow),
-        S("rtol 1e-7 in float32, CG", at(quadratic, spread(3), SINGLE, solver=CG(max_iterations=1000, rtol=1e-7)), rounding, ("float64",)),
-        S("rtol 1e-6 in float32, MINRES", at(quadratic, spread(3), SINGLE, solver=MINRES(max_iterations=1000, rtol=1e-6)), rounding),
-        S("rtol 1e-14 in float64", at(quadratic, spread(4), solver=CG(max_iterations=1000, rtol=1e-14)), rounding, never=("use float64",)),
-        S("rtol 1e-6 in float32, real data", at(softmax, SINGLE, decay=1e-4, solver=CG(max_iterations=1000, rtol=1e-6)), rounding),
+        S(
+            "condition 1e6, preconditioned",
+            at(quadratic, spread(6, 80), solver=CG(max_iterations=10, rtol=1e-6, preconditioner=Nystrom(rank=3))),
+            slow,
+        ),
+        S(
+            "worse than zero after 20 iterations",
+            at(quadratic, spread(8), v=torch.ones(40), solver=CG(max_iterations=20)),
+            slow,
+        ),
+        S(
+            "rtol 1e-7 in float32, CG",
+            at(quadratic, spread(3), SINGLE, solver=CG(max_iterations=1000, rtol=1e-7)),
+            rounding,
+            ("float64",),
+        ),
+        S(
+            "rtol 1e-6 in float32, MINRES",
+            at(quadratic, spread(3), SINGLE, solver=MINRES(max_iterations=1000, rtol=1e-6)),
+            rounding,
+        ),
+        S(
+            "rtol 1e-14 in float64",
+            at(quadratic, spread(4), solver=CG(max_iterations=1000, rtol=1e-14)),
+            rounding,
+            never=("use float64",),
+        ),
+        S(
+            "rtol 1e-6 in float32, real data",
+            at(softmax, SINGLE, decay=1e-4, solver=CG(max_iterations=1000, rtol=1e-6)),
+            rounding,
+        ),
         S("a random loss, CG", at(random_loss, solver=CG(**LOOSE), curvature="finite_difference"), C.NOT_THE_SAME_MAP),
-        S("a random loss, MINRES", at(random_loss, solver=MINRES(**LOOSE), curvature="finite_difference"), C.NOT_THE_SAME_MAP),
-        S("a random loss in float32", at(random_loss, SINGLE, solver=CG(**LOOSE), curvature="finite_difference"), C.NOT_THE_SAME_MAP),
+        S(
+            "a random loss, MINRES",
+            at(random_loss, solver=MINRES(**LOOSE), curvature="finite_difference"),
+            C.NOT_THE_SAME_MAP,
+        ),
+        S(
+            "a random loss in float32",
+            at(random_loss, SINGLE, solver=CG(**LOOSE), curvature="finite_difference"),
+            C.NOT_THE_SAME_MAP,
+        ),
         S("a wrong derivative, CG", at(crooked, solver=CG(**TIGHT)), C.NOT_SYMMETRIC),
         S("a wrong derivative, MINRES", at(crooked, solver=MINRES(**TIGHT)), C.NOT_SYMMETRIC),
-        S("a wrong derivative by differences", at(crooked, 1.0, SINGLE, solver=CG(**LOOSE), curvature="finite_difference"), C.NOT_SYMMETRIC, never=("finite_difference",)),
-        S("NaN in the outer loss", at(one_weight, convex, lambda w, lam: (w * torch.nan).sum(), [1.0, 2.0], solver=CG()), C.NOT_FINITE, ("in the outer loss",)),
-        S("infinite outer gradient", at(one_weight, convex, lambda w, lam: (0 * w).abs().sqrt().sum() + w.sum(), [1.0, 2.0], solver=CG()), C.NOT_FINITE, ("the gradient of the outer loss",)),
-        S("NaN in the inner loss", at(one_weight, lambda w, lam: convex(w, lam) * torch.nan, norm_squared, [1.0, 2.0], solver=MINRES()), C.NOT_FINITE, ("in the inner loss",)),
-        S("infinite inner gradient", at(one_weight, lambda w, lam: convex(w, lam) + w.abs().sqrt().sum(), norm_squared, [0.0, 2.0], solver=CG()), C.NOT_FINITE, ("the gradient of the inner loss",)),
-        S("infinite second derivative", at(one_weight, lambda w, lam: convex(w, lam) + w.abs().pow(1.5).sum(), norm_squared, [0.0, 2.0], solver=CG()), C.NOT_FINITE, ("the second derivative",)),
-        S("infinite mixed derivative", at(one_weight, lambda w, lam: convex(w, (lam - 1.0).abs().sqrt() + 1.0), norm_squared, [2.0, 3.0], solver=CG()), C.NOT_FINITE, ("the mixed derivative",)),
+        S(
+            "a wrong derivative by differences",
+            at(crooked, 1.0, SINGLE, solver=CG(**LOOSE), curvature="finite_difference"),
+            C.NOT_SYMMETRIC,
+            never=("finite_difference",),
+        ),
+        S(
+            "NaN in the outer loss",
+            at(one_weight, convex, lambda w, lam: (w * torch.nan).sum(), [1.0, 2.0], solver=CG()),
+            C.NOT_FINITE,
+            ("in the outer loss",),
+        ),
+        S(
+            "infinite outer gradient",
+            at(one_weight, convex, lambda w, lam: (0 * w).abs().sqrt().sum() + w.sum(), [1.0, 2.0], solver=CG()),
+            C.NOT_FINITE,
+            ("the gradient of the outer loss",),
+        ),
+        S(
+            "NaN in the inner loss",
+            at(one_weight, lambda w, lam: convex(w, lam) * torch.nan, norm_squared, [1.0, 2.0], solver=MINRES()),
+            C.NOT_FINITE,
+            ("in the inner loss",),
+        ),
+        S(
+            "infinite inner gradient",
+            at(one_weight, lambda w, lam: convex(w, lam) + w.abs().sqrt().sum(), norm_squared, [0.0, 2.0], solver=CG()),
+            C.NOT_FINITE,
+            ("the gradient of the inner loss",),
+        ),
+        S(
+            "infinite second derivative",
+            at(
+                one_weight,
+                lambda w, lam: convex(w, lam) + w.abs().pow(1.5).sum(),
+                norm_squared,
+                [0.0, 2.0],
+                solver=CG(),
+            ),
+            C.NOT_FINITE,
+            ("the second derivative",),
+        ),
+        S(
+            "infinite mixed derivative",
+            at(
+                one_weight,
+                lambda w, lam: convex(w, (lam - 1.0).abs().sqrt() + 1.0),
+                norm_squared,
+                [2.0, 3.0],
+                solver=CG(),
+            ),
+            C.NOT_FINITE,
+            ("the mixed derivative",),
+        ),
         S("in a Trainer, w^1.5 at zero", fitted(RootOfZero, CG()), C.NOT_FINITE, ("the second derivative",)),
-        S("outer loss of the hyperparameter alone", at(one_weight, convex, lambda w, lam: (w.detach() * lam).sum() + lam, [1.0, 2.0], solver=CG()), C.ZERO_RIGHT_HAND_SIDE),
-        S("outer loss times zero", at(one_weight, convex, lambda w, lam: 0 * w.sum() + lam, [1.0, 2.0], solver=MINRES()), C.ZERO_RIGHT_HAND_SIDE),
-        S("an outer loss that is saturated", at(one_weight, convex, lambda w, lam: F.relu(w - 9).sum() + lam, [1.0, 2.0], solver=Direct()), C.ZERO_RIGHT_HAND_SIDE),
+        S(
+            "outer loss of the hyperparameter alone",
+            at(one_weight, convex, lambda w, lam: (w.detach() * lam).sum() + lam, [1.0, 2.0], solver=CG()),
+            C.ZERO_RIGHT_HAND_SIDE,
+        ),
+        S(
+            "outer loss times zero",
+            at(one_weight, convex, lambda w, lam: 0 * w.sum() + lam, [1.0, 2.0], solver=MINRES()),
+            C.ZERO_RIGHT_HAND_SIDE,
+        ),
+        S(
+            "an outer loss that is saturated",
+            at(one_weight, convex, lambda w, lam: F.relu(w - 9).sum() + lam, [1.0, 2.0], solver=Direct()),
+            C.ZERO_RIGHT_HAND_SIDE,
+        ),
         S("stale weights, of another decay", at(softmax, decay=1e-3, trained_decay=1.0, solver=CG(**TIGHT)), minimum),
-        S("stale weights, MINRES in float32", at(softmax, SINGLE, decay=1e-2, trained_decay=3.0, solver=MINRES(**LOOSE)), minimum),
+        S(
+            "stale weights, MINRES in float32",
+            at(softmax, SINGLE, decay=1e-2, trained_decay=3.0, solver=MINRES(**LOOSE)),
+            minimum,
+        ),
         S("weights before training", at(softmax, steps=0, solver=Direct()), minimum),
-        S("one step of Newton's method", at(softmax, steps=1, decay=1e-3, solver=CG(**TIGHT), curvature="gauss_newton"), minimum),
+        S(
+            "one step of Newton's method",
+            at(softmax, steps=1, decay=1e-3, solver=CG(**TIGHT), curvature="gauss_newton"),
+            minimum,
+        ),
         S("the weights of another batch", lambda: another_batch().solved(CG(**TIGHT)), minimum),
-        S("a loss without a minimum, e^−w", at(one_weight, lambda w, lam: lam * (-w).exp().sum(), lambda w, lam: (-w).exp().sum(), [1.0, 2.0], solver=CG(**TIGHT)), minimum),
-        S("a linear loss", at(one_weight, lambda w, lam: lam * w.sum(), norm_squared, [1.0, 2.0], solver=CG(**TIGHT)), minimum, ("no curvature",)),
-        S("a hyperparameter that no loss uses", at(one_weight, lambda w, lam: (w - 1.0).square().sum(), norm_squared, [1.0, 1.5], solver=CG()), C.NO_INFLUENCE, ("sweep",)),
-        S("the same, with zeros wanted", at(one_weight, lambda w, lam: (w - 1.0).square().sum(), norm_squared, [1.0, 1.0], solver=CG(), allow_unused=True), C.NO_INFLUENCE),
-        S("a hyperparameter in the value, not in the gradient", at(one_weight, lambda w, lam: (w - 1.0).square().sum() + lam, norm_squared, [1.0, 1.0], solver=CG(), allow_unused=True), C.NO_INFLUENCE),
-        S("a hyperparameter times zero", at(one_weight, lambda w, lam: (w - 1.0).square().sum() + 0 * lam * w.sum(), norm_squared, [1.0, 1.0], solver=MINRES()), C.NO_INFLUENCE),
-        S("weights of which the inner loss knows a copy", lambda: two_heads(False).solved(CG(**TIGHT), allow_unused=True), C.UNKNOWN_WEIGHTS),
+        S(
+            "a loss without a minimum, e^−w",
+            at(
+                one_weight,
+                lambda w, lam: lam * (-w).exp().sum(),
+                lambda w, lam: (-w).exp().sum(),
+                [1.0, 2.0],
+                solver=CG(**TIGHT),
+            ),
+            minimum,
+        ),
+        S(
+            "a linear loss",
+            at(one_weight, lambda w, lam: lam * w.sum(), norm_squared, [1.0, 2.0], solver=CG(**TIGHT)),
+            minimum,
+            ("no curvature",),
+        ),
+        S(
+            "a hyperparameter that no loss uses",
+            at(one_weight, lambda w, lam: (w - 1.0).square().sum(), norm_squared, [1.0, 1.5], solver=CG()),
+            C.NO_INFLUENCE,
+            ("sweep",),
+        ),
+        S(
+            "the same, with zeros wanted",
+            at(
+                one_weight,
+                lambda w, lam: (w - 1.0).square().sum(),
+                norm_squared,
+                [1.0, 1.0],
+                solver=CG(),
+                allow_unused=True,
+            ),
+            C.NO_INFLUENCE,
+        ),
+        S(
+            "a hyperparameter in the value, not in the gradient",
+            at(
+                one_weight,
+                lambda w, lam: (w - 1.0).square().sum() + lam,
+                norm_squared,
+                [1.0, 1.0],
+                solver=CG(),
+                allow_unused=True,
+            ),
+            C.NO_INFLUENCE,
+        ),
+        S(
+            "a hyperparameter times zero",
+            at(
+                one_weight,
+                lambda w, lam: (w - 1.0).square().sum() + 0 * lam * w.sum(),
+                norm_squared,
+                [1.0, 1.0],
+                solver=MINRES(),
+            ),
+            C.NO_INFLUENCE,
+        ),
+        S(
+            "weights of which the inner loss knows a copy",
+            lambda: two_heads(False).solved(CG(**TIGHT), allow_unused=True),
+            C.UNKNOWN_WEIGHTS,
+        ),
         S("a head that only the outer loss uses, CG", lambda: two_heads(True).solved(CG(**TIGHT)), C.UNKNOWN_WEIGHTS),
-        S("a head that only the outer loss uses, MINRES", lambda: two_heads(True).solved(MINRES(**TIGHT)), C.UNKNOWN_WEIGHTS),
+        S(
+            "a head that only the outer loss uses, MINRES",
+            lambda: two_heads(True).solved(MINRES(**TIGHT)),
+            C.UNKNOWN_WEIGHTS,
+        ),
     ]
 
 
@@ -364,26 +608,42 @@ def healthy() -> list[Situation]:
         trained = solver.with_optimizer(UpdateRule(0.1))
         run = at(network, seed=seed, solver=trained, curvature="gauss_newton")
         found.append(Situation(f"network in training, {solver}, {seed}", run))
-    for name, curvature in (("CG", "finite_difference"), ("K-FAC", "kfac"), ("outer product", "gradient_outer_product")):
+    for name, curvature in (
+        ("CG", "finite_difference"),
+        ("K-FAC", "kfac"),
+        ("outer product", "gradient_outer_product"),
+    ):
         solver = CG(**LOOSE) if name == "CG" else Direct(damping=0.1)
         if name != "K-FAC":
             found.append(Situation(f"softmax regression, {curvature}", at(softmax, solver=solver, curvature=curvature)))
     for dtype, solver in itertools.product((SINGLE, DOUBLE), (CG(**LOOSE), MINRES(**LOOSE), Direct(), MINRES())):
-        found.append(Situation(f"singular and consistent, {dtype}, {solver}", lambda d=dtype, s=solver: in_range(low_rank(d)).solved(s)))
-    for dtype, solver in itertools.product((SINGLE, DOUBLE), (MINRES(max_iterations=40), Direct(), CG(damping=0.1, **LOOSE), Amortized())):
+        found.append(
+            Situation(
+                f"singular and consistent, {dtype}, {solver}", lambda d=dtype, s=solver: in_range(low_rank(d)).solved(s)
+            )
+        )
+    for dtype, solver in itertools.product(
+        (SINGLE, DOUBLE), (MINRES(max_iterations=40), Direct(), CG(damping=0.1, **LOOSE), Amortized())
+    ):
         found.append(Situation(f"singular, {dtype}, {solver}", at(low_rank, dtype, solver=solver)))
     found += [
         Situation("indefinite, MINRES", at(quadratic, NEGATIVE, solver=MINRES(**TIGHT))),
         Situation("indefinite, Direct", at(quadratic, NEGATIVE, solver=Direct())),
         Situation("indefinite, damped enough", at(quadratic, NEGATIVE, solver=CG(damping=0.5, **TIGHT))),
-        Situation("indefinite, damped enough, Nyström", at(quadratic, NEGATIVE, SINGLE, solver=Nystrom(rank=5, damping=0.5))),
-        Situation("condition 1e4, enough iterations", at(quadratic, spread(4), solver=CG(max_iterations=500, rtol=1e-6))),
+        Situation(
+            "indefinite, damped enough, Nyström", at(quadratic, NEGATIVE, SINGLE, solver=Nystrom(rank=5, damping=0.5))
+        ),
+        Situation(
+            "condition 1e4, enough iterations", at(quadratic, spread(4), solver=CG(max_iterations=500, rtol=1e-6))
+        ),
         Situation("ridge regression in a Trainer", fitted(Ridge, CG(**TIGHT))),
         Situation("ridge regression in a Trainer, series", fitted(Ridge, Neumann(terms=20))),
         Situation("a network in a Trainer", fitted(Classifier, None, "gauss_newton")),
         Situation("a network in a Trainer, damped CG", fitted(Classifier, CG(damping=0.1), "gauss_newton")),
         Situation("a network in a Trainer, MINRES", fitted(Classifier, MINRES(), "gauss_newton")),
         Situation("a network in a Trainer, Neumann", fitted(Classifier, Neumann(terms=5), "gauss_newton")),
-        Situation("a network in a Trainer, Adam", fitted(lambda: Classifier(optimizer="Adam", lr=0.01), None, "gauss_newton")),
+        Situation(
+            "a network in a Trainer, Adam", fitted(lambda: Classifier(optimizer="Adam", lr=0.01), None, "gauss_newton")
+        ),
     ]
     return found

@@ -1,5 +1,6 @@
 """Conjugate gradients and minimum residual."""
 
+import itertools
 import math
 
 import pytest
@@ -201,7 +202,8 @@ def test_conjugate_gradients_on_a_definite_matrix_do_not_diverge(exponent, itera
     matrix, b = spd_matrix(80, 10.0**exponent, dtype=torch.float64), right_hand_side(80, torch.float64)
     x = torch.linalg.solve(matrix, b)
     results = [
-        ConjugateGradient(max_iterations=iterations, rtol=rtol).solve(MatrixOperator(matrix), b) for rtol in (None, 1e-6)
+        ConjugateGradient(max_iterations=iterations, rtol=rtol).solve(MatrixOperator(matrix), b)
+        for rtol in (None, 1e-6)
     ]
     assert results[0].status in (Status.COMPLETE, Status.CONVERGED)
     assert results[1].status in (Status.MAX_ITERATIONS, Status.CONVERGED)
@@ -255,7 +257,9 @@ def test_the_residual_of_minimum_residual_never_grows_with_more_iterations(warm,
             # b has length one, so that x is as long as the smallest eigenvalue, a tenth, allows
             assert float(result.x.norm() / b.norm()) < 1e3
         # eps^⅔: the share of a null vector that its part in x may add
-        assert all(later <= earlier + torch.finfo(dtype).eps ** (2 / 3) for earlier, later in zip(lengths, lengths[1:]))
+        assert all(
+            later <= earlier + torch.finfo(dtype).eps ** (2 / 3) for earlier, later in itertools.pairwise(lengths)
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
