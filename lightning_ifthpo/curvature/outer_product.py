@@ -49,10 +49,12 @@ class GradientOuterProductOperator(LossOperator, InvertibleOperator):
         inverse = torch.where(damped, 1.0 / delta, 0.0)
         undamped = torch.where(damped, 0.0, g)
         length = torch.linalg.vector_norm(undamped)
-        if float(length) == 0.0:  # Sherman and Morrison (1950), with s = gᵀx
+        if float(length) == 0.0:  # s = gᵀx by the formula of Sherman and Morrison (1950)
             s = (g * inverse) @ b / (1.0 + (g * inverse) @ g)
-            return inverse * (b - g * s)
-        unit = undamped / length  # the undamped weights move along it alone, and so their row gives s
-        s = unit @ b / length
-        x: Tensor = inverse * (b - g * s)
-        return x + unit * ((s - g @ x) / length)
+            x: Tensor = inverse * (b - g * s)
+        else:  # the undamped weights move along their part of g alone, and their row gives s
+            unit = undamped / length
+            s = unit @ b / length
+            x = inverse * (b - g * s)
+            x = x + unit * ((s - g @ x) / length)
+        return x

@@ -178,8 +178,8 @@ class _Diagnosis:
             in_null_space = f"{100.0 * math.sqrt(share) * min(left, 1.0):.2g} % of the length"
             numbers = {"spectrum": spectrum, "damping": f"{1e-3 * spectrum.scale:.1g}", "share": in_null_space}
             return Cause.SINGULAR.describe(self.settings, **numbers)
-        krylov = isinstance(self.solver, ConjugateGradient | MinimumResidual)
-        if krylov and self.result.products < self.solver.max_iterations:  # it ended because a restart did not help
+        # a Krylov method ends before its limit where another run from the true residual does not help
+        if self.result.products < getattr(self.solver, "max_iterations", 0):
             return rounding
         return self._slow(spectrum, left)
 

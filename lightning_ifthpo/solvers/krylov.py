@@ -252,4 +252,5 @@ def _length(vector: Tensor) -> float:
 def _without(x: Tensor, direction: Tensor) -> Tensor:
     """Returns x without its part along a direction."""
     unit = direction / torch.linalg.vector_norm(direction)
-    return x - (unit @ x) * unit
+    rest: Tensor = x - (unit @ x) * unit
+    return rest

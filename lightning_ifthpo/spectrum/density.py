@@ -78,7 +78,7 @@ def spectral_density(
     while len(probes) < max_probes and not converged:
         if probes and operator.size <= iterations:
             return _exact(operator, probes[0][-1])
-        # normal numbers: random signs may miss an eigenvector, as that of [[1, 2], [2, 1]] to −1, and show no error then
+        # normal numbers: random signs may miss an eigenvector, as that of [[1, 2], [2, 1]] to −1, and show no error
         probes.append(_quadrature(KrylovBasis(operator, random_vector(operator, generator), generator), iterations))
         nodes, masses, truncations, products = zip(*probes, strict=True)
         values, order = torch.cat(nodes).sort()

@@ -274,61 +274,62 @@ def at(problem: Callable[..., Problem], *arguments: Any, solver: Solver, **optio
 
 def faulty() -> list[Situation]:
     """Returns the situations with a fault."""
-    S, C = Situation, Cause
-    step, negative, singular = C.STEP_TOO_LONG, C.NEGATIVE_CURVATURE, C.SINGULAR
-    slow, rounding, minimum = C.ILL_CONDITIONED, C.ROUNDING, C.NOT_AT_MINIMUM
+    step, negative, singular = Cause.STEP_TOO_LONG, Cause.NEGATIVE_CURVATURE, Cause.SINGULAR
+    slow, rounding, minimum = Cause.ILL_CONDITIONED, Cause.ROUNDING, Cause.NOT_AT_MINIMUM
     return [
-        S("Neumann, step 50 × too long", at(softmax, solver=Neumann(terms=50, step_size=50.0)), step),
-        S(
+        Situation("Neumann, step 50 × too long", at(softmax, solver=Neumann(terms=50, step_size=50.0)), step),
+        Situation(
             "the same under Gauss–Newton, float32",
             at(softmax, SINGLE, solver=Neumann(terms=50, step_size=50.0), curvature="gauss_newton"),
             step,
             never=GAUSS_NEWTON,
         ),
-        S(
+        Situation(
             "Neumann, step 3 / λ_max, damped",
             at(quadratic, DEFINITE, solver=Neumann(terms=99, step_size=1.0, damping=0.1)),
             step,
         ),
-        S(
+        Situation(
             "Neumann without safeguard, overflowing",
             at(quadratic, DEFINITE, solver=Neumann(terms=2000, step_size=2.0, safeguard=False)),
             step,
         ),
-        S(
+        Situation(
             "Neumann without safeguard, a few terms",
             at(quadratic, DEFINITE, solver=Neumann(terms=6, step_size=2.0, safeguard=False)),
             step,
         ),
-        S(
+        Situation(
             "Neumann with the optimizer's step, preconditioned",
             at(softmax, solver=Neumann(terms=50, step_size="optimizer").with_optimizer(SCALED_STEP)),
             step,
             never=AUTO,
         ),
-        S(
+        Situation(
             "Identity, step 30 × too long",
             at(quadratic, DEFINITE, v=NEAR, solver=Identity(step_size=30.0)),
             step,
             never=AUTO,
         ),
-        S("in a Trainer, a series with η = 10", fitted(Ridge, Neumann(terms=30, step_size=10.0)), step),
-        S("saddle, CG", at(quadratic, NEGATIVE, solver=CG(**TIGHT)), negative, ("a damping above 0.3",)),
-        S("saddle, CG in float32", at(quadratic, NEGATIVE, SINGLE, solver=CG(**LOOSE)), negative),
-        S(
+        Situation("in a Trainer, a series with η = 10", fitted(Ridge, Neumann(terms=30, step_size=10.0)), step),
+        Situation("saddle, CG", at(quadratic, NEGATIVE, solver=CG(**TIGHT)), negative, ("a damping above 0.3",)),
+        Situation("saddle, CG in float32", at(quadratic, NEGATIVE, SINGLE, solver=CG(**LOOSE)), negative),
+        Situation(
             "saddle, damped too little",
             at(quadratic, NEGATIVE, solver=CG(damping=0.1, **TIGHT)),
             negative,
             ("beyond the damping of 0.1", "a damping above 0.3"),
         ),
-        S(
+        Situation(
             "saddle, preconditioned CG",
             at(quadratic, NEGATIVE, solver=CG(preconditioner=Nystrom(rank=2), **TIGHT)),
             negative,
         ),
-        S("saddle, measured Neumann", at(quadratic, NEGATIVE, solver=Neumann(terms=50)), negative, never=("Neumann",)),
-        S("saddle, Nyström", at(quadratic, NEGATIVE, solver=Nystrom(rank=5, damping=0.1)), negative),
-        S(
+        Situation(
+            "saddle, measured Neumann", at(quadratic, NEGATIVE, solver=Neumann(terms=50)), negative, never=("Neumann",)
+        ),
+        Situation("saddle, Nyström", at(quadratic, NEGATIVE, solver=Nystrom(rank=5, damping=0.1)), negative),
+        Situation(
             "saddle, Amortized",
             at(
                 one_weight,
@@ -340,8 +341,8 @@ def faulty() -> list[Situation]:
             ),
             negative,
         ),
-        S("maximum, CG", at(quadratic, [-1.0, -2.0, -3.0], solver=CG(**TIGHT)), negative),
-        S(
+        Situation("maximum, CG", at(quadratic, [-1.0, -2.0, -3.0], solver=CG(**TIGHT)), negative),
+        Situation(
             "half up, half down",
             at(
                 one_weight,
@@ -352,122 +353,130 @@ def faulty() -> list[Situation]:
             ),
             negative,
         ),
-        S("network at its start, CG", at(network, solver=CG(**LOOSE)), negative),
-        S(
+        Situation("network at its start, CG", at(network, solver=CG(**LOOSE)), negative),
+        Situation(
             "concave loss under Gauss–Newton",
             at(network, sign=-1.0, solver=CG(**LOOSE), curvature="gauss_newton"),
             negative,
             never=GAUSS_NEWTON,
         ),
-        S("in a Trainer, a concave penalty", fitted(Bent, CG(max_iterations=20), max_epochs=1), negative),
-        S(
+        Situation("in a Trainer, a concave penalty", fitted(Bent, CG(max_iterations=20), max_epochs=1), negative),
+        Situation(
             "fewer residuals than weights, CG",
             at(low_rank, solver=CG(**TIGHT), curvature="gauss_newton"),
             singular,
             never=GAUSS_NEWTON,
         ),
-        S("the same in float32", at(low_rank, SINGLE, solver=CG(**LOOSE)), singular),
-        S("the same, MINRES", at(low_rank, solver=MINRES(**TIGHT)), singular, never=("use MinimumResidual()",)),
-        S("the same, MINRES in float32", at(low_rank, SINGLE, solver=MINRES(**LOOSE)), singular),
-        S("the same, preconditioned CG", at(low_rank, solver=CG(preconditioner=Nystrom(rank=5), **TIGHT)), singular),
-        S(
+        Situation("the same in float32", at(low_rank, SINGLE, solver=CG(**LOOSE)), singular),
+        Situation("the same, MINRES", at(low_rank, solver=MINRES(**TIGHT)), singular, never=("use MinimumResidual()",)),
+        Situation("the same, MINRES in float32", at(low_rank, SINGLE, solver=MINRES(**LOOSE)), singular),
+        Situation(
+            "the same, preconditioned CG", at(low_rank, solver=CG(preconditioner=Nystrom(rank=5), **TIGHT)), singular
+        ),
+        Situation(
             "a zero eigenvalue between both signs, MINRES",
             at(quadratic, [-1.0, 0.0, 2.0, 3.0], solver=MINRES(**TIGHT)),
             singular,
         ),
-        S(
+        Situation(
             "in a Trainer, three examples for four weights",
             fitted(Underdetermined, CG(max_iterations=50, rtol=1e-6)),
             singular,
         ),
-        S(
+        Situation(
             "condition 1e6, 20 iterations of CG",
             at(quadratic, spread(6), solver=CG(max_iterations=20, rtol=1e-6)),
             slow,
         ),
-        S(
+        Situation(
             "condition 1e8, 40 iterations of CG",
             at(quadratic, spread(8), solver=CG(max_iterations=40, rtol=1e-6)),
             slow,
         ),
-        S("condition 1e4 in float32", at(quadratic, spread(4), SINGLE, solver=CG(max_iterations=20, rtol=1e-3)), slow),
-        S("condition 1e6, MINRES", at(quadratic, spread(6), solver=MINRES(max_iterations=15, rtol=1e-4)), slow),
-        S(
+        Situation(
+            "condition 1e4 in float32", at(quadratic, spread(4), SINGLE, solver=CG(max_iterations=20, rtol=1e-3)), slow
+        ),
+        Situation("condition 1e6, MINRES", at(quadratic, spread(6), solver=MINRES(max_iterations=15, rtol=1e-4)), slow),
+        Situation(
             "condition 1e6, preconditioned",
             at(quadratic, spread(6, 80), solver=CG(max_iterations=10, rtol=1e-6, preconditioner=Nystrom(rank=3))),
             slow,
         ),
-        S(
+        Situation(
             "worse than zero after 20 iterations",
             at(quadratic, spread(8), v=torch.ones(40), solver=CG(max_iterations=20)),
             slow,
         ),
-        S(
+        Situation(
             "rtol 1e-7 in float32, CG",
             at(quadratic, spread(3), SINGLE, solver=CG(max_iterations=1000, rtol=1e-7)),
             rounding,
             ("float64",),
         ),
-        S(
+        Situation(
             "rtol 1e-6 in float32, MINRES",
             at(quadratic, spread(3), SINGLE, solver=MINRES(max_iterations=1000, rtol=1e-6)),
             rounding,
         ),
-        S(
+        Situation(
             "rtol 1e-14 in float64",
             at(quadratic, spread(4), solver=CG(max_iterations=1000, rtol=1e-14)),
             rounding,
             never=("use float64",),
         ),
-        S(
+        Situation(
             "rtol 1e-6 in float32, real data",
             at(softmax, SINGLE, decay=1e-4, solver=CG(max_iterations=1000, rtol=1e-6)),
             rounding,
         ),
-        S("a random loss, CG", at(random_loss, solver=CG(**LOOSE), curvature="finite_difference"), C.NOT_THE_SAME_MAP),
-        S(
+        Situation(
+            "a random loss, CG",
+            at(random_loss, solver=CG(**LOOSE), curvature="finite_difference"),
+            Cause.NOT_THE_SAME_MAP,
+        ),
+        Situation(
             "a random loss, MINRES",
             at(random_loss, solver=MINRES(**LOOSE), curvature="finite_difference"),
-            C.NOT_THE_SAME_MAP,
+            Cause.NOT_THE_SAME_MAP,
         ),
-        S(
+        Situation(
             "a random loss in float32",
             at(random_loss, SINGLE, solver=CG(**LOOSE), curvature="finite_difference"),
-            C.NOT_THE_SAME_MAP,
+            Cause.NOT_THE_SAME_MAP,
         ),
-        S("a wrong derivative, CG", at(crooked, solver=CG(**TIGHT)), C.NOT_SYMMETRIC),
-        S("a wrong derivative, MINRES", at(crooked, solver=MINRES(**TIGHT)), C.NOT_SYMMETRIC),
-        S(
+        Situation("a wrong derivative, CG", at(crooked, solver=CG(**TIGHT)), Cause.NOT_SYMMETRIC),
+        Situation("a wrong derivative, MINRES", at(crooked, solver=MINRES(**TIGHT)), Cause.NOT_SYMMETRIC),
+        Situation(
             "a wrong derivative by differences",
             at(crooked, 1.0, SINGLE, solver=CG(**LOOSE), curvature="finite_difference"),
-            C.NOT_SYMMETRIC,
+            Cause.NOT_SYMMETRIC,
             never=("finite_difference",),
         ),
-        S(
+        Situation(
             "NaN in the outer loss",
             at(one_weight, convex, lambda w, lam: (w * torch.nan).sum(), [1.0, 2.0], solver=CG()),
-            C.NOT_FINITE,
+            Cause.NOT_FINITE,
             ("in the outer loss",),
         ),
-        S(
+        Situation(
             "infinite outer gradient",
             at(one_weight, convex, lambda w, lam: (0 * w).abs().sqrt().sum() + w.sum(), [1.0, 2.0], solver=CG()),
-            C.NOT_FINITE,
+            Cause.NOT_FINITE,
             ("the gradient of the outer loss",),
         ),
-        S(
+        Situation(
             "NaN in the inner loss",
             at(one_weight, lambda w, lam: convex(w, lam) * torch.nan, norm_squared, [1.0, 2.0], solver=MINRES()),
-            C.NOT_FINITE,
+            Cause.NOT_FINITE,
             ("in the inner loss",),
         ),
-        S(
+        Situation(
             "infinite inner gradient",
             at(one_weight, lambda w, lam: convex(w, lam) + w.abs().sqrt().sum(), norm_squared, [0.0, 2.0], solver=CG()),
-            C.NOT_FINITE,
+            Cause.NOT_FINITE,
             ("the gradient of the inner loss",),
         ),
-        S(
+        Situation(
             "infinite second derivative",
             at(
                 one_weight,
@@ -476,10 +485,10 @@ def faulty() -> list[Situation]:
                 [0.0, 2.0],
                 solver=CG(),
             ),
-            C.NOT_FINITE,
+            Cause.NOT_FINITE,
             ("the second derivative",),
         ),
-        S(
+        Situation(
             "infinite mixed derivative",
             at(
                 one_weight,
@@ -488,39 +497,43 @@ def faulty() -> list[Situation]:
                 [2.0, 3.0],
                 solver=CG(),
             ),
-            C.NOT_FINITE,
+            Cause.NOT_FINITE,
             ("the mixed derivative",),
         ),
-        S("in a Trainer, w^1.5 at zero", fitted(RootOfZero, CG()), C.NOT_FINITE, ("the second derivative",)),
-        S(
+        Situation(
+            "in a Trainer, w^1.5 at zero", fitted(RootOfZero, CG()), Cause.NOT_FINITE, ("the second derivative",)
+        ),
+        Situation(
             "outer loss of the hyperparameter alone",
             at(one_weight, convex, lambda w, lam: (w.detach() * lam).sum() + lam, [1.0, 2.0], solver=CG()),
-            C.ZERO_RIGHT_HAND_SIDE,
+            Cause.ZERO_RIGHT_HAND_SIDE,
         ),
-        S(
+        Situation(
             "outer loss times zero",
             at(one_weight, convex, lambda w, lam: 0 * w.sum() + lam, [1.0, 2.0], solver=MINRES()),
-            C.ZERO_RIGHT_HAND_SIDE,
+            Cause.ZERO_RIGHT_HAND_SIDE,
         ),
-        S(
+        Situation(
             "an outer loss that is saturated",
             at(one_weight, convex, lambda w, lam: F.relu(w - 9).sum() + lam, [1.0, 2.0], solver=Direct()),
-            C.ZERO_RIGHT_HAND_SIDE,
+            Cause.ZERO_RIGHT_HAND_SIDE,
         ),
-        S("stale weights, of another decay", at(softmax, decay=1e-3, trained_decay=1.0, solver=CG(**TIGHT)), minimum),
-        S(
+        Situation(
+            "stale weights, of another decay", at(softmax, decay=1e-3, trained_decay=1.0, solver=CG(**TIGHT)), minimum
+        ),
+        Situation(
             "stale weights, MINRES in float32",
             at(softmax, SINGLE, decay=1e-2, trained_decay=3.0, solver=MINRES(**LOOSE)),
             minimum,
         ),
-        S("weights before training", at(softmax, steps=0, solver=Direct()), minimum),
-        S(
+        Situation("weights before training", at(softmax, steps=0, solver=Direct()), minimum),
+        Situation(
             "one step of Newton's method",
             at(softmax, steps=1, decay=1e-3, solver=CG(**TIGHT), curvature="gauss_newton"),
             minimum,
         ),
-        S("the weights of another batch", lambda: another_batch().solved(CG(**TIGHT)), minimum),
-        S(
+        Situation("the weights of another batch", lambda: another_batch().solved(CG(**TIGHT)), minimum),
+        Situation(
             "a loss without a minimum, e^−w",
             at(
                 one_weight,
@@ -531,19 +544,19 @@ def faulty() -> list[Situation]:
             ),
             minimum,
         ),
-        S(
+        Situation(
             "a linear loss",
             at(one_weight, lambda w, lam: lam * w.sum(), norm_squared, [1.0, 2.0], solver=CG(**TIGHT)),
             minimum,
             ("no curvature",),
         ),
-        S(
+        Situation(
             "a hyperparameter that no loss uses",
             at(one_weight, lambda w, lam: (w - 1.0).square().sum(), norm_squared, [1.0, 1.5], solver=CG()),
-            C.NO_INFLUENCE,
+            Cause.NO_INFLUENCE,
             ("sweep",),
         ),
-        S(
+        Situation(
             "the same, with zeros wanted",
             at(
                 one_weight,
@@ -553,9 +566,9 @@ def faulty() -> list[Situation]:
                 solver=CG(),
                 allow_unused=True,
             ),
-            C.NO_INFLUENCE,
+            Cause.NO_INFLUENCE,
         ),
-        S(
+        Situation(
             "a hyperparameter in the value, not in the gradient",
             at(
                 one_weight,
@@ -565,9 +578,9 @@ def faulty() -> list[Situation]:
                 solver=CG(),
                 allow_unused=True,
             ),
-            C.NO_INFLUENCE,
+            Cause.NO_INFLUENCE,
         ),
-        S(
+        Situation(
             "a hyperparameter times zero",
             at(
                 one_weight,
@@ -576,18 +589,22 @@ def faulty() -> list[Situation]:
                 [1.0, 1.0],
                 solver=MINRES(),
             ),
-            C.NO_INFLUENCE,
+            Cause.NO_INFLUENCE,
         ),
-        S(
+        Situation(
             "weights of which the inner loss knows a copy",
             lambda: two_heads(False).solved(CG(**TIGHT), allow_unused=True),
-            C.UNKNOWN_WEIGHTS,
+            Cause.UNKNOWN_WEIGHTS,
         ),
-        S("a head that only the outer loss uses, CG", lambda: two_heads(True).solved(CG(**TIGHT)), C.UNKNOWN_WEIGHTS),
-        S(
+        Situation(
+            "a head that only the outer loss uses, CG",
+            lambda: two_heads(True).solved(CG(**TIGHT)),
+            Cause.UNKNOWN_WEIGHTS,
+        ),
+        Situation(
             "a head that only the outer loss uses, MINRES",
             lambda: two_heads(True).solved(MINRES(**TIGHT)),
-            C.UNKNOWN_WEIGHTS,
+            Cause.UNKNOWN_WEIGHTS,
         ),
     ]
 

@@ -247,7 +247,7 @@ def test_minimum_residual_ends_at_the_shortest_least_squares_solution(signs, con
 @pytest.mark.parametrize("warm", [False, True], ids=["from zero", "from a start"])
 def test_the_residual_of_minimum_residual_never_grows_with_more_iterations(warm, dtype):
     for seed in range(12):
-        operator, matrix, b = low_rank(seed, dtype, signs=seed % 2 == 1, consistent=False)
+        operator, _, b = low_rank(seed, dtype, signs=seed % 2 == 1, consistent=False)
         start = 0.01 * b if warm else None
         lengths = [b.norm().item() if start is None else float((operator.matvec(start) - b).norm())]
         lengths[0] = min(1.0, lengths[0] / float(b.norm()))
