@@ -75,9 +75,12 @@ def implicit_hypergradient(
         operator = curvature_operator(curvature, inner, parameters)
         solution = solver.solve(operator, outer_gradient.v, x0)
         mixed = _mixed_product(operator, solution.x, hyperparameters)
+        setting = Setting(inner, outer_gradient, operator, solver, curvature)
+        nothing = all(part is None for part in [*mixed, *outer_gradient.direct])
+        if nothing and not allow_unused and (unknown := setting.unknown_weights()):
+            raise ValueError(unknown)  # it is not the hyperparameters' fault
         result = combine(outer_gradient, hyperparameters, mixed, [operator.loss], solution, allow_unused)
         if diagnosed:
-            setting = Setting(inner, outer_gradient, operator, solver, curvature)
             result = replace(result, diagnosis=setting.diagnosis(result))
     return result
 

@@ -45,10 +45,13 @@ class _Krylov(Solver):
         """
         x, residual, products = _start(system, b, x0)
         error, left, checks = _length(residual), self.max_iterations, 0
-        # b has length one, so that a residual below 10 eps is rounding, and a step along it would be noise
-        tolerance = max(self.rtol or 0.0, 10.0 * torch.finfo(b.dtype).eps)
-        run, low_rank = _Run(x, 0.0, 0, Status.COMPLETE, 0.0), self._low_rank(system)
+        # b has length one, so that a residual below some eps is rounding, and a step along it would be noise
+        eps = torch.finfo(b.dtype).eps
+        tolerance = 10.0 * eps if self.rtol is None else max(self.rtol, eps)
+        low_rank = self._low_rank(system)
         products += low_rank.products if low_rank else 0
+        # preconditioned directions may lie where the curvature is small, and rounding is relative to the largest
+        run = _Run(x, 0.0, 0, Status.COMPLETE, low_rank.largest if low_rank else 0.0)
         while left and not error <= tolerance:
             run = self._run(system, run._replace(x=x), residual, (left, tolerance), low_rank)
             left -= run.products
@@ -97,7 +100,7 @@ class ConjugateGradient(_Krylov):
 
     Attributes:
         max_iterations: Iterations at most.
-        rtol: Stop when ‖Ax − b‖ <= rtol ‖b‖, and no sooner than at 10 eps of the dtype. If None, all iterations are
+        rtol: Stop when ‖Ax − b‖ <= rtol ‖b‖, with an rtol of at least the dtype's eps. If None, all iterations are
             done; the status is COMPLETE, or CONVERGED if the residual is below √eps.
         preconditioner: A low-rank approximation of A, computed for each solve: worth its products where a few
             eigenvalues are far larger than the rest.

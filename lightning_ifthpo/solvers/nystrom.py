@@ -94,6 +94,11 @@ class LowRank:
     products: int
     negative: bool
 
+    @property
+    def largest(self) -> float:
+        """A lower bound of the largest curvature of A that was seen; 0 if there is none."""
+        return float(self.values[0] / self.scale.square().amax()) if len(self.values) else 0.0
+
     def solve(self, b: Tensor) -> Tensor:
         """Returns its inverse times b: [n]; without damping its pseudo-inverse."""
         right = self.scale * b

@@ -593,7 +593,7 @@ def faulty() -> list[Situation]:
         ),
         Situation(
             "weights of which the inner loss knows a copy",
-            lambda: two_heads(False).solved(CG(**TIGHT), allow_unused=True),
+            lambda: two_heads(False).solved(CG(**TIGHT)),
             Cause.UNKNOWN_WEIGHTS,
         ),
         Situation(

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from random import Random
 
 import pytest
 import torch
@@ -272,3 +273,46 @@ def test_conjugate_gradients_do_not_call_a_semi_definite_matrix_indefinite(famil
         assert result.status is (Status.CONVERGED if consistent else Status.MAX_ITERATIONS)
         assert result.relative_residual <= 1.0 + 1e-6  # a solution does not exist, and nothing worse than zero is said
         assert math.isfinite(float(result.x.norm()))
+
+
+@pytest.mark.slow
+def test_the_status_of_any_system_is_honest():
+    """Random matrices of every sign, condition, unit, damping and start, in both precisions."""
+    random = Random(0)
+    generator = torch.Generator().manual_seed(0)
+    statuses = set()
+    for _ in range(2000):
+        size, dtype = random.choice([1, 2, 3, 5, 10, 30]), random.choice([torch.float32, torch.float64])
+        kind = random.choice(["definite", "semi-definite", "indefinite"])
+        basis = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator)).Q
+        decades = random.uniform(0, 9) * torch.rand(size, dtype=torch.float64, generator=generator)
+        values = 10.0 ** (random.uniform(-6, 6) - decades)
+        if kind == "semi-definite":
+            values[: max(1, size // 3)] = 0.0
+        if kind == "indefinite":
+            values *= torch.randn(size, dtype=torch.float64, generator=generator).sign()
+        matrix = (basis * values) @ basis.T
+        matrix = ((matrix + matrix.T) / 2).to(DEVICE, dtype)
+        vectors = torch.randn(2, size, dtype=torch.float64, generator=generator).to(DEVICE)
+        b = (10.0 ** random.uniform(-6, 6) * vectors[0]).to(dtype)
+        b = matrix @ b if random.random() < 0.3 else b
+        start = random.choice([None, (10.0 ** random.uniform(-8, 10) * vectors[1]).to(dtype)])
+        options = {
+            "rtol": random.choice([None, 1e-1, 1e-3, 1e-4, 1e-6]),
+            "max_iterations": random.choice([1, 3, 10, 50, 200]),
+            "damping": random.choice([0.0, float(values.abs().max()) * 10.0 ** random.uniform(-5, 0)]),
+        }
+        solver = random.choice(FAMILIES)(**options)
+        result = solver.solve(MatrixOperator(matrix), b, start)
+        statuses.add(result.status)
+        damped = MatrixOperator(matrix.double()).damped(options["damping"])
+        true = true_residual(damped, result.x, b) if bool(b.any()) else 0.0
+        assert not result.status.succeeded or math.isfinite(result.relative_residual)
+        if result.status is Status.CONVERGED:
+            assert true <= 3.0 * (torch.finfo(dtype).eps ** 0.5 if options["rtol"] is None else options["rtol"])
+        if isinstance(solver, ConjugateGradient) and kind != "indefinite":
+            assert result.status is not Status.NEGATIVE_CURVATURE
+        assert result.status not in (Status.DIVERGED, Status.NONFINITE)
+        if isinstance(solver, MinimumResidual):
+            assert true <= 1.0 + torch.finfo(dtype).eps ** (2 / 3)
+    assert len(statuses) == 4
