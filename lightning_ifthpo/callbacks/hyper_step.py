@@ -22,6 +22,7 @@ from lightning_ifthpo.runtime.losses import ModuleLosses, trainable
 from lightning_ifthpo.runtime.outer_data import OuterData
 from lightning_ifthpo.runtime.precision import CurvaturePrecision, first_loss_scale, loss_scales
 from lightning_ifthpo.solvers import Identity, Solver, SolveResult, Status
+from lightning_ifthpo.solvers.causes import Cause
 
 
 class HyperStepper:
@@ -158,11 +159,7 @@ class HyperStepper:
         used = {name for index, name in enumerate(names) if index not in unused}
         for name in names:
             if name not in used:
-                raise ValueError(
-                    f"hyperparameter {name!r} does not influence the gradient of the inner loss, nor the outer loss, "
-                    "so implicit differentiation cannot tune it; use it in inner_loss. For a learning rate use "
-                    "ExactGeN or a sweep"
-                )
+                raise ValueError(Cause.NO_INFLUENCE.describe(name=f"hyperparameter {name!r}"))
 
 
 def _check_finite(loss: Loss) -> bool:

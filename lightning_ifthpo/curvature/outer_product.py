@@ -43,9 +43,18 @@ class GradientOuterProductOperator(LossOperator, InvertibleOperator):
         return self._own_gradient() * (self.gradient @ v)
 
     def solve(self, b: Tensor, delta: float | Tensor) -> Tensor:
-        """Returns (g gᵀ + diag(δ))⁻¹ b by the Sherman–Morrison formula; for δ = 0 the shortest least-squares x."""
-        g = self.gradient
-        if not bool((torch.as_tensor(delta) > 0.0).any()):
-            squared = g @ g
-            return g * torch.where(squared > 0.0, (g @ b) / squared.square(), 0.0)
-        return b / delta - (g / delta) * ((g @ (b / delta)) / (1.0 + g @ (g / delta)))
+        """Returns (g gᵀ + diag(δ))⁻¹ b; where δ has zeros, the shortest least-squares solution."""
+        g, delta = self.gradient, torch.as_tensor(delta, dtype=b.dtype, device=b.device).expand(self.size)
+        damped = delta > 0.0
+        inverse = torch.where(damped, 1.0 / delta, 0.0)
+        undamped = torch.where(damped, 0.0, g)
+        length = torch.linalg.vector_norm(undamped)
+        if float(length) == 0.0:  # s = gᵀx by the formula of Sherman and Morrison (1950)
+            s = (g * inverse) @ b / (1.0 + (g * inverse) @ g)
+            x: Tensor = inverse * (b - g * s)
+        else:  # the undamped weights move along their part of g alone, and their row gives s
+            unit = undamped / length
+            s = unit @ b / length
+            x = inverse * (b - g * s)
+            x = x + unit * ((s - g @ x) / length)
+        return x

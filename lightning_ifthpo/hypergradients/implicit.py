@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from lightning_ifthpo.core.autodiff import differentiable
 from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
 from lightning_ifthpo.core.space import check_real
+from lightning_ifthpo.curvature.base import LossOperator
 from lightning_ifthpo.curvature.kinds import Curvature, curvature_operator
+from lightning_ifthpo.hypergradients.diagnosis import Setting
 from lightning_ifthpo.hypergradients.result import Hypergradient, OuterGradient, combine
 from lightning_ifthpo.solvers import ConjugateGradient, Solver
-from lightning_ifthpo.solvers.diagnosis import diagnose
-from lightning_ifthpo.solvers.system import LinearSystem
 
 
 def implicit_hypergradient(
@@ -49,7 +50,7 @@ def implicit_hypergradient(
         solver: Solves the linear system.
         x0: First iterate of the solve, [n], such as the `solution.x` of a similar problem.
         allow_unused: Return zeros for hyperparameters that influence neither loss, instead of raising.
-        diagnosed: Measure why a failed solve failed, by at most 60 products.
+        diagnosed: Say why a failed solve failed, by at most 62 products and a gradient, or why a result means nothing.
 
     Raises:
         ValueError: If a loss is not scalar or is detached, or a hyperparameter influences neither loss.
@@ -73,9 +74,20 @@ def implicit_hypergradient(
         outer_gradient = OuterGradient.of(outer, hyperparameters)
         operator = curvature_operator(curvature, inner, parameters)
         solution = solver.solve(operator, outer_gradient.v, x0)
-        mixed = operator.mixed_product(solution.x, hyperparameters)
+        mixed = _mixed_product(operator, solution.x, hyperparameters)
+        setting = Setting(inner, outer_gradient, operator, solver, curvature)
+        nothing = all(part is None for part in [*mixed, *outer_gradient.direct])
+        if nothing and not allow_unused and (unknown := setting.unknown_weights()):
+            raise ValueError(unknown)  # it is not the hyperparameters' fault
         result = combine(outer_gradient, hyperparameters, mixed, [operator.loss], solution, allow_unused)
-        if diagnosed and not result.status.succeeded:
-            system = LinearSystem(operator) if solver.needs_optimizer else solver.system(operator)
-            result = replace(result, diagnosis=diagnose(system, result.solution))
+        if diagnosed:
+            result = replace(result, diagnosis=setting.diagnosis(result))
     return result
+
+
+def _mixed_product(operator: LossOperator, x: Tensor, hyperparameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """Returns (∂²L/∂w∂λᵀ)ᵀ x, with `None` for what is zero by structure and not because x is."""
+    if bool(x.any()):
+        return operator.mixed_product(x, hyperparameters)
+    shown = operator.mixed_product(torch.ones_like(x), hyperparameters)
+    return [None if part is None else torch.zeros_like(part) for part in shown]

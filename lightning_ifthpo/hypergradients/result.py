@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_ifthpo.core.autodiff import vjp, zeros_for_none
 from lightning_ifthpo.core.loss import Loss
 from lightning_ifthpo.solvers import SolveResult, Status
+from lightning_ifthpo.solvers.causes import Cause
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Hypergradient:
         indirect: −(∂²L_T/∂w∂λᵀ)ᵀ q with q ≈ H⁻¹ ∂L_V/∂w, shaped like the hyperparameters.
         outer_loss: L_V, a scalar.
         solution: The linear solve; `solution.x` is q, [n].
-        diagnosis: Why the solve failed and what to do; empty if it succeeded.
+        diagnosis: Why the solve failed, or what makes its result meaningless, and what to do; empty if all is well.
         unused: Indices of hyperparameters that influence neither loss; their gradients are zero.
     """
 
@@ -97,11 +98,8 @@ def combine(
     pairs = enumerate(zip(outer.direct, mixed, strict=True))
     unused = tuple(index for index, (direct, m) in pairs if direct is None and m is None)
     if unused and not allow_unused:
-        raise ValueError(
-            f"hyperparameter {unused[0]}, of shape {tuple(hyperparameters[unused[0]].shape)}, does not influence the "
-            "gradient of the inner loss, nor the outer loss, so that implicit differentiation cannot tune it; for a "
-            "learning rate, ExactGeN or a sweep is the tool. Pass allow_unused=True to get zeros"
-        )
+        name = f"hyperparameter {unused[0]}, of shape {tuple(hyperparameters[unused[0]].shape)},"
+        raise ValueError(f"{Cause.NO_INFLUENCE.describe(name=name)}. Pass allow_unused=True to get zeros")
     direct = zeros_for_none(outer.direct, hyperparameters)
     indirect = zeros_for_none([None if m is None else -m for m in mixed], hyperparameters)
     if not all(bool(torch.isfinite(t).all()) for t in [outer.value, *inner_losses, *direct, *indirect]):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_ifthpo.curvature.base import CurvatureOperator
 from lightning_ifthpo.optimizers.update_rule import UpdateRule
-from lightning_ifthpo.solvers.base import Damping, Solver, SolveResult, Status, at_least
+from lightning_ifthpo.solvers.base import Damping, Solver, SolveResult, Status, at_least, is_negative
 from lightning_ifthpo.solvers.series import measured_step_size
 from lightning_ifthpo.solvers.system import LinearSystem
 
@@ -27,9 +27,10 @@ class Amortized(Solver):
 
     κ = min(1, 1/L) with L the largest curvature seen along the estimate and its moves, in units of S⁻¹: an optimizer
     at its edge of stability would make a plain iteration diverge. ‖x‖ is kept below horizon · ‖b‖ (in the norms of S⁻¹
-    and S), which A⁻¹b never exceeds. Use it with a positive semi-definite curvature, such as Gauss–Newton; along
-    negative curvature beyond the damping the status is NEGATIVE_CURVATURE. The residual is measured before the last
-    move. It says little about the quality of the hypergradient, because the operator changes with every batch.
+    and S), which A⁻¹b never exceeds, also at the start. Use it with a positive semi-definite curvature, such as
+    Gauss–Newton; along negative curvature beyond the damping the status is NEGATIVE_CURVATURE. The residual is measured
+    before the last move. It says little about the quality of the hypergradient, because the operator changes with every
+    batch.
 
     Cost: `products` products. Without an optimizer (`with_optimizer`) S is 1/λ_max, measured at each solve.
 
@@ -63,9 +64,10 @@ class Amortized(Solver):
         x, residual = torch.zeros_like(b), b
         curvatures = [0.0]
         if x0 is not None and bool(x0.any()):
-            image = system.matvec(x0)
-            x, residual, left = x0, b - image, left - 1
-            curvatures.append(_ratio(x0 @ image, _squared_length(x0, step)))
+            x = self._shortened(x0, step, b)
+            image = system.matvec(x)
+            residual, left = b - image, left - 1
+            curvatures.append(_ratio(x @ image, _squared_length(x, step)))
         while left:
             move = step * residual
             image = system.matvec(move)
@@ -74,11 +76,15 @@ class Amortized(Solver):
             x, residual, left = x.add(move, alpha=pace), residual.sub(image, alpha=pace), left - 1
         error = float(torch.linalg.vector_norm(residual)) if math.isfinite(sum(curvatures)) else math.nan
         x = x.add(step * residual, alpha=1.0 / max(1.0, *curvatures))
-        length, longest = float(_squared_length(x, step)), self.horizon**2 * float((step * b) @ b)
-        if length > longest:
-            x = x * math.sqrt(longest / length)
-        status = Status.NEGATIVE_CURVATURE if min(curvatures) < 0.0 else Status.COMPLETE
+        x = self._shortened(x, step, b)
+        negative = is_negative(min(curvatures), max(map(abs, curvatures)), b.dtype)
+        status = Status.NEGATIVE_CURVATURE if negative else Status.COMPLETE
         return SolveResult(x, error, self.products, status)
+
+    def _shortened(self, x: Tensor, step: Tensor, b: Tensor) -> Tensor:
+        """Returns x, or one in its direction that is as long as A⁻¹b can be at most."""
+        length, longest = float(_squared_length(x, step)), self.horizon**2 * float((step * b) @ b)
+        return x * math.sqrt(longest / length) if length > longest else x
 
 
 def _squared_length(x: Tensor, step: Tensor) -> Tensor:

@@ -24,11 +24,11 @@ class Status(str, Enum):
     """How a solve ended."""
 
     CONVERGED = "converged"
-    """The residual is below the tolerance."""
+    """The true residual, measured by a product, is below the tolerance; below √eps where none was asked for."""
     COMPLETE = "complete"
     """All requested products are done, and no tolerance was asked for."""
     MAX_ITERATIONS = "max_iterations"
-    """All allowed products are done, and the residual is above the tolerance."""
+    """The residual is above the tolerance, and no product is left, or none would lower it."""
     NEGATIVE_CURVATURE = "negative_curvature"
     """The operator is not positive definite: the weights are not at a minimum of the inner loss."""
     DIVERGED = "diverged"
@@ -137,10 +137,11 @@ class Solver(ABC):
         if x0 is not None and not bool(torch.linalg.vector_norm(x0, math.inf) < torch.finfo(b.dtype).max ** (1 / 3)):
             x0 = None
         result = self._solve(self.system(operator), b / norm, x0)
-        extent = float(torch.linalg.vector_norm(result.x, math.inf))
-        if math.isnan(result.relative_residual) or not math.isfinite(extent):
+        x = result.x * norm
+        finite = math.isfinite(result.relative_residual) and bool(torch.isfinite(x).all())
+        if result.status is Status.NONFINITE or not finite:
             return replace(result, x=torch.zeros_like(b), relative_residual=math.nan, status=Status.NONFINITE)
-        return replace(result, x=result.x * norm)
+        return replace(result, x=x)
 
     @abstractmethod
     def _solve(self, system: LinearSystem, b: Tensor, x0: Tensor | None) -> SolveResult:
@@ -156,7 +157,19 @@ def is_finite_or_word(value: Any, *words: str) -> bool:
     return is_number(value) and 0.0 <= value < math.inf
 
 
+def rounding_residual(dtype: torch.dtype) -> float:
+    """Returns the relative residual below which a solve without a tolerance counts as converged: √eps."""
+    # a consistent system leaves (condition number) · eps, an inconsistent one b's part in the null space
+    return math.sqrt(torch.finfo(dtype).eps)
+
+
 def status_without_tolerance(residual: float, dtype: torch.dtype) -> Status:
     """Returns CONVERGED for a residual that is only rounding, else COMPLETE."""
-    # sqrt(eps): a consistent system leaves (condition number) · eps, an inconsistent one b's part in the null space
-    return Status.CONVERGED if residual <= torch.finfo(dtype).eps ** 0.5 else Status.COMPLETE
+    return Status.CONVERGED if residual <= rounding_residual(dtype) else Status.COMPLETE
+
+
+def is_negative(curvature: float, largest: float, dtype: torch.dtype) -> bool:
+    """Whether a curvature is negative by more than rounding, with the largest curvature that was seen."""
+    # √eps: along a null vector a product leaves a few eps of the largest curvature, of either sign, and differences of
+    # gradients leave eps^⅔ (see FiniteDifferenceOperator)
+    return curvature < -math.sqrt(torch.finfo(dtype).eps) * largest

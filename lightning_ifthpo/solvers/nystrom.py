@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_ifthpo.core.random_state import Stream, derive_seed
-from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, at_least, status_without_tolerance
+from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, at_least, is_negative, status_without_tolerance
 from lightning_ifthpo.solvers.system import LinearSystem
 
 
@@ -18,7 +18,8 @@ class Nystrom(Solver):
 
     For positive semi-definite curvature with few large eigenvalues. The inverse is 1/δ outside of the r directions, so
     the damping should be as large as the eigenvalues that are left out. Directions of negative curvature are left out
-    too, and the status is then NEGATIVE_CURVATURE.
+    too. Where A + δI is negative along one of them and the residual is not rounding, the status is NEGATIVE_CURVATURE;
+    the sign of A itself does not matter.
 
     Cost: r products and r vectors of memory; one extra product measures the residual.
 
@@ -54,8 +55,8 @@ class Nystrom(Solver):
         kept = values > rank * torch.finfo(operator.dtype).eps * largest
         half = images @ (vectors[:, kept] / values[kept].sqrt())  # A ≈ half · halfᵀ
         basis, singular, _ = torch.linalg.svd(half, full_matrices=False)
-        # sqrt(eps): a zero eigenvalue seen through r products is a few eps of the largest, of either sign
-        negative = bool(values[0] < -(torch.finfo(operator.dtype).eps ** 0.5) * largest)
+        shift = float(damped)  # the damping in units of itself
+        negative = is_negative(float(values[0]) + shift, float(largest) + shift, operator.dtype)
         return LowRank(basis, singular.square(), scale, damped, rank, negative)
 
     def _solve(self, system: LinearSystem, b: Tensor, x0: Tensor | None) -> SolveResult:
@@ -67,7 +68,9 @@ class Nystrom(Solver):
             )
         x = approximation.solve(b)
         residual = system.relative_residual(x, b)
-        status = Status.NEGATIVE_CURVATURE if approximation.negative else status_without_tolerance(residual, b.dtype)
+        status = status_without_tolerance(residual, b.dtype)
+        if approximation.negative and status is not Status.CONVERGED:
+            status = Status.NEGATIVE_CURVATURE
         return SolveResult(x, residual, approximation.products, status, extra_products=1)
 
 
@@ -81,7 +84,7 @@ class LowRank:
         scale: S, [n]; ones without damping.
         damped: Whether there is damping.
         products: Products with A that were used.
-        negative: Whether a direction of negative curvature was left out.
+        negative: Whether A + δI is negative along a direction that was left out.
     """
 
     basis: Tensor
@@ -90,6 +93,11 @@ class LowRank:
     damped: bool
     products: int
     negative: bool
+
+    @property
+    def largest(self) -> float:
+        """A lower bound of the largest curvature of A that was seen; 0 if there is none."""
+        return float(self.values[0] / self.scale.square().amax()) if len(self.values) else 0.0
 
     def solve(self, b: Tensor) -> Tensor:
         """Returns its inverse times b: [n]; without damping its pseudo-inverse."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_ifthpo.core.validation import is_ascending, is_number, require_flag
 from lightning_ifthpo.curvature.base import CurvatureOperator
-from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, at_least, is_finite_or_word
+from lightning_ifthpo.solvers.base import Solver, SolveResult, Status, at_least, is_finite_or_word, is_negative
 from lightning_ifthpo.solvers.system import LinearSystem
 from lightning_ifthpo.spectrum import lanczos
 
@@ -122,9 +122,7 @@ def measured_step_size(operator: CurvatureOperator) -> tuple[float, bool, int]:
     ends = lanczos(operator, max_iterations=10, rtol=0.05)
     largest, smallest = float(ends.largest[0] + ends.largest_bounds[0]), float(ends.smallest[0])
     scale = max(largest, abs(smallest))
-    # sqrt(eps): the Ritz value of a zero eigenvalue is a few eps of the largest, of either sign
-    negative = smallest < -(torch.finfo(operator.dtype).eps ** 0.5) * scale
-    return (1.0 / scale if scale > 0.0 else 1.0), negative, ends.products
+    return (1.0 / scale if scale > 0.0 else 1.0), is_negative(smallest, scale, operator.dtype), ends.products
 
 
 def _grows(term: Tensor, new: Tensor, step_size: float | Tensor) -> bool:

@@ -33,3 +33,24 @@ def test_the_outer_product_of_a_vanishing_gradient_has_no_inverse():
     w = torch.zeros(3, device=DEVICE, requires_grad=True)
     operator = GradientOuterProductOperator(lambda: w.square().sum(), [w])
     assert torch.equal(Direct().solve(operator, torch.ones(3, device=DEVICE)).x, torch.zeros(3, device=DEVICE))
+
+
+def some_zeros(*where):
+    delta = torch.linspace(0.1, 1.0, 6, **WHERE)
+    delta[list(where)] = 0.0
+    return delta
+
+
+@pytest.mark.parametrize("delta", [some_zeros(0), some_zeros(1, 4), some_zeros(0, 1, 2, 3, 4), some_zeros(*range(6))])
+@pytest.mark.parametrize("still", [(), (1,), (1, 4), (0, 2)], ids=str)
+@pytest.mark.parametrize("size", [1e-8, 1.0, 1e4])
+def test_its_inverse_is_the_pseudo_inverse_where_some_weights_are_undamped(delta, still, size):
+    """Also where the gradient along undamped weights is zero, and in any unit of the loss."""
+    slope = torch.linspace(-1.0, 2.0, 6, **WHERE)
+    slope[list(still)] = 0.0
+    w = torch.zeros(6, **WHERE, requires_grad=True)
+    operator = GradientOuterProductOperator(lambda: size * slope @ w, [w])
+    b = torch.linspace(1.0, -2.0, 6, **WHERE)
+    dense = torch.outer(slope, slope) + torch.diag(delta)
+    x = size**2 * operator.solve(b, size**2 * delta)
+    assert relative_error(x, torch.linalg.pinv(dense, hermitian=True) @ b) < within(1e-12)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from torch import Tensor, nn
 
 from lightning_ifthpo.core.space import ParameterSpace
-from lightning_ifthpo.curvature import MatrixOperator, mark_outputs
+from lightning_ifthpo.curvature import CurvatureOperator, MatrixOperator, curvature_operator, mark_outputs
 from tests.helpers.device import DEVICE, DTYPE, FLOAT64
 
 
@@ -134,3 +135,82 @@ def ridge() -> tuple[Callable[[], Tensor], Callable[[], Tensor], Tensor, Tensor,
         return (xv @ w - yv).square().mean() / 2
 
     return inner, outer, w, log_decay, closed_form
+
+
+class LowRankOperator(CurvatureOperator):
+    """Jᵀ S J with signs S, [r], by two products, so that it is as exact as a Gauss–Newton matrix and no more."""
+
+    def __init__(self, jacobian: Tensor, signs: Tensor) -> None:
+        self.jacobian, self.signs = jacobian, signs
+        self.size, self.dtype, self.device = jacobian.shape[1], jacobian.dtype, jacobian.device
+
+    def _product(self, v: Tensor) -> Tensor:
+        return self.jacobian.T @ (self.signs * (self.jacobian @ v))
+
+
+def low_rank(seed: int, dtype: torch.dtype, *, signs: bool, consistent: bool) -> tuple[LowRankOperator, Tensor, Tensor]:
+    """A random matrix of rank r of n with eigenvalues 0.1 … 1, in float64 too, and a right-hand side, [n]."""
+    generator = torch.Generator().manual_seed(seed)
+    size = (5, 10, 30, 100)[seed % 4]
+    rank = max(1, int(size * (0.2, 0.5, 0.8)[seed % 3]))
+    basis = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator)).Q[:, :rank]
+    values = 0.1 + 0.9 * torch.rand(rank, dtype=torch.float64, generator=generator)
+    sign = torch.ones(rank, dtype=torch.float64)
+    sign[::2] = -1.0 if signs else 1.0
+    jacobian = (basis * values.sqrt()).T.contiguous().to(DEVICE, dtype)
+    operator = LowRankOperator(jacobian, sign.to(DEVICE, dtype))
+    matrix = jacobian.double().T @ (sign.to(DEVICE)[:, None] * jacobian.double())
+    b = torch.randn(size, dtype=torch.float64, generator=generator).to(DEVICE)
+    return operator, matrix, (matrix @ b if consistent else b).to(dtype)
+
+
+class Real(NamedTuple):
+    """A small model of real data, after some steps of gradient descent."""
+
+    data: str
+    model: str
+    curvature: str
+    steps: int
+
+    def __str__(self) -> str:
+        return "-".join(map(str, self))
+
+
+REAL = [
+    Real(data, model, curvature, steps)
+    for data in ("digits", "wine", "cancer")
+    for model in ("linear", "mlp")
+    for curvature in ("hessian", "gauss_newton")
+    for steps in (0, 200)
+    if (data, model) != ("digits", "mlp") or steps
+]
+
+
+def real_curvature(data: str, model: str, curvature: str, steps: int) -> tuple[Tensor, Tensor]:
+    """Returns the matrix in float32, [n, n], and the gradient of the validation loss, [n]."""
+    load = {"digits": load_digits, "wine": load_wine, "cancer": load_breast_cancer}[data]
+    inputs, labels = (torch.tensor(array) for array in load(return_X_y=True))
+    inputs = ((inputs - inputs.mean(0)) / inputs.std(0).clamp_min(1e-6)).float().to(DEVICE)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:400]
+    inputs, labels = inputs[order], labels.to(DEVICE)[order]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        features, classes = inputs.shape[1], int(labels.max()) + 1
+        layers = [nn.Linear(features, classes)]
+        if model == "mlp":
+            layers = [nn.Linear(features, 6), nn.Tanh(), nn.Linear(6, classes)]
+        net = nn.Sequential(*layers).to(DEVICE)
+    half = len(labels) // 2
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def loss(part: slice) -> Tensor:
+        return F.cross_entropy(mark_outputs(net(inputs[part])), labels[part])
+
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(slice(half)).backward()
+        optimizer.step()
+    parameters = list(net.parameters())
+    matrix = curvature_operator(curvature, lambda: loss(slice(half)), parameters).to_dense()
+    gradient = torch.autograd.grad(loss(slice(half, None)), parameters)
+    return (matrix + matrix.T) / 2, torch.cat([g.reshape(-1) for g in gradient])

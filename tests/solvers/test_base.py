@@ -15,6 +15,7 @@ from lightning_ifthpo.solvers import (
     Identity,
     MinimumResidual,
     Neumann,
+    Nystrom,
     Status,
 )
 from lightning_ifthpo.solvers.base import status_without_tolerance
@@ -27,7 +28,7 @@ from tests.checks import (
 )
 from tests.helpers.device import DEVICE, DTYPE, WHERE, within
 from tests.helpers.implementations import SOLVERS, SOLVING
-from tests.helpers.problems import relative_error, spd_matrix
+from tests.helpers.problems import low_rank, relative_error, spd_matrix
 from tests.helpers.systems import right_hand_side
 
 # beyond that sixty iterations do not reach a residual of rounding
@@ -112,7 +113,7 @@ def test_singular_and_consistent_gives_the_shortest_solution(solver):
 @pytest.mark.parametrize(
     ("solver", "status"),
     [
-        (ConjugateGradient(max_iterations=60, rtol=1e-6), Status.NEGATIVE_CURVATURE),
+        (ConjugateGradient(max_iterations=60, rtol=1e-6), Status.MAX_ITERATIONS),
         (MinimumResidual(max_iterations=60, rtol=1e-6), Status.MAX_ITERATIONS),
         (Direct(), Status.COMPLETE),
     ],
@@ -233,3 +234,60 @@ def test_the_horizon_and_the_decay_of_the_optimizer_are_damping(solver):
     undamped = replace(solver, damping=0.0, horizon=50, rule=rule).solve(MatrixOperator(matrix), b)
     if not isinstance(solver, Identity):
         assert relative_error(by_rule.x, undamped.x) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("consistent", [True, False], ids=["consistent", "inconsistent"])
+@pytest.mark.parametrize(
+    "solver",
+    [s for s in SOLVERS if s.damping == 0.0 and not isinstance(s, Nystrom)]
+    + [Neumann(terms=200, step_size=0.5), Amortized(), Nystrom(rank=5, damping=1e-3), Nystrom(rank=200)],
+    ids=repr,
+)
+def test_a_semi_definite_matrix_is_not_called_indefinite(solver, consistent, dtype):
+    """Its zero eigenvalues are rounding of products with Jᵀ and J, of either sign."""
+    for seed in range(30):
+        operator, _, b = low_rank(seed, dtype, signs=False, consistent=consistent)
+        x = None
+        for _ in range(4 if isinstance(solver, Amortized) else 1):
+            result = solver.solve(operator, b, x)
+            x = result.x
+            assert result.status not in (Status.NEGATIVE_CURVATURE, Status.DIVERGED, Status.NONFINITE)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-1])
+def test_the_sign_of_the_undamped_matrix_does_not_matter(size):
+    """Damping of one lifts eigenvalues of −size; beyond it the status tells."""
+    matrix, b = spd_matrix(12, 50.0, dtype=torch.float64), right_hand_side(12, torch.float64)
+    matrix = matrix - (1.0 + size) * torch.eye(12, device=DEVICE)
+    for solver in (ConjugateGradient(max_iterations=60), Nystrom(rank=12), Nystrom(rank=11), Neumann()):
+        assert replace(solver, damping=1.0).solve(MatrixOperator(matrix), b).status.succeeded
+        assert replace(solver, damping=1e-4 * size).solve(MatrixOperator(matrix), b).status in (
+            Status.NEGATIVE_CURVATURE,
+            Status.COMPLETE,  # Nyström below full rank may not see it, and its residual says so
+            Status.CONVERGED,  # at full rank it has solved the system
+        )
+
+
+class _Overflowing(MatrixOperator):
+    """Has entries so large that its products are not finite."""
+
+    def _product(self, v):
+        return self.matrix @ v * 1e300 * 1e300
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_no_success_has_a_residual_that_is_not_finite(solver):
+    operator = _Overflowing(torch.eye(3, device=DEVICE))
+    result = solver.solve(operator, torch.ones(3, device=DEVICE))
+    assert result.status is Status.NONFINITE
+    assert math.isnan(result.relative_residual)
+    assert not bool(result.x.any())
+
+
+def test_a_solution_that_overflows_in_the_units_of_b_is_not_returned():
+    operator = MatrixOperator(1e-20 * torch.eye(3, dtype=torch.float32, device=DEVICE))
+    for solver in (ConjugateGradient(), MinimumResidual(), Direct()):
+        result = solver.solve(operator, torch.full((3,), 1e30, device=DEVICE))
+        assert result.status is Status.NONFINITE
+        assert not bool(result.x.any())

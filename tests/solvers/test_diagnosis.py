@@ -1,5 +1,8 @@
 """What is said of a solve that failed."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 from lightning_ifthpo.curvature import MatrixOperator
@@ -22,36 +25,37 @@ def failed(status, **options):
     return SolveResult(torch.zeros(3, device=DEVICE), 0.5, 7, status, **options)
 
 
-def test_a_nan_is_looked_for_in_the_batch():
-    assert "look at the batch and the weights" in diagnose(
-        MatrixOperator(torch.eye(3, device=DEVICE)), failed(Status.NONFINITE)
-    )
-
-
 def test_too_few_iterations_are_said_with_the_residual_that_is_left():
     message = diagnose(MatrixOperator(torch.eye(3, device=DEVICE)), failed(Status.MAX_ITERATIONS))
-    assert "relative residual is 0.5 after 7 products" in message
+    assert message.startswith("ill conditioned, not yet converged (relative residual 0.5 after 7 products")
     assert "raise the damping" in message
 
 
 def test_negative_curvature_is_said_with_the_damping_that_would_lift_it():
     operator = MatrixOperator(torch.diag(torch.tensor([3.0, 1.0, -0.25], device=DEVICE)))
     message = diagnose(LinearSystem(operator), failed(Status.NEGATIVE_CURVATURE))
-    assert "negative curvature (λ_min = -0.25, λ_max = 3)" in message
+    assert "negative curvature (λ_min = -0.25, λ_max = 3):" in message
     assert "a damping above 0.25" in message
     assert "step is too long" not in message
-    assert "In addition, the step is too long: step_size η = 1 " in diagnose(
+    assert "In addition, the step is too long (step_size η = 1 " in diagnose(
         LinearSystem(operator), failed(Status.NEGATIVE_CURVATURE, step_size=1.0)
     )
+    message = diagnose(LinearSystem(operator, 0.05), failed(Status.NEGATIVE_CURVATURE))
+    assert "negative curvature (λ_min = -0.2, λ_max = 3.05) beyond the damping of 0.05" in message
+    assert "a damping above 0.25" in message
+    message = diagnose(LinearSystem(operator, torch.full((3,), 0.05)), failed(Status.NEGATIVE_CURVATURE))
+    assert "a damping above the present one plus 0.2" in message
 
 
-def test_a_singular_operator_needs_damping():
-    operator = MatrixOperator(torch.diag(torch.tensor([3.0, 1.0, 1e-6], dtype=torch.float64, device=DEVICE)))
-    message = diagnose(LinearSystem(operator), failed(Status.NEGATIVE_CURVATURE))
-    assert "operator is singular, and b does not lie in its range: use damping (λ_min = 1e-06, λ_max = 3)" in message
+def test_negative_curvature_that_few_products_do_not_find_again_is_believed():
+    operator = MatrixOperator(torch.eye(3, device=DEVICE))
+    message = diagnose(operator, failed(Status.NEGATIVE_CURVATURE))
+    assert "seen along one direction" in message
 
 
-def test_a_diagnosis_takes_sixty_products_at_most():
+@pytest.mark.parametrize("status", [status for status in Status if not status.succeeded])
+def test_a_diagnosis_takes_sixty_two_products_at_most(status):
     operator = Counted(spd_matrix(200, 1e6))
-    diagnose(LinearSystem(operator), failed(Status.DIVERGED))
-    assert operator.count <= 60
+    result = replace(failed(status), x=torch.zeros(200, device=DEVICE, dtype=operator.dtype))
+    assert diagnose(LinearSystem(operator), result, right_hand_side(200))
+    assert operator.count <= 62

@@ -83,3 +83,40 @@ def test_the_probes_come_from_the_generator_and_are_always_the_same_without_one(
     plain = [spectral_density(operator, max_probes=1).weights for _ in range(2)]
     assert torch.equal(*plain)
     assert not torch.equal(plain[0], seeded[0].weights)
+
+
+def blocks(block, size):
+    return torch.kron(torch.eye(size // len(block)), torch.tensor(block)).to(**WHERE)
+
+
+EIGENVECTORS_OF_SIGNS = {
+    "two weights": blocks([[1.0, 2.0], [2.0, 1.0]], 2),
+    "ten pairs": blocks([[1.0, 2.0], [2.0, 1.0]], 20),
+    "a swap": blocks([[0.0, 1.0], [1.0, 0.0]], 4),
+    "all equal": torch.ones(3, 3, **WHERE),
+    "one pair among zeros": torch.block_diag(blocks([[1.0, -1.0], [-1.0, 1.0]], 2), torch.zeros(78, 78, **WHERE)),
+    "many pairs": blocks([[1.0, 2.0], [2.0, 1.0]], 80),
+}
+
+
+@pytest.mark.parametrize("matrix", EIGENVECTORS_OF_SIGNS.values(), ids=EIGENVECTORS_OF_SIGNS.keys())
+def test_an_eigenvector_with_equal_entries_hides_nothing(matrix):
+    """A probe of random signs may be an eigenvector of these, or be orthogonal to one."""
+    values = torch.linalg.eigvalsh(matrix)
+    for seed in range(10):
+        density = spectral_density(MatrixOperator(matrix), generator=torch.Generator().manual_seed(seed))
+        distance = wasserstein_distance(density.eigenvalues, values, density.weights)
+        # the reported error is an expected one: a sample may be three times as far
+        assert distance <= max(3.0 * density.error, 1e-6)
+        assert density.products <= max(20 * 50, 2 * len(matrix))
+        if len(matrix) <= 50:
+            assert density.converged
+            assert density.products <= 2 * len(matrix)
+
+
+def test_a_small_operator_that_is_not_finite_says_so():
+    operator = MatrixOperator(torch.eye(4, **WHERE))
+    operator.matrix = torch.full((4, 4), torch.nan, **WHERE)
+    density = spectral_density(operator)
+    assert not density.converged
+    assert density.error != density.error
