@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import lightning as L
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from lightning_ifthpo.runtime.sharding import unsharded
 from lightning_ifthpo.training_loss import training_loss
 
 BY_DIFFERENCES = ("finite_difference", "three_point")  # differences of gradients; of losses
+
+_Condition: TypeAlias = Callable[[nn.Module], bool]
+"""Whether a submodule is evaluated in the mode of training; in eval mode otherwise."""
 
 
 class ModuleLosses:
@@ -63,15 +66,21 @@ class ModuleLosses:
 
     def inner(self, batch: Any, *, scale: float = 1.0) -> Loss:
         """Returns the inner loss on a batch."""
-        return self._loss("inner_loss", partial(training_loss, self._module), batch, scale)
+        return self._loss("inner_loss", partial(training_loss, self._module), _any, batch, scale)
 
     def outer(self, batch: Any, *, scale: float = 1.0) -> Loss:
         """Returns the outer loss on a batch."""
-        return self._loss("outer_loss", self._module.outer_loss, batch, scale)
+        return self._loss("outer_loss", self._module.outer_loss, _none, batch, scale)
 
-    def _loss(self, name: str, function: Callable[[Any], Tensor], batch: Any, scale: float) -> Loss:
+    def outer_by_batch_statistics(self, batch: Any) -> Loss:
+        """Returns the outer loss with BatchNorm, and all modules that have buffers, in the modes of training."""
+        return self._loss("outer_loss", self._module.outer_loss, _has_buffers, batch)
+
+    def _loss(
+        self, name: str, function: Callable[[Any], Tensor], trains: _Condition, batch: Any, scale: float = 1.0
+    ) -> Loss:
         return Loss(
-            partial(self._evaluate, function, batch, training=name == "inner_loss"),
+            partial(self._evaluate, function, trains, batch),
             trainable(self._module),
             name=name,
             share=1.0 if self._ranks is None else self._ranks.share_of(batch),
@@ -79,9 +88,9 @@ class ModuleLosses:
             scale=scale,
         )
 
-    def _evaluate(self, loss: Callable[[Any], Tensor], batch: Any, *, training: bool) -> Tensor:
+    def _evaluate(self, loss: Callable[[Any], Tensor], trains: _Condition, batch: Any) -> Tensor:
         for submodule, mode in self._modes.items():
-            submodule.training = mode and training
+            submodule.training = mode and trains(submodule)
         with self._forward_context():
             return loss(copied(batch))
 
@@ -90,3 +99,15 @@ def trainable(module: Any) -> list[nn.Parameter]:
     """Returns the weights of a module that require a gradient, without hyperparameters."""
     parameters = module.inner_parameters() if isinstance(module, BilevelLightningModule) else module.parameters()
     return [parameter for parameter in parameters if parameter.requires_grad]
+
+
+def _any(module: nn.Module) -> bool:
+    return True
+
+
+def _none(module: nn.Module) -> bool:
+    return False
+
+
+def _has_buffers(module: nn.Module) -> bool:
+    return any(True for _ in module.buffers(recurse=False))
