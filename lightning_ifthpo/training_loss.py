@@ -8,12 +8,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from lightning_ifthpo.core.loss import NoLossError
+
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-class NoLossError(TypeError):
-    """A training step, or an inner loss, returned None: training skips the batch, and so should whoever asks."""
 
 
 def derived(function: _Function) -> _Function:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_ifthpo.callbacks.hyper_optimizer import HyperOptimizer
 from lightning_ifthpo.callbacks.outer_level import OuterLevel
 from lightning_ifthpo.core.autodiff import differentiable
-from lightning_ifthpo.core.loss import Loss
+from lightning_ifthpo.core.loss import Loss, NoLossError
 from lightning_ifthpo.curvature.kinds import Curvature
 from lightning_ifthpo.hypergradients import Hypergradient, implicit_hypergradient
 from lightning_ifthpo.optimizers import UpdateRule, moving
@@ -98,11 +98,14 @@ class HyperStepper:
         self._check_influence(set(result.unused))
 
     def compute(self, batch: Any, *, diagnosed: bool) -> tuple[Hypergradient, str]:
-        """Returns the hypergradient for a training batch and the next outer batch, and why it should not be used."""
-        outer_batch = self._prepared(self.outer_data.next())
+        """Returns the hypergradient for a training batch and the next outer batch, and why it should not be used.
+
+        Raises:
+            NoLossError: If there is no inner loss on this batch; then nothing is counted or used up.
+        """
+        outer_batch = self._prepared(self.outer_data.peek())
         solver = self._solver_for_moving_weights()
-        with self._session():
-            self.steps += 1  # counts also if there is no loss, or memory runs out
+        with self._session(), self._counting():
             result, scale = self._scaled_hypergradient(batch, outer_batch, solver, diagnosed=diagnosed)
             if result.status is Status.NONFINITE:
                 return result, ""
@@ -111,6 +114,20 @@ class HyperStepper:
         if self._warm_start and not doubt:
             self._remember(result.solution)
         return result, doubt
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Counts a hyper step and uses up an outer batch, also if memory runs out, unless there is no inner loss."""
+        counts = True
+        try:
+            yield
+        except NoLossError:
+            counts = False
+            raise
+        finally:
+            if counts:
+                self.steps += 1
+                self.outer_data.next()
 
     def preview(self, batch: Any) -> Hypergradient:
         """Returns the hypergradient for a training batch and the next outer batch, and changes no state."""

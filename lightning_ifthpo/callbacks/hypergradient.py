@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import lightning as L
@@ -14,6 +14,7 @@ from lightning_ifthpo.callbacks.frozen import FrozenHyperparameters
 from lightning_ifthpo.callbacks.hyper_metrics import result_metrics, summaries
 from lightning_ifthpo.callbacks.hyper_step import HyperStepper
 from lightning_ifthpo.callbacks.periodic import PeriodicCallback, check_single_process, is_monitored
+from lightning_ifthpo.core.loss import NoLossError
 from lightning_ifthpo.core.validation import require_choice, require_flag
 from lightning_ifthpo.curvature.kinds import OPERATORS, Curvature
 from lightning_ifthpo.hypergradients import Hypergradient
@@ -23,7 +24,6 @@ from lightning_ifthpo.runtime.outer_data import find_outer_data
 from lightning_ifthpo.runtime.precision import CurvaturePrecision
 from lightning_ifthpo.runtime.requirements import check_module, check_precision
 from lightning_ifthpo.solvers import Amortized, Solver, Status
-from lightning_ifthpo.training_loss import NoLossError
 
 
 class IFTHypergradient(PeriodicCallback):
@@ -171,15 +171,18 @@ class IFTHypergradient(PeriodicCallback):
         if unfrozen := self._frozen.refreeze():
             self._warn_of_unfrozen(unfrozen)
         if not self._is_tested:
-            with self._skipping_without_loss(trainer):
+            try:
                 self._active_stepper.dry_run(batch)
                 self._is_tested = True
+            except NoLossError:
+                check_single_process(trainer)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def _fire(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
         """Makes one hyper step."""
+        self._require_dry_run()
         metrics: dict[str, float] = {}
-        with self._skipping_without_memory(trainer), self._skipping_without_loss(trainer):
+        with self._skipping_without_memory(trainer):
             # A diagnosis costs products, so only a failure that is reported gets one.
             diagnosed = not self._has_warned or self.on_failure == "raise"
             result, doubt = self._active_stepper.compute(batch, diagnosed=diagnosed)
@@ -190,11 +193,13 @@ class IFTHypergradient(PeriodicCallback):
 
     def _preview(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
         """Returns the metrics of a hyper step that is not made."""
-        metrics = {"hypergrad/skipped": float(self.skipped), **summaries(module)}
-        if self._is_tested:
-            with suppress(NoLossError):
-                metrics |= result_metrics(self._active_stepper.preview(batch))
-        return metrics
+        self._require_dry_run()
+        metrics = result_metrics(self._active_stepper.preview(batch))
+        return {**metrics, "hypergrad/skipped": float(self.skipped), **summaries(module)}
+
+    def _require_dry_run(self) -> None:
+        if not self._is_tested:
+            raise NoLossError("no batch has had a loss yet")
 
     def _lacks_metrics(self, trainer: L.Trainer) -> bool:
         """Also asks whether a callback or a scheduler monitors one of the metrics, because a preview costs a solve."""
@@ -243,15 +248,6 @@ class IFTHypergradient(PeriodicCallback):
         if reason:
             garbage_collection_cuda()  # outside the except block, the error no longer holds its tensors
             self._skip(f"{reason}; a smaller outer batch or curvature='finite_difference' needs less")
-
-    @contextmanager
-    def _skipping_without_loss(self, trainer: L.Trainer) -> Iterator[None]:
-        """Leaves out what needs the inner loss, if that is None on this batch."""
-        try:
-            yield
-        except NoLossError:
-            check_single_process(trainer)
-            self.skipped += self._is_tested  # the dry run waits for another batch
 
     def _skip(self, reason: str) -> None:
         self.skipped += 1

@@ -11,10 +11,10 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_ifthpo.core.loss import NoLossError
 from lightning_ifthpo.runtime.batches import copied
 from lightning_ifthpo.runtime.cadence import Cadence
 from lightning_ifthpo.runtime.loggers import log_metrics
-from lightning_ifthpo.training_loss import has_inner_loss
 
 
 class PeriodicCallback(L.Callback):
@@ -35,7 +35,11 @@ class PeriodicCallback(L.Callback):
 
     @abstractmethod
     def _fire(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
-        """Does the work of the callback and returns metrics to log."""
+        """Does the work of the callback and returns metrics to log.
+
+        Raises:
+            NoLossError: If there is no training loss on this batch; it is called again after the next batch.
+        """
 
     def _illustrate(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
         """Does further work; its time does not count against the budget."""
@@ -77,24 +81,27 @@ class PeriodicCallback(L.Callback):
         if not pl_module.automatic_optimization:
             self._cadence.optimizer_stepped()  # torch's own optimizers do not call on_before_optimizer_step
         kept, self._batch = self._batch, None
-        # the Trainer passes {} if training_step returned None
-        skipped = pl_module.automatic_optimization and not outputs and not has_inner_loss(pl_module)
-        due = self._cadence.is_due(last_chance=self._is_last_chance(trainer), skipped=skipped)
+        due = self._cadence.is_due(last_chance=self._is_last_chance(trainer))
         if kept is None:
             return
-        if skipped:
+        try:
+            self._act(trainer, pl_module, kept, due=due)
+        except NoLossError:
             check_single_process(trainer)
-        synchronize = torch.accelerator.synchronize if pl_module.device.type != "cpu" else lambda: None
+            self._cadence.postpone()
+
+    def _act(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, *, due: bool) -> None:
+        synchronize = torch.accelerator.synchronize if module.device.type != "cpu" else lambda: None
         if due:
-            self._has_fired = True
             with self._cadence.firing(synchronize):
-                self._metrics = self._fire(trainer, pl_module, kept)
-                log_metrics(trainer, pl_module, self._metrics, headline=self.headline)
+                self._metrics = self._fire(trainer, module, batch)
+                log_metrics(trainer, module, self._metrics, headline=self.headline)
+            self._has_fired = True
             with self._cadence.off_budget(synchronize):
-                self._illustrate(trainer, pl_module, kept)
-        elif not skipped and self._lacks_metrics(trainer):
+                self._illustrate(trainer, module, batch)
+        elif self._lacks_metrics(trainer):
             with self._cadence.off_budget(synchronize):
-                self._metrics = self._preview(trainer, pl_module, kept)
+                self._metrics = self._preview(trainer, module, batch)
                 self._publish(trainer, self._metrics)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

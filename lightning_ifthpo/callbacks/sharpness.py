@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_ifthpo.callbacks.measurement import spectrum_metrics, trace_metrics
 from lightning_ifthpo.callbacks.periodic import PeriodicCallback
+from lightning_ifthpo.core.loss import NoLossError
 from lightning_ifthpo.core.validation import require_choice, require_flag
 from lightning_ifthpo.curvature import CurvatureOperator
 from lightning_ifthpo.curvature.kinds import LossCurvature, curvature_operator
@@ -24,7 +25,6 @@ from lightning_ifthpo.runtime.losses import ModuleLosses, trainable
 from lightning_ifthpo.runtime.requirements import check_observed, check_precision
 from lightning_ifthpo.spectrum import SpectrumTracker, spectral_density
 from lightning_ifthpo.spectrum.tracking import Method
-from lightning_ifthpo.training_loss import NoLossError
 
 
 class SharpnessMonitor(PeriodicCallback):
@@ -220,11 +220,11 @@ class SharpnessMonitor(PeriodicCallback):
         try:
             yield
         except Exception as error:
+            if isinstance(error, NoLossError) and self._examples is None:
+                raise  # the next training batch may have a loss; fixed examples do not change
             if self._ranks.count > 1 and not alone and not isinstance(error, FloatingPointError):
                 raise
             self.failures += 1
-            if isinstance(error, NoLossError) and self._examples is None:
-                return  # training skips such batches too; fixed examples would never have a loss
             self._warn_once(
                 f"SharpnessMonitor: a measurement failed, and training goes on: {type(error).__name__}: {error}. "
                 f"Further failures are not reported, but counted in {self.name}/failures"

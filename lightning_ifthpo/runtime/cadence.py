@@ -70,20 +70,21 @@ class Cadence:
         waited = self._since_last + 1 >= self._every and self._batches >= self._start_after
         return (last_chance or waited) and self._affordable()
 
-    def is_due(self, *, last_chance: bool = False, skipped: bool = False) -> bool:
-        """Counts one batch; returns whether to fire after it (on the last chance, after any optimizer step).
-
-        After a batch that training has skipped it does not fire, and waits for the next optimizer step.
-        """
+    def is_due(self, *, last_chance: bool = False) -> bool:
+        """Counts one batch; returns whether to fire after it (on the last chance, after any optimizer step)."""
         self._batches += 1
         if self._batches > self._start_after:
             self._since_last += 1
-        stepped, self._stepped = self._stepped and not skipped, False
+        stepped, self._stepped = self._stepped, False
         if not (stepped and (last_chance or self._since_last >= self._every)):
             return False
         affordable = self._affordable()
         self.postponed += not affordable
         return affordable
+
+    def postpone(self) -> None:
+        """Makes it due after the next batch, because it could not fire on this one."""
+        self._since_last, self._stepped = self._every, True
 
     @contextmanager
     def firing(self, synchronize: Callable[[], None]) -> Iterator[None]:
