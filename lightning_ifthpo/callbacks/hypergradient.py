@@ -257,8 +257,8 @@ class IFTHypergradient(PeriodicCallback):
         """Returns whether to use a result, and reports a failed solve, or a doubt about the outer loss."""
         if result.status.succeeded and not doubt:
             return True
-        failure = doubt or f"it ended with status {result.status.value!r}: {result.diagnosis}"
-        reason = f"hyper step {self._active_stepper.steps}: {failure}"
+        reason = f"hyper step {self._active_stepper.steps} "
+        reason += f"is doubtful: {doubt}" if doubt else f"ended with status {result.status.value!r}: {result.diagnosis}"
         if self.on_failure == "raise":
             raise RuntimeError(reason)
         usable = self.on_failure == "use" and result.status is not Status.NONFINITE
