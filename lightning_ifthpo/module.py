@@ -19,7 +19,8 @@ class BilevelLightningModule:
     """Adds hyperparameters, an inner and an outer loss to a LightningModule; name it first among the bases.
 
     Hyperparameters are frozen parameters of the module: they move with it and are saved in its checkpoints, and an
-    optimizer built from `self.parameters()` neither trains nor decays them. `IFTHypergradient` updates them.
+    optimizer built from `self.parameters()` neither trains nor decays them. `IFTHypergradient` updates them, and keeps
+    them frozen during training. A checkpoint of the plain class can be loaded; the other way needs `strict=False`.
 
     Define `outer_loss(batch)`, and either `inner_loss(batch)` or `training_step`. By default `training_step` logs and
     returns `inner_loss`, and `validation_step` `outer_loss`. The losses must return a scalar tensor, and may use
@@ -144,7 +145,10 @@ class BilevelLightningModule:
         raise NotImplementedError(f"{type(self).__name__} needs outer_loss(batch): what the hyperparameters minimize")
 
     def outer_dataloader(self) -> Any:
-        """Returns the loader of outer batches, or None if the data module or the callback has one; by default None."""
+        """Returns the loader of outer batches, or None if the data module or the callback has one; by default None.
+
+        A loader may be assigned in place of this method.
+        """
         return None
 
     def configure_hyper_optimizer(self) -> torch.optim.Optimizer:

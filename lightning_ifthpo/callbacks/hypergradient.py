@@ -43,14 +43,18 @@ class IFTHypergradient(PeriodicCallback):
         start_after_batches: Training batches before the first of every_n_batches is counted.
         outer_dataloader: Loader of outer batches. None takes the module's `outer_dataloader()`, or the data module's,
             or the validation data with a warning.
-        on_failure: "skip", "use" if it is finite, or "raise" an error for a solve that neither converged nor completed.
-            A hyper step that runs out of memory is skipped, except with "raise" or several processes.
+        on_failure: "skip", "use" if it is finite, or "raise" an error for a solve that neither converged nor completed,
+            and for an outer loss that is 32 times too large because running statistics, as those of BatchNorm, do not
+            fit the weights yet. A hyper step that runs out of memory is skipped, except with "raise" or several
+            processes.
         max_overhead: Upper bound of the time of hyper steps over the training time; hyper steps become as rare as
             needed, and the run then depends on the clock. None for no limit.
         precision: In mixed precision "32" evaluates the losses without autocast, "inherit" as training does.
 
     Logs once per hyper step `hypergrad/norm`, `direct_norm`, `indirect_norm`, `outer_loss`, `residual`, `products`,
-    `skipped`, and `hyperparameter/<name>/mean`, `min` and `max`.
+    `skipped`, and `hyperparameter/<name>/mean`, `min` and `max`. If a callback or a scheduler monitors one of them, and
+    no hyper step has been made before the first validation or the end of the first epoch, a hypergradient is computed
+    there for `callback_metrics` alone.
 
     Raises:
         ValueError: If an argument is out of range.

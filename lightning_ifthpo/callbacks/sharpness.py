@@ -37,8 +37,8 @@ class SharpnessMonitor(PeriodicCallback):
     processes would wait forever.
 
     Args:
-        every_n_batches: Training batches between two measurements, at least 1. The first measurement comes at the end
-            of the first epoch at the latest.
+        every_n_batches: Training batches between two measurements, at least 1. The first measurement comes before the
+            first validation and the end of the first epoch, where other callbacks may read it.
         method: "lanczos"; or "power_iteration", which needs more products, and the memory of four vectors instead of up
             to max_iterations. Both start from their last result.
         top_k: Number of largest eigenvalues to log; a repeated one counts once.

@@ -63,7 +63,7 @@ class In(Callback):
         setattr(self, hook, lambda trainer, module, *_: action(module) if trainer.global_step else None)
 
 
-class WithDataclass(Fixed):
+class InTrainingStep(Fixed):
     def training_step(self, batch, batch_idx):
         require_gradients(self)
         return super().training_step(batch, batch_idx)
@@ -92,9 +92,24 @@ def test_no_hook_hands_them_to_the_training_optimizer(hook, action, options):
     check_leaves_training_untouched(watched, fit([], Fixed, **PLAIN[options]))
 
 
+class ThawedBefore(Fixed):
+    """Unfreezes everything after the callback has frozen it, and before the first batch."""
+
+    def __init__(self, hook):
+        super().__init__()
+        own = getattr(self, hook)
+        setattr(self, hook, lambda *arguments: (require_gradients(self), own(*arguments))[1])
+
+
+@pytest.mark.filterwarnings("ignore:hyperparameter .* was unfrozen")
+@pytest.mark.parametrize("hook", ["configure_optimizers", "on_fit_start", "on_train_start"])
+def test_it_does_not_help_to_be_early(hook):
+    fit([IFTHypergradient(2, on_failure="use")], lambda: ThawedBefore(hook), gradient_clip_val=0.5)
+
+
 @pytest.mark.filterwarnings("ignore:hyperparameter .* was unfrozen")
 def test_training_step_neither():
-    watched = fit([IFTHypergradient(2, on_failure="use")], WithDataclass, gradient_clip_val=0.5)
+    watched = fit([IFTHypergradient(2, on_failure="use")], InTrainingStep, gradient_clip_val=0.5)
     check_leaves_training_untouched(watched, fit([], Fixed, gradient_clip_val=0.5))
 
 
