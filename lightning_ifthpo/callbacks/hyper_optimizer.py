@@ -48,13 +48,15 @@ class HyperOptimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of the optimizer, and the master copies."""
-        return {"optimizer": self._optimizer.state_dict(), "masters": [master.detach() for master in self._copies]}
+        return {**self._optimizer.state_dict(), "masters": [master.detach() for master in self._copies]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores a result of `state_dict`."""
-        self._optimizer.load_state_dict(state["optimizer"])
+        state = state.copy()
+        masters = state.pop("masters")
+        self._optimizer.load_state_dict(state)
         with torch.no_grad():
-            for master, value in zip(self._copies, state["masters"], strict=True):
+            for master, value in zip(self._copies, masters, strict=True):
                 master.copy_(value)
 
     @property
