@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from lightning_ifthpo.core.marking import mark_outputs
 from lightning_ifthpo.core.space import check_real
@@ -17,7 +19,8 @@ class BilevelLightningModule:
     """Adds hyperparameters, an inner and an outer loss to a LightningModule; name it first among the bases.
 
     Hyperparameters are frozen parameters of the module: they move with it and are saved in its checkpoints, and an
-    optimizer built from `self.parameters()` neither trains nor decays them. `IFTHypergradient` updates them.
+    optimizer built from `self.parameters()` neither trains nor decays them. `IFTHypergradient` updates them, and keeps
+    them frozen during training. A checkpoint of the plain class can be loaded; the other way needs `strict=False`.
 
     Define `outer_loss(batch)`, and either `inner_loss(batch)` or `training_step`. By default `training_step` logs and
     returns `inner_loss`, and `validation_step` `outer_loss`. The losses must return a scalar tensor, and may use
@@ -102,6 +105,30 @@ class BilevelLightningModule:
         """Yields the weights, for the optimizer of `configure_optimizers`."""
         return (parameter for _, parameter in self.named_inner_parameters())
 
+    def unfreeze(self) -> Self:
+        """Unfreezes the weights, as Lightning does; hyperparameters stay frozen."""
+        result = super().unfreeze()  # type: ignore[misc]
+        for hyperparameter in self.hyperparameters():
+            hyperparameter.requires_grad_(False)
+        return result  # type: ignore[no-any-return]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Completes a checkpoint without hyperparameters, such as one of the plain class, by the present values."""
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+        loaded: dict[str, Any] = checkpoint["state_dict"]
+        own: dict[str, Any] = self.state_dict()  # type: ignore[attr-defined]
+        missing = {
+            key: value
+            for key, value in own.items()
+            if key not in loaded and key.split(".")[0] in self._hyperparameter_names
+        }
+        if missing:
+            loaded.update(missing)
+            warnings.warn(
+                f"the checkpoint has no values of {', '.join(map(repr, missing))}; the module keeps its own",
+                stacklevel=2,
+            )
+
     def mark_outputs(self, output: Tensor) -> Tensor:
         """Returns the output unchanged; Gauss–Newton curvature takes it as the output of the model."""
         return mark_outputs(output)
@@ -118,7 +145,10 @@ class BilevelLightningModule:
         raise NotImplementedError(f"{type(self).__name__} needs outer_loss(batch): what the hyperparameters minimize")
 
     def outer_dataloader(self) -> Any:
-        """Returns the loader of outer batches, or None if the data module or the callback has one; by default None."""
+        """Returns the loader of outer batches, or None if the data module or the callback has one; by default None.
+
+        A loader may be assigned in place of this method.
+        """
         return None
 
     def configure_hyper_optimizer(self) -> torch.optim.Optimizer:
@@ -126,13 +156,14 @@ class BilevelLightningModule:
         return torch.optim.Adam(self.hyperparameters(), lr=1e-2)
 
 
-def _step_with(loss_name: str) -> Callable[[Any, Any, int], Tensor]:
+def _step_with(loss_name: str) -> Callable[[Any, Any, int], Tensor | None]:
     """Returns a training or validation step that logs and returns a loss of the module."""
 
     @derived
-    def step(self: Any, batch: Any, batch_idx: int) -> Tensor:
-        loss: Tensor = getattr(self, loss_name)(batch)
-        self.log(loss_name, loss, prog_bar=True)
+    def step(self: Any, batch: Any, batch_idx: int) -> Tensor | None:
+        loss: Tensor | None = getattr(self, loss_name)(batch)
+        if loss is not None:  # a training step without a loss skips the batch
+            self.log(loss_name, loss, prog_bar=True)
         return loss
 
     return step

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from lightning_ifthpo.core.loss import NoLossError
+
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -29,17 +31,25 @@ def has_training_step(module: Any) -> bool:
 
 
 def training_loss(module: Any, batch: Any) -> Tensor:
-    """Returns the loss of a LightningModule on a batch, a scalar: `inner_loss`, or else the loss of `training_step`."""
-    loss: Tensor = module.inner_loss(batch) if has_inner_loss(module) else loss_of_training_step(module, batch)
+    """Returns the loss of a LightningModule on a batch, a scalar: `inner_loss`, or else the loss of `training_step`.
+
+    Raises:
+        NoLossError: If that is None.
+        TypeError: If the training step returns something else without a loss.
+    """
+    if not has_inner_loss(module):
+        return loss_of_training_step(module, batch)
+    loss: Tensor = _required(module.inner_loss(batch), "inner_loss")
     return loss
 
 
 def loss_of_training_step(module: Any, batch: Any) -> Tensor:
-    """Calls the training step as the Trainer does and returns its loss; raises TypeError if it returns none."""
+    """Calls the training step as the Trainer does and returns its loss; see `training_loss` for errors."""
     step = module.training_step
     kinds = [parameter.kind for parameter in inspect.signature(step).parameters.values()]
     several = inspect.Parameter.VAR_POSITIONAL in kinds or sum(kind in _POSITIONAL for kind in kinds) > 1
     value = step(batch, max(module.trainer.fit_loop.batch_idx, 0)) if several else step(batch)
+    value = _required(value, "training_step")
     loss = value.get("loss") if isinstance(value, Mapping) else value
     if not isinstance(loss, Tensor):
         raise TypeError(
@@ -47,6 +57,12 @@ def loss_of_training_step(module: Any, batch: Any) -> Tensor:
             "define inner_loss(batch) to say what the weights minimize"
         )
     return loss
+
+
+def _required(value: Any, name: str) -> Any:
+    if value is None:
+        raise NoLossError(f"{name} returned None, so there is no loss to differentiate on this batch")
+    return value
 
 
 def is_stub(step: Any) -> bool:

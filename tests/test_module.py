@@ -163,6 +163,47 @@ def test_inner_loss_without_anything_to_make_it_of():
         Empty().outer_loss(None)
 
 
+def test_unfreeze_leaves_hyperparameters_frozen():
+    module = Classifier()
+    assert module.freeze() is module
+    assert not any(p.requires_grad for p in module.parameters())
+    assert module.unfreeze() is module
+    assert not any(p.requires_grad for p in module.hyperparameters())
+    assert all(p.requires_grad for p in module.inner_parameters())
+    assert module.training
+
+
+def test_a_checkpoint_without_hyperparameters_keeps_the_modules_own(tmp_path):
+    """Also buffers of a registered module; those that the checkpoint has are loaded."""
+    module = Classifier()
+    trainer = quiet_trainer()
+    trainer.fit(module, loader(), loader())
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    checkpoint = torch.load(tmp_path / "model.ckpt", weights_only=True)
+    first, *others = [name for name, _ in module.named_hyperparameters()]
+    checkpoint["state_dict"][first].fill_(-1.5)
+    for name in others:
+        del checkpoint["state_dict"][name]
+    torch.save(checkpoint, tmp_path / "partial.ckpt")
+    with pytest.warns(UserWarning, match=f"the checkpoint has no values of '{others[0]}'.*the module keeps its own"):
+        loaded = Classifier.load_from_checkpoint(tmp_path / "partial.ckpt")
+    values = dict(loaded.named_hyperparameters())
+    assert values[first].item() == -1.5
+    assert torch.equal(values[others[0]], dict(Classifier().named_hyperparameters())[others[0]])
+    assert torch.equal(loaded.net[0].weight, module.net[0].weight)
+
+
+def test_a_missing_weight_is_still_an_error(tmp_path):
+    trainer = quiet_trainer()
+    trainer.fit(Classifier(), loader(), loader())
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    checkpoint = torch.load(tmp_path / "model.ckpt", weights_only=True)
+    del checkpoint["state_dict"]["net.0.weight"]
+    torch.save(checkpoint, tmp_path / "partial.ckpt")
+    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*net\.0\.weight"):
+        Classifier.load_from_checkpoint(tmp_path / "partial.ckpt")
+
+
 def test_checkpoints_carry_hyperparameters(tmp_path):
     module = Classifier()
     with torch.no_grad():

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from lightning_ifthpo.callbacks.hyper_optimizer import HyperOptimizer
+from lightning_ifthpo.callbacks.outer_level import OuterLevel
 from lightning_ifthpo.core.autodiff import differentiable
-from lightning_ifthpo.core.loss import Loss
+from lightning_ifthpo.core.loss import Loss, NoLossError
 from lightning_ifthpo.curvature.kinds import Curvature
 from lightning_ifthpo.hypergradients import Hypergradient, implicit_hypergradient
-from lightning_ifthpo.optimizers import UpdateRule
+from lightning_ifthpo.optimizers import UpdateRule, moving
 from lightning_ifthpo.runtime.batches import prepared
 from lightning_ifthpo.runtime.distributed import Ranks
-from lightning_ifthpo.runtime.losses import ModuleLosses, trainable
+from lightning_ifthpo.runtime.losses import ModuleLosses
 from lightning_ifthpo.runtime.outer_data import OuterData
 from lightning_ifthpo.runtime.precision import CurvaturePrecision, first_loss_scale, loss_scales
 from lightning_ifthpo.solvers import Identity, Solver, SolveResult, Status
@@ -54,19 +57,23 @@ class HyperStepper:
         self._solver = solver
         self._warm_start = warm_start
         self._hyperparameters = list(module.hyperparameters())
-        self.optimizer: torch.optim.Optimizer = module.configure_hyper_optimizer()
         ranks = self.ranks = Ranks(trainer)
         ranks.broadcast(self._hyperparameters)  # not every strategy broadcasts frozen parameters
+        self._optimizer = HyperOptimizer(module)
         self._losses = ModuleLosses(trainer, module, ranks, precision)
         if state:
-            self.optimizer.load_state_dict(state["optimizer"])
+            self._optimizer.load_state_dict(state["optimizer"])
         else:
             # torch's initial seed is the user's, if the user set one, and reading it draws no random number
             seed = ranks.broadcast_int(torch.initial_seed() % 2**31)
             loss_scale = first_loss_scale(trainer, precision)
             state = {"steps": 0, "seed": seed, "consumed": 0, "x0": None, "loss_scale": loss_scale}
+            state |= {"x0_moving": torch.tensor([]), "outer_losses": []}
         self.steps, self._seed, self._loss_scale = state["steps"], state["seed"], state["loss_scale"]
         self._x0: Tensor | None = None if state["x0"] is None else state["x0"].to(module.device)
+        self._x0_moving: list[bool] = state["x0_moving"].tolist()  # for each of the module's inner parameters
+        self._moving: list[bool] = []
+        self._outer_level = OuterLevel(state["outer_losses"])
         self.outer_data = OuterData(
             source, module.device, seed=self._seed, consumed=state["consumed"], rank=ranks.rank, world_size=ranks.count
         )
@@ -76,76 +83,130 @@ class HyperStepper:
 
         Raises:
             ValueError: If a loss is not finite, or a hyperparameter has no influence.
+            NoLossError: If the inner loss skips this batch.
         """
         outer_batch = self._prepared(self.outer_data.peek())
+        # a rate may be zero at the beginning only
+        self._moving = moving(self._trainer.optimizers, self._module.inner_parameters(), at_any_rate=True)
         with self._session():
             with differentiable(self._hyperparameters):
-                marks_outputs = _check_finite(self._losses.inner(batch))
-                _check_finite(self._losses.outer(outer_batch))
+                inner, marks_outputs = _finite_value(self._losses.inner(batch))
+                outer, _ = _finite_value(self._losses.outer(outer_batch))
+            self._outer_level.begin(min(abs(inner), abs(outer)))
             if self._curvature == "auto":
                 self._curvature = "gauss_newton" if marks_outputs else "hessian"
             result = self._hypergradient(batch, outer_batch, Identity(), self._loss_scale, diagnosed=False)
         self._check_influence(set(result.unused))
 
-    def compute(self, batch: Any, *, diagnosed: bool) -> Hypergradient:
-        """Returns the hypergradient for a training batch and the next outer batch."""
-        outer_batch = self._prepared(self.outer_data.next())
-        weights = trainable(self._module)
-        if self._x0 is not None and self._x0.numel() != sum(weight.numel() for weight in weights):
-            self._x0 = None  # weights were frozen or unfrozen
-        solver = self._solver.with_optimizer(UpdateRule.of(self._trainer.optimizers, weights))
-        with self._session():
-            self.steps += 1  # counts also if memory runs out
-            for scale in loss_scales(self._loss_scale):
-                result = self._hypergradient(batch, outer_batch, solver, scale, diagnosed=diagnosed)
-                if result.status is not Status.NONFINITE:
-                    self._loss_scale = scale
-                    break
-        if self._warm_start:
+    def compute(self, batch: Any, *, diagnosed: bool) -> tuple[Hypergradient, str]:
+        """Returns the hypergradient for a training batch and the next outer batch, and why it should not be used.
+
+        Raises:
+            NoLossError: If there is no inner loss on this batch; then nothing is counted or used up.
+        """
+        outer_batch = self._prepared(self.outer_data.peek())
+        solver = self._solver_for_moving_weights()
+        with self._session(), self._counting():
+            result, scale = self._scaled_hypergradient(batch, outer_batch, solver, diagnosed=diagnosed)
+            if result.status is Status.NONFINITE:
+                return result, ""
+            self._loss_scale = scale
+            doubt = self._outer_level.doubt(float(result.outer_loss), partial(self._by_batch_statistics, outer_batch))
+        if self._warm_start and not doubt:
             self._remember(result.solution)
-        return result
+        return result, doubt
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Counts a hyper step and uses up an outer batch, also if memory runs out, unless there is no inner loss."""
+        counts = True
+        try:
+            yield
+        except NoLossError:
+            counts = False
+            raise
+        finally:
+            if counts:
+                self.steps += 1
+                self.outer_data.next()
+
+    def preview(self, batch: Any) -> Hypergradient:
+        """Returns the hypergradient for a training batch and the next outer batch, and changes no state."""
+        outer_batch = self._prepared(self.outer_data.peek())
+        solver = self._solver_for_moving_weights()
+        with self._session():
+            return self._scaled_hypergradient(batch, outer_batch, solver, diagnosed=False)[0]
 
     def apply(self, result: Hypergradient) -> None:
         """Makes one step of the hyper-optimizer."""
-        for hyperparameter, gradient in zip(self._hyperparameters, result.gradients, strict=True):
-            hyperparameter.grad = gradient
-        self.optimizer.step()
-        for hyperparameter in self._hyperparameters:
-            hyperparameter.grad = None
+        self._optimizer.step(result.gradients)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that resuming needs, as tensors and plain numbers."""
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
             "steps": self.steps,
             "seed": self._seed,
             "consumed": self.outer_data.consumed,
             "x0": self._x0,
+            "x0_moving": torch.tensor(self._x0_moving),
+            "outer_losses": self._outer_level.accepted,
             "loss_scale": self._loss_scale,
         }
+
+    @property
+    def _weights(self) -> list[Tensor]:
+        """The weights that training moves, chosen by position: a session exchanges sharded ones for full copies."""
+        return [weight for weight, moves in zip(self._module.inner_parameters(), self._moving, strict=True) if moves]
+
+    def _solver_for_moving_weights(self) -> Solver:
+        """Chooses the weights that move at present, and returns the solver with the update rule of their optimizer."""
+        self._moving = moving(self._trainer.optimizers, self._module.inner_parameters())
+        return self._solver.with_optimizer(UpdateRule.of(self._trainer.optimizers, self._weights))
+
+    def _scaled_hypergradient(
+        self, batch: Any, outer_batch: Any, solver: Solver, *, diagnosed: bool
+    ) -> tuple[Hypergradient, float]:
+        """Returns the hypergradient at the largest loss scale without overflow, and that scale."""
+        for scale in loss_scales(self._loss_scale):
+            result = self._hypergradient(batch, outer_batch, solver, scale, diagnosed=diagnosed)
+            if result.status is not Status.NONFINITE:
+                break
+        return result, scale
 
     def _hypergradient(
         self, batch: Any, outer_batch: Any, solver: Solver, scale: float, *, diagnosed: bool
     ) -> Hypergradient:
         assert self._curvature != "auto", "dry_run() comes first"
+        weights = self._weights
         return implicit_hypergradient(
-            self._losses.inner(batch, scale=scale),
-            self._losses.outer(outer_batch, scale=scale),
-            trainable(self._module),
+            self._losses.inner(batch, scale=scale).over(weights),
+            self._losses.outer(outer_batch, scale=scale).over(weights),
+            weights,
             self._hyperparameters,
             curvature=self._curvature,
             solver=solver,
-            x0=self._x0,
+            x0=self._x0 if self._x0_moving == self._moving else None,  # else it belongs to other weights
             allow_unused=True,
             diagnosed=diagnosed,
         )
+
+    def _by_batch_statistics(self, outer_batch: Any) -> float:
+        """Returns the outer loss by the statistics of its batch; NaN where BatchNorm refuses a single example."""
+        try:
+            return float(self._losses.outer_by_batch_statistics(outer_batch).value())
+        except ValueError:
+            return math.nan
 
     def _remember(self, solution: SolveResult) -> None:
         """Keeps the solution as the first iterate of the next solve."""
         if solution.status in (Status.NEGATIVE_CURVATURE, Status.DIVERGED):
             self._x0 = None  # the estimate may have grown along negative curvature
         elif solution.status is not Status.NONFINITE and (solution.products or solution.extra_products):
-            self._x0 = solution.x  # after NaN, or without a product (flat outer loss), the earlier one stays
+            self._x0, self._x0_moving = (
+                solution.x,
+                self._moving,
+            )  # after NaN, or without a product (flat outer loss), the earlier one stays
 
     def _session(self) -> AbstractContextManager[None]:
         return self._losses.session(self._curvature, seed=self._seed, step=self.steps)
@@ -162,10 +223,10 @@ class HyperStepper:
                 raise ValueError(Cause.NO_INFLUENCE.describe(name=f"hyperparameter {name!r}"))
 
 
-def _check_finite(loss: Loss) -> bool:
-    """Raises ValueError unless a loss is finite, in all processes alike; returns whether it marks outputs."""
+def _finite_value(loss: Loss) -> tuple[float, bool]:
+    """Returns a loss, and whether it marks outputs; raises ValueError unless it is finite, in all processes alike."""
     own, outputs = loss.evaluate()
     value = float(loss.combine(own))
     if not math.isfinite(value):
         raise ValueError(f"{loss.name} is {value} on the first batch; check the data and the initial weights")
-    return bool(outputs)
+    return value, bool(outputs)

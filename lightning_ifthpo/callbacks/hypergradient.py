@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import groupby
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import lightning as L
-import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
-from torch import Tensor
 
+from lightning_ifthpo.callbacks.frozen import FrozenHyperparameters
+from lightning_ifthpo.callbacks.hyper_metrics import result_metrics, summaries
 from lightning_ifthpo.callbacks.hyper_step import HyperStepper
-from lightning_ifthpo.callbacks.periodic import PeriodicCallback
+from lightning_ifthpo.callbacks.periodic import PeriodicCallback, check_single_process, is_monitored
+from lightning_ifthpo.core.loss import NoLossError
 from lightning_ifthpo.core.validation import require_choice, require_flag
 from lightning_ifthpo.curvature.kinds import OPERATORS, Curvature
 from lightning_ifthpo.hypergradients import Hypergradient
 from lightning_ifthpo.module import BilevelLightningModule
+from lightning_ifthpo.runtime.optimizer_state import include_hyperparameters
 from lightning_ifthpo.runtime.outer_data import find_outer_data
 from lightning_ifthpo.runtime.precision import CurvaturePrecision
 from lightning_ifthpo.runtime.requirements import check_module, check_precision
@@ -41,14 +43,18 @@ class IFTHypergradient(PeriodicCallback):
         start_after_batches: Training batches before the first of every_n_batches is counted.
         outer_dataloader: Loader of outer batches. None takes the module's `outer_dataloader()`, or the data module's,
             or the validation data with a warning.
-        on_failure: "skip", "use" if it is finite, or "raise" an error for a solve that neither converged nor completed.
-            A hyper step that runs out of memory is skipped, except with "raise" or several processes.
+        on_failure: "skip", "use" if it is finite, or "raise" an error for a solve that neither converged nor completed,
+            and for an outer loss that is 32 times too large because running statistics, as those of BatchNorm, do not
+            fit the weights yet. A hyper step that runs out of memory is skipped, except with "raise" or several
+            processes.
         max_overhead: Upper bound of the time of hyper steps over the training time; hyper steps become as rare as
             needed, and the run then depends on the clock. None for no limit.
         precision: In mixed precision "32" evaluates the losses without autocast, "inherit" as training does.
 
     Logs once per hyper step `hypergrad/norm`, `direct_norm`, `indirect_norm`, `outer_loss`, `residual`, `products`,
-    `skipped`, and `hyperparameter/<name>/mean`, `min` and `max`.
+    `skipped`, and `hyperparameter/<name>/mean`, `min` and `max`. If a callback or a scheduler monitors one of them, and
+    no hyper step has been made before the first validation or the end of the first epoch, a hypergradient is computed
+    there for `callback_metrics` alone.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -93,7 +99,10 @@ class IFTHypergradient(PeriodicCallback):
         self.skipped = 0
         self._restored: dict[str, Any] = {}
         self._stepper: HyperStepper | None = None
+        self._frozen: FrozenHyperparameters | None = None
         self._unfrozen: list[str] = []
+        self._has_warned_of_unfrozen = False
+        self._optimizer_states: list[dict[str, Any]] = []
         self._is_tested = False
 
     @property
@@ -106,11 +115,20 @@ class IFTHypergradient(PeriodicCallback):
         """Returns everything that resuming needs, as tensors and plain numbers."""
         if self._stepper is None:
             return self._restored
-        return {"skipped": self.skipped, "cadence": self._cadence.state_dict(), "stepper": self._stepper.state_dict()}
+        return {
+            "skipped": self.skipped,
+            "metrics": self._metrics,
+            "cadence": self._cadence.state_dict(),
+            "stepper": self._stepper.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the state until training starts."""
         self._restored = state_dict
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keeps the states of the optimizers, which may be those of a plain module, until there are optimizers."""
+        self._optimizer_states = checkpoint.get("optimizer_states", [])
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Resets the callback, and freezes the hyperparameters before a strategy wraps the module."""
@@ -125,6 +143,9 @@ class IFTHypergradient(PeriodicCallback):
         """Makes all checks that need no data."""
         check_module(trainer, pl_module, self._unfrozen)
         check_precision(trainer, self.curvature, self.precision)
+        for optimizer, state in zip(trainer.optimizers, self._optimizer_states, strict=False):
+            include_hyperparameters(state, optimizer, pl_module)
+        self._optimizer_states = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Opens the outer data and restores a checkpoint's state."""
@@ -139,72 +160,109 @@ class IFTHypergradient(PeriodicCallback):
             precision=self.precision,
             state=restored.get("stepper", {}),
         )
+        self._frozen = FrozenHyperparameters(pl_module)
         if restored:
-            self.skipped = restored["skipped"]
+            self.skipped, self._metrics = restored["skipped"], restored["metrics"]
             self._cadence.load_state_dict(restored["cadence"])
         self._cadence.begin(self._stepper.ranks.broadcast_bool)
+        super().on_train_start(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Makes a dry run on the first batch, before training uses it."""
+        """Freezes the hyperparameters again, and makes a dry run on the first batch that has a loss."""
+        assert self._frozen is not None, "training has not started"
+        if unfrozen := self._frozen.refreeze():
+            self._warn_of_unfrozen(unfrozen)
         if not self._is_tested:
-            self._active_stepper.dry_run(batch)
-            self._is_tested = True
+            try:
+                self._active_stepper.dry_run(batch)
+                self._is_tested = True
+            except NoLossError:
+                check_single_process(trainer)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def _fire(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
         """Makes one hyper step."""
-        result = self._computed(trainer, batch)
-        if result is not None and self._accepts(result):
-            self._active_stepper.apply(result)
-        metrics = {} if result is None else _metrics(result)
-        return {**metrics, "hypergrad/skipped": float(self.skipped), **_summaries(module)}
+        self._require_dry_run()
+        metrics: dict[str, float] = {}
+        with self._skipping_without_memory(trainer):
+            # A diagnosis costs products, so only a failure that is reported gets one.
+            diagnosed = not self._has_warned or self.on_failure == "raise"
+            result, doubt = self._active_stepper.compute(batch, diagnosed=diagnosed)
+            metrics = result_metrics(result)
+            if self._accepts(result, doubt):
+                self._active_stepper.apply(result)
+        return {**metrics, "hypergrad/skipped": float(self.skipped), **summaries(module)}
+
+    def _preview(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
+        """Returns the metrics of a hyper step that is not made."""
+        self._require_dry_run()
+        metrics = result_metrics(self._active_stepper.preview(batch))
+        return {**metrics, "hypergrad/skipped": float(self.skipped), **summaries(module)}
+
+    def _require_dry_run(self) -> None:
+        if not self._is_tested:
+            raise NoLossError("no batch has had a loss yet")
+
+    def _lacks_metrics(self, trainer: L.Trainer) -> bool:
+        """Also asks whether a callback or a scheduler monitors one of the metrics, because a preview costs a solve."""
+        return super()._lacks_metrics(trainer) and is_monitored(trainer, ("hypergrad/", "hyperparameter/"))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Ends the worker processes of the outer data."""
+        """Ends the worker processes of the outer data, and forgets the model; the state remains."""
+        super().teardown(trainer, pl_module, stage)
         if self._stepper is not None:
+            self._restored = self.state_dict()
             self._stepper.outer_data.close()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Ends the worker processes; the Trainer does not call `teardown` after an exception."""
-        self.teardown(trainer, pl_module, "fit")
+            self._stepper = None
+        if self._frozen is not None:
+            self._frozen.release()
+            self._frozen = None
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reports how many hyper steps were skipped."""
         if self.skipped:
             rank_zero_info(f"IFTHypergradient: {self.skipped} of {self._active_stepper.steps} hyper steps were skipped")
 
+    def _warn_of_unfrozen(self, names: list[str]) -> None:
+        if not self._has_warned_of_unfrozen:
+            self._has_warned_of_unfrozen = True
+            rank_zero_warn(
+                f"hyperparameter {names[0]!r} was unfrozen during training, and is frozen again: only hyper steps move "
+                "hyperparameters. To unfreeze weights alone, use self.inner_parameters()"
+            )
+
     @property
     def _active_stepper(self) -> HyperStepper:
         assert self._stepper is not None, "training has not started"
         return self._stepper
 
-    def _computed(self, trainer: L.Trainer, batch: Any) -> Hypergradient | None:
-        """Returns a hypergradient; None if memory runs out and the hyper step may be skipped, see `on_failure`."""
-        stepper = self._active_stepper
+    @contextmanager
+    def _skipping_without_memory(self, trainer: L.Trainer) -> Iterator[None]:
+        """Skips a hyper step that runs out of memory, if it may be skipped; see `on_failure`."""
+        reason = ""
         try:
-            # A diagnosis costs products, so only a failure that is reported gets one.
-            return stepper.compute(batch, diagnosed=not self._has_warned or self.on_failure == "raise")
+            yield
         except RuntimeError as error:
             # if one process skips alone, the others wait forever
             if self.on_failure == "raise" or trainer.world_size > 1 or not is_oom_error(error):
                 raise
-            reason = f"hyper step {stepper.steps} ran out of memory ({str(error).splitlines()[0]})"
-        garbage_collection_cuda()  # outside the except block, the error no longer holds its tensors
-        self._skip(f"{reason}; a smaller outer batch or curvature='finite_difference' needs less")
-        return None
+            reason = f"hyper step {self._active_stepper.steps} ran out of memory ({str(error).splitlines()[0]})"
+        if reason:
+            garbage_collection_cuda()  # outside the except block, the error no longer holds its tensors
+            self._skip(f"{reason}; a smaller outer batch or curvature='finite_difference' needs less")
 
     def _skip(self, reason: str) -> None:
         self.skipped += 1
         self._warn_once(f"{reason}. It is skipped; further ones are not reported, but counted in hypergrad/skipped")
 
-    def _accepts(self, result: Hypergradient) -> bool:
-        """Returns whether to use a result, and reports a failed solve."""
-        if result.status.succeeded:
+    def _accepts(self, result: Hypergradient, doubt: str) -> bool:
+        """Returns whether to use a result, and reports a failed solve, or a doubt about the outer loss."""
+        if result.status.succeeded and not doubt:
             return True
-        status = result.status.value
-        reason = f"hyper step {self._active_stepper.steps} ended with status {status!r}: {result.diagnosis}"
+        reason = f"hyper step {self._active_stepper.steps} "
+        reason += f"is doubtful: {doubt}" if doubt else f"ended with status {result.status.value!r}: {result.diagnosis}"
         if self.on_failure == "raise":
             raise RuntimeError(reason)
         usable = self.on_failure == "use" and result.status is not Status.NONFINITE
@@ -213,29 +271,3 @@ class IFTHypergradient(PeriodicCallback):
         else:
             self._skip(reason)
         return usable
-
-
-def _metrics(result: Hypergradient) -> dict[str, float]:
-    return {
-        "hypergrad/norm": _norm(result.gradients),
-        "hypergrad/direct_norm": _norm(result.direct),
-        "hypergrad/indirect_norm": _norm(result.indirect),
-        "hypergrad/outer_loss": float(result.outer_loss),
-        "hypergrad/residual": result.relative_residual,
-        "hypergrad/products": float(result.products + result.solution.extra_products),
-    }
-
-
-def _summaries(module: Any) -> dict[str, float]:
-    """Returns mean, minimum and maximum of each registered tensor, or of all tensors of a registered module."""
-    summaries: dict[str, float] = {}
-    for name, members in groupby(module.named_hyperparameters(), lambda member: member[0].split(".")[0]):
-        flat = torch.cat([parameter.detach().reshape(-1) for _, parameter in members])
-        statistics = torch.stack([flat.mean(), flat.min(), flat.max()]).tolist()
-        names = [f"hyperparameter/{name}/{statistic}" for statistic in ("mean", "min", "max")]
-        summaries |= dict(zip(names, statistics, strict=True))
-    return summaries
-
-
-def _norm(tensors: Iterable[Tensor]) -> float:
-    return float(torch.linalg.vector_norm(torch.cat([tensor.reshape(-1) for tensor in tensors])))

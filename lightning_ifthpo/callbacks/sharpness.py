@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_ifthpo.callbacks.measurement import spectrum_metrics, trace_metrics
 from lightning_ifthpo.callbacks.periodic import PeriodicCallback
+from lightning_ifthpo.core.loss import NoLossError
 from lightning_ifthpo.core.validation import require_choice, require_flag
 from lightning_ifthpo.curvature import CurvatureOperator
 from lightning_ifthpo.curvature.kinds import LossCurvature, curvature_operator
@@ -36,8 +37,8 @@ class SharpnessMonitor(PeriodicCallback):
     processes would wait forever.
 
     Args:
-        every_n_batches: Training batches between two measurements, at least 1. The first measurement comes at the end
-            of the first epoch at the latest.
+        every_n_batches: Training batches between two measurements, at least 1. The first measurement comes before the
+            first validation and the end of the first epoch, where other callbacks may read it.
         method: "lanczos"; or "power_iteration", which needs more products, and the memory of four vectors instead of up
             to max_iterations. Both start from their last result.
         top_k: Number of largest eigenvalues to log; a repeated one counts once.
@@ -126,7 +127,7 @@ class SharpnessMonitor(PeriodicCallback):
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that resuming needs, as tensors and plain numbers."""
         return {
-            "fired": self._has_fired,
+            "metrics": self._metrics,
             "failures": self.failures,
             "unconverged": self.unconverged,
             "cadence": self._cadence.state_dict(),
@@ -140,7 +141,7 @@ class SharpnessMonitor(PeriodicCallback):
         self._cadence.load_state_dict(state_dict["cadence"])
         self._tracker.load_state_dict(state_dict["tracker"])
         self._pictured_epoch = state_dict["pictured_epoch"]
-        self._has_fired = state_dict["fired"]
+        self._metrics = state_dict["metrics"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Makes all checks that need no batch, and loads the fixed examples."""
@@ -159,9 +160,12 @@ class SharpnessMonitor(PeriodicCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock of the budget."""
         self._cadence.begin(self._ranks.broadcast_bool)
+        super().on_train_start(trainer, pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Forgets the model, because a callback outlives the fit."""
+        """Forgets the fixed examples and the model, because a callback outlives the fit."""
+        super().teardown(trainer, pl_module, stage)
+        self._examples = None
         self.__dict__.pop("_losses", None)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -216,6 +220,8 @@ class SharpnessMonitor(PeriodicCallback):
         try:
             yield
         except Exception as error:
+            if isinstance(error, NoLossError) and self._examples is None:
+                raise  # the next training batch may have a loss; fixed examples do not change
             if self._ranks.count > 1 and not alone and not isinstance(error, FloatingPointError):
                 raise
             self.failures += 1
@@ -224,9 +230,13 @@ class SharpnessMonitor(PeriodicCallback):
                 f"Further failures are not reported, but counted in {self.name}/failures"
             )
 
+    def _preview(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
+        """Measures inside an accumulation window, because other callbacks need the metrics at once."""
+        return self._fire(trainer, module, batch)
+
     def _is_last_chance(self, trainer: L.Trainer) -> bool:
-        """Also true at the end of the first epoch, when other callbacks may begin to monitor a metric."""
-        return super()._is_last_chance(trainer) or (trainer.is_last_batch and not self._has_fired)
+        """Also true before the first validation and the end of the first epoch, where other callbacks read metrics."""
+        return super()._is_last_chance(trainer) or self._lacks_metrics(trainer)
 
     @contextmanager
     def _operator(

@@ -25,6 +25,10 @@ AllReduce: TypeAlias = Callable[[Tensor], Tensor]
 """Returns the sum of a tensor over all processes, the same to the last bit in each of them."""
 
 
+class NoLossError(TypeError):
+    """There is no loss on this batch: a training step returned None, and training skips the batch."""
+
+
 @dataclass(eq=False, repr=False)
 class Loss:
     """L(λ, w) on one batch, in one process or as one process's share of a sum.

@@ -31,7 +31,7 @@ class ParameterSpace:
     [(2, 3), (4,)]
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.tensors = list(tensors)
         if not self.tensors:
             raise ValueError("expected at least one tensor, got none")

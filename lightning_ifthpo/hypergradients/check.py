@@ -56,6 +56,7 @@ def check_hypergradient(
     True
     """
     require_choice("reference", reference, ("direct", "finite_difference"))
+    parameters, hyperparameters = list(parameters), list(hyperparameters)  # also from generators
     losses = (inner_loss, outer_loss, parameters, hyperparameters)
     result = implicit_hypergradient(*losses, curvature=curvature, solver=solver)
     if reference == "direct":

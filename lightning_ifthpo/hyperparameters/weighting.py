@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import torch
@@ -38,15 +38,21 @@ class SampleWeights(Bounded):
         return self._value(self.logits[index])
 
 
-class IndexedDataset(Dataset[tuple[Any, ...]]):
-    """A map-style data set with the index appended to each example, which may be a tuple or a single value.
+class IndexedDataset(Dataset[Any]):
+    """A map-style data set with the index added to each example.
+
+    A mapping gets it under the new key "index", as collators of text libraries need; a tuple or a named tuple gets it
+    at its end, and becomes a tuple; any other value becomes the tuple (value, index).
 
     Raises:
         TypeError: If the data set has no length or no items.
+        ValueError: If an example is a mapping that has a key "index" already.
 
     >>> from torch.utils.data import TensorDataset
     >>> IndexedDataset(TensorDataset(torch.tensor([7, 8])))[1]
     (tensor(8), 1)
+    >>> IndexedDataset([{"label": 7}, {"label": 8}])[1]
+    {'label': 8, 'index': 1}
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -57,6 +63,10 @@ class IndexedDataset(Dataset[tuple[Any, ...]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
+    def __getitem__(self, index: int) -> Any:
         example = self.dataset[index]
+        if isinstance(example, Mapping):
+            if "index" in example:
+                raise ValueError("examples have a key 'index' already, which IndexedDataset would replace; rename it")
+            return {**example, "index": index}
         return (*example, index) if isinstance(example, tuple) else (example, index)

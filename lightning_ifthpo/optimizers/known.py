@@ -108,6 +108,20 @@ def responses(optimizers: Iterable[Optimizer], parameters: Iterable[Tensor]) -> 
     return [found.get(id(parameter), Response(0.0, preconditioner=0.0)) for parameter in parameters]
 
 
+def moving(optimizers: Iterable[Optimizer], parameters: Iterable[Tensor], *, at_any_rate: bool = False) -> list[bool]:
+    """Returns whether each parameter moves in training: it requires a gradient, at a learning rate above zero.
+
+    If all rates are zero, as at the start of a warm-up, or with `at_any_rate`, the parameters that an optimizer holds
+    count as moving; without an optimizer that holds one, all that require a gradient.
+    """
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates = {id(parameter): float(group["lr"]) for group in groups for parameter in group["params"]}
+    trained = [(parameter.requires_grad, rates.get(id(parameter))) for parameter in parameters]
+    moved = [required and bool(rate) and not at_any_rate for required, rate in trained]
+    held = [required and rate is not None for required, rate in trained]
+    return next((choice for choice in (moved, held) if any(choice)), [required for required, _ in trained])
+
+
 def _response(optimizer: Optimizer, group: _Dict, parameter: Tensor) -> Response:
     rate = float(group["lr"])
     for kind in type(optimizer).__mro__:

@@ -41,7 +41,7 @@ class UpdateRule:
         return 1.0 / (horizon * torch.maximum(self.step_size, slowest))
 
     @classmethod
-    def of(cls, optimizers: Iterable[Optimizer], parameters: Sequence[Tensor]) -> UpdateRule:
+    def of(cls, optimizers: Iterable[Optimizer], parameters: Iterable[Tensor]) -> UpdateRule:
         """Returns the rule that stands for optimizers in their present state.
 
         Learning rates, momentum, weight decay and diagonal preconditioners are read from the groups and the state of
@@ -51,10 +51,10 @@ class UpdateRule:
             optimizers: The optimizers that train the parameters.
             parameters: The tensors w, together [n]; those in no optimizer do not move.
         """
-        answers = responses(optimizers, parameters)
+        space = ParameterSpace(parameters)
+        answers = responses(optimizers, space.tensors)
         steps = [answer.learning_rate * answer.total_gain * answer.preconditioner for answer in answers]
         decays = [_decay(answer, step) for answer, step in zip(answers, steps, strict=True)]
-        space = ParameterSpace(parameters)
         return cls(concatenate_or_scalar(space, steps), concatenate_or_scalar(space, decays))
 
 

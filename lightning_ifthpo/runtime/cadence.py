@@ -82,6 +82,10 @@ class Cadence:
         self.postponed += not affordable
         return affordable
 
+    def postpone(self) -> None:
+        """Makes it due after the next batch, because it could not fire on this one."""
+        self._since_last, self._stepped = self._every, True
+
     @contextmanager
     def firing(self, synchronize: Callable[[], None]) -> Iterator[None]:
         """Counts the time of the block as own time, except the first time."""

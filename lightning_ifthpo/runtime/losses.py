@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
@@ -23,6 +23,9 @@ from lightning_ifthpo.runtime.sharding import unsharded
 from lightning_ifthpo.training_loss import training_loss
 
 BY_DIFFERENCES = ("finite_difference", "three_point")  # differences of gradients; of losses
+
+_Condition: TypeAlias = Callable[[nn.Module], bool]
+"""Whether a submodule is evaluated in the mode of training; in eval mode otherwise."""
 
 
 class ModuleLosses:
@@ -77,15 +80,21 @@ class ModuleLosses:
 
     def inner(self, batch: Any, *, scale: float = 1.0) -> Loss:
         """Returns the inner loss on a batch."""
-        return self._loss("inner_loss", partial(training_loss, self._module), batch, scale)
+        return self._loss("inner_loss", partial(training_loss, self._module), _any, batch, scale)
 
     def outer(self, batch: Any, *, scale: float = 1.0) -> Loss:
         """Returns the outer loss on a batch."""
-        return self._loss("outer_loss", self._module.outer_loss, batch, scale)
+        return self._loss("outer_loss", self._module.outer_loss, _none, batch, scale)
 
-    def _loss(self, name: str, function: Callable[[Any], Tensor], batch: Any, scale: float) -> Loss:
+    def outer_by_batch_statistics(self, batch: Any) -> Loss:
+        """Returns the outer loss with BatchNorm, and all modules that have buffers, in the modes of training."""
+        return self._loss("outer_loss", self._module.outer_loss, _has_buffers, batch)
+
+    def _loss(
+        self, name: str, function: Callable[[Any], Tensor], trains: _Condition, batch: Any, scale: float = 1.0
+    ) -> Loss:
         return Loss(
-            partial(self._evaluate, function, batch, training=name == "inner_loss"),
+            partial(self._evaluate, function, trains, batch),
             trainable(self._module),
             name=name,
             share=1.0 if self._ranks is None else self._ranks.share_of(batch),
@@ -94,28 +103,28 @@ class ModuleLosses:
             scale=scale,
         )
 
-    def _evaluate(self, loss: Callable[[Any], Tensor], batch: Any, *, training: bool) -> Tensor:
+    def _evaluate(self, loss: Callable[[Any], Tensor], trains: _Condition, batch: Any) -> Tensor:
         try:
-            return self._evaluate_once(loss, batch, training)
+            return self._evaluate_once(loss, trains, batch)
         except RuntimeError as error:
             # torch's words are "same dtype", "scalar type", "bias type" and the like
             if not self._leaves_out_autocast or "type" not in str(error):
                 raise
             reason = str(error).splitlines()[0]
         self._leaves_out_autocast = False
-        value = self._evaluate_once(loss, batch, training)
+        value = self._evaluate_once(loss, trains, batch)
         rank_zero_warn(
             "losses are differentiated under autocast, in the precision of training, because they fail in float32: "
             f"{reason}"
         )
         return value
 
-    def _evaluate_once(self, loss: Callable[[Any], Tensor], batch: Any, training: bool) -> Tensor:
+    def _evaluate_once(self, loss: Callable[[Any], Tensor], trains: _Condition, batch: Any) -> Tensor:
         assert self._state is not None, "evaluate a loss inside a session"
         self._state.rewind()
         self._state.exchange()  # until the next evaluation, as the modes
         for submodule, mode in self._modes.items():
-            submodule.training = mode and training
+            submodule.training = mode and trains(submodule)
         with nullcontext() if self._leaves_out_autocast else self._trainer.precision_plugin.forward_context():
             return loss(copied(batch))
 
@@ -124,3 +133,15 @@ def trainable(module: Any) -> list[nn.Parameter]:
     """Returns the weights of a module that require a gradient, without hyperparameters."""
     parameters = module.inner_parameters() if isinstance(module, BilevelLightningModule) else module.parameters()
     return [parameter for parameter in parameters if parameter.requires_grad]
+
+
+def _any(module: nn.Module) -> bool:
+    return True
+
+
+def _none(module: nn.Module) -> bool:
+    return False
+
+
+def _has_buffers(module: nn.Module) -> bool:
+    return any(True for _ in module.buffers(recurse=False))

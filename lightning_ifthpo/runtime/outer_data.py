@@ -119,17 +119,20 @@ class OuterData:
 def find_outer_data(trainer: L.Trainer, module: Any, given: Iterable[Any] | None) -> Iterable[Any]:
     """Returns the loader of outer batches: the given one, the module's, the data module's, or the validation data's.
 
+    `outer_dataloader` of a module is a method that returns a loader, or a loader.
+
     Raises:
         ValueError: If there is none, or several validation loaders to choose from.
     """
     if given is not None:
         return given
     for owner in (module, getattr(trainer, "datamodule", None)):
-        make = getattr(owner, "outer_dataloader", None)
-        with isolated(module.device):  # a random split there must not change what training draws
-            loader: Iterable[Any] | None = make() if callable(make) else None
+        loader: Any = getattr(owner, "outer_dataloader", None)
+        if callable(loader) and not isinstance(loader, Iterable):  # a loader may be assigned in place of the method
+            with isolated(module.device):  # a random split there must not change what training draws
+                loader = loader()
         if loader is not None:
-            return loader
+            return loader  # type: ignore[no-any-return]
     validation: Any = trainer.val_dataloaders
     if isinstance(validation, (list, tuple)) and len(validation) == 1:
         validation = validation[0]
@@ -143,8 +146,7 @@ def find_outer_data(trainer: L.Trainer, module: Any, given: Iterable[Any] | None
         "no outer_dataloader() is defined, so hyperparameters are tuned on the validation data, and validation results "
         "will look better than they are. Report results from other data"
     )
-    outer: Iterable[Any] = validation
-    return outer
+    return validation  # type: ignore[no-any-return]
 
 
 def check_batches(source: object) -> None:

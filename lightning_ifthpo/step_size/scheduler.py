@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_ifthpo.core.loss import Loss, LossFunction
+from lightning_ifthpo.core.loss import Loss, LossFunction, NoLossError
 from lightning_ifthpo.core.random_state import isolated
 from lightning_ifthpo.core.validation import is_ascending, is_number, require_at_least, require_choice, require_flag
 from lightning_ifthpo.curvature.kinds import LossCurvature
@@ -245,9 +245,13 @@ class ExactGeNLR(LRScheduler):
         """Measures the loss along each rule's part of an update, applied at these rates, and passes it to the rule."""
         if self._loss is None:
             raise RuntimeError("ExactGeNLR needs a loss to look at: call probe(loss) before optimizer.step()")
-        self.looks += 1
         pairs = zip(self._rates.parts(update), applied, strict=True)
-        self.parabolas = [self._parabola(self._loss, part, rate) for part, rate in pairs]
+        try:
+            parabolas = [self._parabola(self._loss, part, rate) for part, rate in pairs]
+        except NoLossError:  # training skips this batch, and the look is left out
+            return
+        self.looks += 1
+        self.parabolas = parabolas
         used = [rule.observe(parabola) for rule, parabola in zip(self.rules, self.parabolas, strict=True)]
         self.accepted = any(used)
 

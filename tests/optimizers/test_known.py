@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_ifthpo.optimizers import StabilityEdge, UpdateRule, has_edge, is_known
-from lightning_ifthpo.optimizers.known import responses
+from lightning_ifthpo.optimizers.known import moving, responses
 
 KNOWN = ["SGD", "RMSprop", "Adam", "AdamW", "NAdam", "Adagrad"]
 
@@ -149,3 +149,26 @@ def test_a_subclass_without_weight_decay_has_none():
 
     rule = UpdateRule.of([Bare([weight := torch.zeros(2, requires_grad=True)])], [weight])
     assert (rule.step_size, rule.decay) == (0.1, 0.0)
+
+
+def parameter(*, frozen=False):
+    return torch.nn.Parameter(torch.zeros(2), requires_grad=not frozen)
+
+
+def test_parameters_move_at_a_rate_above_zero():
+    first, second, frozen, left_out = parameter(), parameter(), parameter(frozen=True), parameter()
+    every = [first, second, frozen, left_out]
+    rates = {"lr": torch.tensor(0.0)}
+    optimizer = torch.optim.SGD([{"params": [first, frozen]}, {"params": [second], **rates}], lr=0.1, foreach=False)
+    assert moving([optimizer], every) == [True, False, False, False]
+    assert moving([optimizer], iter(every), at_any_rate=True) == [True, True, False, False]
+    other = torch.optim.Adam([left_out], lr=0.1)
+    assert moving([optimizer, other], every) == [True, False, False, True]
+
+
+def test_all_that_are_held_move_if_all_rates_are_zero_and_all_trainable_ones_without_an_optimizer():
+    first, second, frozen = parameter(), parameter(), parameter(frozen=True)
+    every = [first, second, frozen]
+    assert moving([torch.optim.SGD([first, frozen], lr=0.0)], every) == [True, False, False]
+    assert moving([], every) == [True, True, False]
+    assert moving([torch.optim.SGD([frozen, parameter()], lr=0.1)], every) == [True, True, False]

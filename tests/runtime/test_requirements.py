@@ -94,6 +94,40 @@ def test_outer_data_come_from_argument_module_data_module_or_validation():
         assert used(Sized(), train_dataloaders=loader(), val_dataloaders=loader(batch_size=3)) == {3}
 
 
+def test_a_loader_may_be_assigned_in_place_of_the_method():
+    sizes = set()
+
+    class Sized(Deferred):
+        def outer_loss(self, batch):
+            if torch.is_grad_enabled():
+                sizes.add(len(batch[0]))
+            return super().outer_loss(batch)
+
+    def used(module, **data):
+        sizes.clear()
+        callback = IFTHypergradient(2, on_failure="use")
+        quiet_trainer(callbacks=[callback]).fit(module, **data)
+        return sizes
+
+    class Data(L.LightningDataModule):
+        def train_dataloader(self):
+            return loader()
+
+        def val_dataloader(self):
+            return loader(batch_size=3)
+
+    data, module = Data(), Sized()
+    data.outer_dataloader = loader(batch_size=6)
+    assert used(module, datamodule=data) == {6}
+    module.outer_dataloader = list(loader(batch_size=4))
+    assert used(module, datamodule=data) == {4}
+    module.outer_dataloader = loader(batch_size=5)
+    assert used(module, datamodule=data) == {5}
+    module.outer_dataloader = iter([])
+    with pytest.raises(TypeError, match="expected one DataLoader, or a list of batches, got list_iterator"):
+        used(module, datamodule=data)
+
+
 class OwnNames(Classifier):
     """Has methods of its own with the names that hyperparameter modules and the mixin use."""
 

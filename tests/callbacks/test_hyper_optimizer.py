@@ -1,0 +1,176 @@
+"""The hyper-optimizer: what is refused, and master copies in float32."""
+
+import copy
+import math
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_ifthpo import BilevelLightningModule, IFTHypergradient
+from lightning_ifthpo.callbacks.hyper_optimizer import HyperOptimizer
+from lightning_ifthpo.solvers import Identity
+from tests.checks import check_state_is_plain
+from tests.helpers.trainers import Classifier, Ridge, quiet_trainer
+
+
+class AskingForAClosure(torch.optim.SGD):
+    """Asks at its step, as sharpness-aware optimizers do."""
+
+    def step(self, closure=None):
+        assert closure is not None, "a closure is required"
+        return super().step(closure)
+
+
+def adam(module):
+    return torch.optim.Adam(module.hyperparameters())
+
+
+REFUSED = {
+    "list": (lambda m: [adam(m)], TypeError, r"to return one torch optimizer, got \[Adam"),
+    "tuple with schedulers": (lambda m: ([adam(m)], []), TypeError, r"got \(\[Adam .*without schedulers"),
+    "dict": (lambda m: {"optimizer": adam(m)}, TypeError, "got {'optimizer'"),
+    "None": (lambda m: None, TypeError, "got None"),
+    "class": (lambda m: torch.optim.Adam, TypeError, "got <class"),
+    "LBFGS": (lambda m: torch.optim.LBFGS(m.hyperparameters()), ValueError, "LBFGS needs a closure"),
+    "closure": (lambda m: AskingForAClosure(m.hyperparameters(), lr=0.1), ValueError, "AskingForAClosure needs a clo"),
+    "all parameters": (lambda m: torch.optim.Adam(m.parameters()), ValueError, "the weight 'w' of Ridge"),
+    "weights": (lambda m: torch.optim.Adam(m.inner_parameters()), ValueError, "the weight 'w' of Ridge"),
+    "foreign": (lambda m: torch.optim.Adam([nn.Parameter(torch.zeros(2))]), ValueError, "a tensor that is no hyperpar"),
+    "empty group": (lambda m: torch.optim.Adam([{"params": []}]), ValueError, "the hyper-optimizer is empty"),
+    "empty": (lambda m: torch.optim.Adam([]), ValueError, "empty parameter list"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_another_kind_of_optimizer_is_refused_before_the_first_batch(kind):
+    make, error, message = REFUSED[kind]
+    module = Ridge()
+    module.configure_hyper_optimizer = lambda: make(module)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    trainer = quiet_trainer(callbacks=[IFTHypergradient(1)])
+    with pytest.raises(error, match=f"(?s){message}"):
+        trainer.fit(module)
+    assert trainer.global_step == 0
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_some_of_the_hyperparameters_in_several_groups_are_enough():
+    module = Classifier()
+    first, second, *rest = module.hyperparameters()
+    groups = [{"params": [first], "lr": 0.1}, {"params": [second], "lr": 0.0}]
+    optimizer = HyperOptimizer(Configured(module, torch.optim.SGD(groups, lr=1.0)))
+    before = [first.clone(), second.clone(), *(tensor.clone() for tensor in rest)]
+    optimizer.step([torch.ones_like(tensor) for tensor in before])
+    torch.testing.assert_close(first.detach(), before[0] - 0.1)
+    assert all(torch.equal(a, b) for a, b in zip([second, *rest], before[1:], strict=True))
+    assert all(tensor.grad is None for tensor in module.hyperparameters())
+
+
+class Configured(nn.Module):
+    """A module whose hyper-optimizer is given."""
+
+    def __init__(self, module, optimizer):
+        super().__init__()
+        self.hyperparameters, self.named_inner_parameters = module.hyperparameters, module.named_inner_parameters
+        self.configure_hyper_optimizer = lambda: optimizer
+
+
+class Scalar(BilevelLightningModule, L.LightningModule):
+    def __init__(self, value, dtype):
+        super().__init__()
+        self.register_hyperparameter("value", torch.tensor(value, dtype=dtype))
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01, initial_accumulator_value=0.1),  # has a state from the start
+}
+
+
+def made(dtype, kind, value=9.0):
+    module = Scalar(value, dtype)
+    module.configure_hyper_optimizer = lambda: OPTIMIZERS[kind](module.hyperparameters())
+    return module, HyperOptimizer(module)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_moves_as_float32_does(dtype, kind):
+    """Gradients of 1e-3 have squares below the smallest number of float16 above zero, times 1 − β₂."""
+    modules = {d: made(d, kind) for d in (dtype, torch.float32)}
+    for step in range(100):
+        for module, optimizer in modules.values():
+            optimizer.step([torch.tensor(1e-3 * (1 + step % 3)).to(dtype).to(module.value.dtype)])
+    half, full = modules[dtype][0].value, modules[torch.float32][0].value
+    assert full != 9.0
+    assert torch.equal(half, full.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_state_restores_the_master_copies(dtype):
+    gradients = [torch.tensor(0.1 * (-1) ** k + 0.01, dtype=dtype) for k in range(20)]
+    module, optimizer = made(dtype, "adam")
+    for gradient in gradients[:10]:
+        optimizer.step([gradient])
+    state, value = optimizer.state_dict(), module.value.item()
+    check_state_is_plain(state)
+    state = copy.deepcopy(state)
+    resumed_module, resumed = made(dtype, "adam", value)
+    resumed.load_state_dict(state)
+    for gradient in gradients[10:]:
+        optimizer.step([gradient])
+        resumed.step([gradient])
+        assert torch.equal(module.value, resumed_module.value)
+    assert len(state["masters"]) == (dtype is not torch.float32)
+
+
+def test_the_master_copy_takes_a_value_that_something_else_has_set():
+    module, optimizer = made(torch.bfloat16, "sgd")
+    optimizer.step([torch.tensor(1.0, dtype=torch.bfloat16)])
+    assert module.value == 9.0  # 8.99, rounded
+    with torch.no_grad():
+        module.value.fill_(2.0)
+    optimizer.step([torch.tensor(0.0, dtype=torch.bfloat16)])
+    assert module.value.item() == pytest.approx(2.0 - 0.009, abs=2.0**-7)  # the momentum of the first step; rounding
+    assert optimizer.state_dict()["masters"][0].item() == pytest.approx(1.991)
+
+
+class Half(BilevelLightningModule, L.LightningModule):
+    """A regression whose outer gradient has one sign; numbers near 9 are 2⁻⁴ apart in bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(4))
+        self.register_hyperparameter("scale", torch.tensor(9.0))
+
+    def inner_loss(self, batch):
+        x, y = batch
+        return ((x @ self.w) - y * self.scale).square().mean() / 2
+
+    def outer_loss(self, batch):
+        return 1e-3 * (0.01 * (batch[0] @ self.w).square().mean() + self.scale)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.inner_parameters(), lr=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_training_in_half_precision_tunes_as_float32_does(precision):
+    x = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(TensorDataset(x, x.sum(1)), batch_size=8)
+    ends = {}
+    for kind in (precision, "32-true"):
+        module = Half()
+        callback = IFTHypergradient(1, solver=Identity(), curvature="hessian", outer_dataloader=loader)
+        quiet_trainer(max_epochs=10, callbacks=[callback], precision=kind).fit(module, loader)
+        ends[kind] = module.scale.item()
+        assert callback.skipped == 0
+    assert all(map(math.isfinite, ends.values()))
+    # 40 steps of Adam by 0.01: the sign of the gradient is certain, its size is rounded
+    assert ends["32-true"] == pytest.approx(8.6, abs=0.05)
+    assert ends[precision] == pytest.approx(ends["32-true"], abs=2.0**-4)
