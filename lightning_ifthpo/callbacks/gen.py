@@ -40,7 +40,7 @@ class ExactGeN(L.Callback):
         probe: "next_batch" looks on a batch that did not produce the update; "same_batch" is for gradient descent only.
         curvature: "three_point" uses the losses at both ends of the step and one step beyond, by forward passes alone;
             "hessian" is exact; "gauss_newton" needs losses that call `mark_outputs`, and one forward pass;
-            "finite_difference" uses two gradients. "auto" takes three points, or the Hessian if weights are in half
+            "finite_difference" uses three gradients. "auto" takes three points, or the Hessian if weights are in half
             precision, because rounding of their losses exceeds the differences.
         lr_min: Lower bound of the rate.
         lr_max: Upper bound of the rate.

@@ -55,7 +55,7 @@ def test_finite_differences_in_float32_are_accurate_to_1e_minus_3():
         assert relative_error(got, scale * exact) < 1e-3  # eps^(2/3) = 2.4e-5, times the third derivatives
 
 
-def test_slope_and_curvature_along_a_direction_come_from_two_gradients():
+def test_slope_and_curvature_along_a_direction_come_from_three_gradients():
     """Of w³ at 1 and 2 along (1, 1): ∇L·v = 3 + 12, vᵀHv = 6 + 12."""
     weight, calls = torch.tensor([1.0, 2.0], device=DEVICE, dtype=torch.float64, requires_grad=True), []
 
@@ -65,7 +65,7 @@ def test_slope_and_curvature_along_a_direction_come_from_two_gradients():
 
     slope, curvature = FiniteDifferenceOperator(loss, [weight]).slope_and_curvature(torch.ones_like(weight))
     assert (slope.item(), curvature.item()) == pytest.approx((15.0, 18.0), rel=1e-8)
-    assert len(calls) == 2
+    assert len(calls) == 3
 
 
 def test_along_a_zero_vector_nothing_is_evaluated():
@@ -75,11 +75,15 @@ def test_along_a_zero_vector_nothing_is_evaluated():
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_a_hyperparameter_that_enters_on_one_side_only_has_no_mixed_product(sign):
-    """The loss is not differentiable there, and a difference would be of the size of 1/ε."""
+def test_a_hyperparameter_that_enters_on_one_side_only_has_a_derivative_of_zero_on_the_other(sign):
+    """∂L/∂h is 2 ahead and zero behind, and their difference is taken over 2ε = 2 cbrt(eps)."""
     weight, h = torch.ones(1, **WHERE, requires_grad=True), torch.ones(1, **WHERE, requires_grad=True)
     operator = FiniteDifferenceOperator(lambda: ((weight * h if weight > 1.0 else weight) ** 2).sum(), [weight])
-    assert operator.mixed_product(torch.full((1,), sign, **WHERE), [h]) == [None]
+    unused = torch.ones(1, **WHERE, requires_grad=True)
+    product, nothing = operator.mixed_product(torch.full((1,), sign, **WHERE), [h, unused])
+    width = 2 * torch.finfo(torch.float64).eps ** (1 / 3)
+    assert product.item() == pytest.approx(sign * 2 / width, rel=1e-4)  # 2(1 + ε)² with ε = 6e-6
+    assert nothing is None
 
 
 def test_random_numbers_are_those_that_come_next_when_the_operator_is_made():
