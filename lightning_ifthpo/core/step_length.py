@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,14 +27,15 @@ def natural_step(v: Tensor, w: Tensor, gradient: Tensor, loss: float) -> float:
     no length. There α is the step at which the slope would change the loss by itself, |L| / (‖∇L‖ ‖v‖), or 1 / ‖v‖
     without a slope. Another unit of the weights, or of the loss, changes αv by that unit only.
     """
-    used = gradient != 0.0
-    length, over_all = _norm(v), _norm(w)
-    moved, over_used = _norm(v * used), _norm(w * used)
+    used, length = gradient != 0.0, norm(v)
+    moved, extent = norm(v * used), norm(w * used)
+    least = torch.finfo(w.dtype).tiny ** 0.5  # products with shorter vectors may be rounded to zero
     if moved == 0.0:
-        return (over_all or 1.0) / length
-    if over_used == 0.0:
-        return (abs(loss) / _norm(gradient) or 1.0) / length
-    return min(over_used / moved, over_all / length)
+        return max(norm(w), least) / length
+    if extent <= least:
+        step = abs(loss) / norm(gradient)
+        return (step if step > least else 1.0) / length
+    return min(extent / moved, norm(w) / length)
 
 
 def step_along(direction: Sequence[Tensor | None], weights: Sequence[Tensor]) -> float:
@@ -42,13 +44,17 @@ def step_along(direction: Sequence[Tensor | None], weights: Sequence[Tensor]) ->
     Weights count as far as the direction moves them: those that it leaves alone have no effect.
     """
     pairs = [(v.detach(), w.detach()) for v, w in zip(direction, weights, strict=True) if v is not None]
-    squared = sum(_norm(v) ** 2 for v, _ in pairs)
+    squared = sum(norm(v) ** 2 for v, _ in pairs)
     overlap = sum(float((v * w).abs().sum(dtype=_wide(w))) for v, w in pairs)
     return float(overlap / squared or squared**-0.5)
 
 
-def _norm(vector: Tensor) -> float:
-    return float(torch.linalg.vector_norm(vector, dtype=_wide(vector)))
+def norm(vector: Tensor) -> float:
+    """Returns ‖v‖ in units of its largest entry, whose square may be too large or too small for float32."""
+    largest = float(vector.abs().amax()) if vector.numel() else 0.0
+    if largest == 0.0 or not math.isfinite(largest):
+        return largest
+    return largest * float(torch.linalg.vector_norm(vector / largest, dtype=_wide(vector)))
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_ifthpo.core.autodiff import vjp, zeros_for_none
 from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
-from lightning_ifthpo.core.step_length import natural_step, relative_step
+from lightning_ifthpo.core.step_length import natural_step, norm, relative_step
 from lightning_ifthpo.curvature.base import LossOperator
 
 # Step lengths to try at the first product, over cbrt(eps) times the weights. The last ones are for tensors in units a
@@ -93,7 +93,8 @@ class FiniteDifferenceOperator(LossOperator):
             return [None] * len(inputs), [None] * len(inputs), 0.0
         space, (loss, gradient) = self._loss.space, self._at_weights
         weights = space.values
-        step = relative_step(self.dtype) * natural_step(v, weights, gradient, float(loss))
+        natural = natural_step(v, weights, gradient, float(loss))
+        step = relative_step(self.dtype) * natural
         with self._loss.along(space.split(v * step)) as at:
 
             def pair(factor: float) -> _Pair:
@@ -101,8 +102,7 @@ class FiniteDifferenceOperator(LossOperator):
                 return _Pair(factor, ahead, behind)
 
             # Weights may be far shorter than the scale of the loss; a length of one is the longest that is tried.
-            longest = 1.0 / float(torch.linalg.vector_norm(v * step / relative_step(self.dtype)))
-            chosen = self._calibrated(pair, longest) if self._factor is None else pair(self._factor)
+            chosen = self._calibrated(pair, 1.0 / (natural * norm(v))) if self._factor is None else pair(self._factor)
         count = len(space.tensors)
         return chosen.ahead[count:], chosen.behind[count:], 1.0 / (2.0 * step * chosen.factor)
 

@@ -87,7 +87,8 @@ class ExactGeNLR(LRScheduler):
             passes alone; "hessian", "gauss_newton" or "finite_difference", see `exact_parabola`.
         lr_min: Lower bound of the rate.
         lr_max: Upper bound of the rate.
-        final_decay: Fraction of the run, at its end, over which the rate goes to zero linearly, without further looks.
+        final_decay: Fraction of the run, at its end, over which the rate goes to zero linearly. Looks can only lower it
+            there.
         per_group: Choose a rate for each parameter group, from the loss along its own part of the update, with the
             updates of the other groups applied. The initial rates then do not count at all. One look for each group.
 
@@ -220,9 +221,8 @@ class ExactGeNLR(LRScheduler):
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._rates.include_new_groups(self._decay())
-        due = self.last_epoch % self.every_n_steps == 0 or not all(rule.settled for rule in self.rules)
-        # No looks during the final decay: the rate must not rise again.
-        if not self._rates.started or (due and self._decay() == 1.0):
+        due = self.last_epoch % self.every_n_steps == 0 or any(rule.watchful for rule in self.rules)
+        if not self._rates.started or (due and self._decay() > 0.0):
             weights = self._trainable()
             self._before = weights, [weight.detach().clone() for weight in weights]
             self._rates.write(self._rates.multipliers)
@@ -248,7 +248,7 @@ class ExactGeNLR(LRScheduler):
         self.looks += 1
         pairs = zip(self._rates.parts(update), applied, strict=True)
         self.parabolas = [self._parabola(self._loss, part, rate) for part, rate in pairs]
-        used = [rule.observe(parabola) for rule, parabola in zip(self.rules, self.parabolas, strict=True)]
+        used = [rule.observe(parabola, self._decay()) for rule, parabola in zip(self.rules, self.parabolas, strict=True)]
         self.accepted = any(used)
 
     def _parabola(self, loss: LossFunction | Loss, update: Update, applied: float) -> Parabola:

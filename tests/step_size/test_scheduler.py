@@ -352,7 +352,7 @@ def test_a_look_is_taken_in_the_session_of_the_loss_with_gradients_and_leaves_th
     assert scheduler.parabolas[0].curvature > 0.0
 
 
-def test_looks_are_rare_once_the_rate_has_settled_and_end_with_the_final_decay():
+def test_looks_are_rare_once_the_rate_has_settled_and_go_on_in_the_final_decay():
     weight, loss = quadratic()
     optimizer = torch.optim.SGD([weight], lr=1.0)
     scheduler = ExactGeNLR(optimizer, rule="published", every_n_steps=4, total_steps=20, final_decay=0.5)
@@ -360,8 +360,8 @@ def test_looks_are_rare_once_the_rate_has_settled_and_end_with_the_final_decay()
     for _ in range(20):
         loop(optimizer, scheduler, loss, 1)
         looks.append(scheduler.looks)
-    # along the updates of the steps 0, 4 and 8, one step later each; the first update is also looked at in its own step
-    assert looks == [1, 2, 2, 2, 2, 3, 3, 3, 3, 4, *[4] * 10]
+    # along the updates of the steps 0, 4, 8, …, one step later each; the first one is also looked at in its own step
+    assert looks == [1, *[2] * 4, *[3] * 4, *[4] * 4, *[5] * 4, *[6] * 3]
 
 
 def test_after_detaching_the_optimizer_makes_plain_steps_at_its_last_rate():
