@@ -24,7 +24,7 @@ _FACTORS = (1.0, 0.1, 1e-3, 1e-6)
 _NOISE = 0.25
 _UNRELIABLE = (
     "finite differences in {dtype} are not reliable here: the gradients ahead and behind are not symmetric "
-    "(asymmetry {error:.2g}, expected less than 0.1), because a step crosses kinks, as of ReLU, or drowns in "
+    "(asymmetry {asymmetry:.2g}, expected less than 0.1), because a step crosses kinks, as of ReLU, or drowns in "
     "rounding. Use float64, or another curvature"
 )
 
@@ -57,11 +57,16 @@ class FiniteDifferenceOperator(LossOperator):
         super().__init__(as_loss(loss, parameters))
         self._loss.fix_random_numbers()
         self._factor: float | None = None  # of the step length, once it is known
+        self._error = 0.0  # its estimated error, relative to the first product
 
-    def slope_and_curvature(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns ∇L·v, with an error of O(ε²), and vᵀHv, scalars, for v: [n]; the cost of one product."""
-        space, tensors = self._loss.space, self._loss.parameters
-        ahead, behind, inverse_width = self._gradients(v, tensors)
+    def slope_and_curvature(self, v: Tensor, *, step: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Returns ∇L·v and vᵀHv, scalars, for v: [n].
+
+        With a step the gradients are taken at w ± step · v, if their difference is larger than rounding. They then see
+        kinks at the scale of a step. Cost: three gradients, more if no step is given or the difference drowns.
+        """
+        space = self._loss.space
+        ahead, behind, inverse_width = self._gradients(v, space.tensors, step)
         curvature = self._loss.combine((space.flatten(ahead) - space.flatten(behind)) @ v) * inverse_width
         return self._loss.combine(self._own_gradient() @ v), curvature
 
@@ -83,34 +88,40 @@ class FiniteDifferenceOperator(LossOperator):
 
     def _own_mixed_product(self, v: Tensor, hyperparameters: Sequence[Tensor]) -> list[Tensor | None]:
         ahead, behind, inverse_width = self._gradients(v, hyperparameters)
+        if self._error > _NOISE:
+            warnings.warn(_UNRELIABLE.format(dtype=self.dtype, asymmetry=self._error**0.5), stacklevel=2)
+            self._error = 0.0  # once
         known = [a is not None or b is not None for a, b in zip(ahead, behind, strict=True)]
         pairs = zip(zeros_for_none(ahead, hyperparameters), zeros_for_none(behind, hyperparameters), strict=True)
         return [(a - b) * inverse_width if any_known else None for any_known, (a, b) in zip(known, pairs, strict=True)]
 
-    def _gradients(self, v: Tensor, inputs: Sequence[Tensor]) -> tuple[_Gradients, _Gradients, float]:
+    def _gradients(
+        self, v: Tensor, inputs: Sequence[Tensor], step: float = 0.0
+    ) -> tuple[_Gradients, _Gradients, float]:
         """Returns ∂L/∂inputs at w + εv and at w − εv, and 1 / 2ε."""
         if not bool(v.any()):
             return [None] * len(inputs), [None] * len(inputs), 0.0
         space, (loss, gradient) = self._loss.space, self._at_weights
-        weights = space.values
-        natural = natural_step(v, weights, gradient, float(loss))
-        step = relative_step(self.dtype) * natural
-        with self._loss.along(space.split(v * step)) as at:
+        natural = natural_step(v, space.values, gradient, float(loss))
+        unit = relative_step(self.dtype) * natural
+        with self._loss.along(space.split(v * unit)) as at:
 
             def pair(factor: float) -> _Pair:
                 ahead, behind = (vjp([at(sign * factor)], [*space.tensors, *inputs]) for sign in (1.0, -1.0))
                 return _Pair(factor, ahead, behind)
 
-            # Weights may be far shorter than the scale of the loss; a length of one is the longest that is tried.
-            chosen = self._calibrated(pair, 1.0 / (natural * norm(v))) if self._factor is None else pair(self._factor)
+            factor = step / unit or self._factor
+            chosen = pair(factor) if factor else None
+            if chosen is None or (step and self._drowns(chosen)):
+                chosen = self._calibrated(pair, 1.0 / (natural * norm(v)))
         count = len(space.tensors)
-        return chosen.ahead[count:], chosen.behind[count:], 1.0 / (2.0 * step * chosen.factor)
+        return chosen.ahead[count:], chosen.behind[count:], 1.0 / (2.0 * unit * chosen.factor)
 
     def _calibrated(self, pair: Callable[[float], _Pair], longest: float) -> _Pair:
         """Returns a pair of gradients at a step length that suits the loss, and keeps that length for all products."""
         eps = torch.finfo(self.dtype).eps
-        best, least, factors = None, math.inf, list(_FACTORS)
-        while factors and least > eps ** (1 / 3):  # 6e-6 in float64, 5e-3 in float32: far from the optimum
+        best, factors, self._error = None, list(_FACTORS), math.inf
+        while factors and self._error > eps ** (1 / 3):  # 6e-6 in float64, 5e-3 in float32: far from the optimum
             tried = pair(factors.pop(0))
             change, asymmetry, size = self._norms(tried)
             if change <= eps**0.5 * size:  # rounding takes half of the digits, or more: a shorter step is no better
@@ -118,14 +129,18 @@ class FiniteDifferenceOperator(LossOperator):
             if change <= 100.0 * eps * size:
                 continue  # rounding alone
             error = (asymmetry / change) ** 2 + eps * size / change  # truncation and rounding
-            if error < least:
-                best, least = tried, error
-        if best is None:
-            return tried  # the product is zero, which says nothing of the step length
+            if error < self._error:
+                best, self._error = tried, error
+        if best is None:  # the product is zero, which says nothing of the step length
+            self._error = 0.0
+            return tried
         self._factor = best.factor
-        if least > _NOISE:
-            warnings.warn(_UNRELIABLE.format(dtype=self.dtype, error=least**0.5), stacklevel=2)
         return best
+
+    def _drowns(self, pair: _Pair) -> bool:
+        """Returns whether rounding takes half of the digits of a difference, or more."""
+        change, _, size = self._norms(pair)
+        return change <= torch.finfo(self.dtype).eps ** 0.5 * size
 
     def _norms(self, pair: _Pair) -> list[float]:
         """Returns norms on the global batch: half the change of the gradient over the step, its asymmetry, its size."""

@@ -62,6 +62,7 @@ def exact_parabola(
     direction: Sequence[Tensor | None],
     *,
     curvature: LossCurvature = "hessian",
+    step: float = 0.0,
 ) -> Parabola:
     """Returns the parabola with the exact slope, and the curvature by one product.
 
@@ -71,6 +72,7 @@ def exact_parabola(
         direction: ω, shaped like the parameters; `None` for zeros.
         curvature: "hessian", exact; "gauss_newton", never negative for a convex loss of the outputs;
             "finite_difference", from gradients on either side of w.
+        step: The α of finite differences at w ± αω; by default, and if rounding exceeds that difference, a short one.
 
     Cost: for the Hessian one forward pass, one differentiable gradient and one product. For Gauss–Newton a forward pass
     in forward mode, or the cost of the Hessian if an operation has no derivative in forward mode. By finite differences
@@ -82,7 +84,7 @@ def exact_parabola(
     """
     whole = as_loss(loss, parameters)
     omega = whole.space.flatten(direction)
-    pair = torch.stack(_slope_and_curvature(whole.own_share(), omega, curvature))
+    pair = torch.stack(_slope_and_curvature(whole.own_share(), omega, curvature, step))
     slope, curved = (pair if whole.all_reduce is None else whole.all_reduce(pair)).tolist()
     return Parabola(slope, curved, float(omega @ omega))
 
@@ -214,7 +216,9 @@ def _dot(left: Sequence[Fraction], right: Sequence[Fraction]) -> Fraction:
     return sum((a * b for a, b in zip(left, right, strict=True)), Fraction())
 
 
-def _slope_and_curvature(loss: Loss, omega: Tensor, curvature: LossCurvature) -> tuple[Tensor, Tensor]:
+def _slope_and_curvature(
+    loss: Loss, omega: Tensor, curvature: LossCurvature, step: float
+) -> tuple[Tensor, Tensor]:
     """Returns ∇L·ω and ωᵀAω of this process's loss."""
     if curvature == "gauss_newton":
         with suppress(RuntimeError):  # if an operation has no derivative in forward mode
@@ -222,6 +226,6 @@ def _slope_and_curvature(loss: Loss, omega: Tensor, curvature: LossCurvature) ->
             return loss.combine(slope), loss.combine(curved)
     operator = curvature_operator(curvature, loss, loss.parameters)
     if isinstance(operator, FiniteDifferenceOperator):
-        return operator.slope_and_curvature(omega)
+        return operator.slope_and_curvature(omega, step=step)
     curved = operator.quadratic(omega)  # first, because the operator keeps its gradient
     return operator.gradient @ omega, curved

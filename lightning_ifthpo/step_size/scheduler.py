@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from lightning_ifthpo.core.loss import Loss, LossFunction
 from lightning_ifthpo.core.random_state import isolated
 from lightning_ifthpo.core.validation import is_ascending, is_number, require_at_least, require_choice, require_flag
 from lightning_ifthpo.curvature.kinds import LossCurvature
+from lightning_ifthpo.step_size.consistency import follows_its_gradient
 from lightning_ifthpo.step_size.linearity import check_linear_in_lr
 from lightning_ifthpo.step_size.parabola import Parabola, exact_parabola, three_point_parabola
 from lightning_ifthpo.step_size.rates import GroupRates
@@ -26,6 +28,12 @@ from lightning_ifthpo.step_size.update import Update
 
 DirectionalCurvature: TypeAlias = Literal["three_point"] | LossCurvature
 DIRECTIONAL_CURVATURES: tuple[str, ...] = ("three_point", *get_args(LossCurvature))
+
+FALLBACK="finite_difference"
+_NOT_ITS_GRADIENT = (
+    "the loss does not change along its gradient as the gradient says, as where a part of it is detached; ExactGeN takes "
+    "the curvature from differences of gradients instead of losses"
+)
 
 _RULES: dict[str, Callable[[float, float], Rule]] = {"averaged": AveragedRule, "published": PublishedRule}
 
@@ -131,7 +139,8 @@ class ExactGeNLR(LRScheduler):
         self.rules = self._rates.rules
         self.total_steps = total_steps
         self.every_n_steps = every_n_steps
-        self._curvature = curvature
+        self.curvature = curvature
+        self._checked = False
         self._loss: LossFunction | Loss | None = None
         self._session: Callable[[], AbstractContextManager[object]] = nullcontext
         self._before: tuple[list[Tensor], list[Tensor]] | None = None  # the weights, and copies of them
@@ -257,9 +266,16 @@ class ExactGeNLR(LRScheduler):
             return Parabola(0.0, 0.0, 0.0)
         along = loss.over(update.parameters) if isinstance(loss, Loss) else Loss(loss, update.parameters)
         with isolated(along.space.device), torch.enable_grad(), self._session():
-            if self._curvature == "three_point":
+            if self.curvature == "three_point" and not self._checked:
+                self._checked = True
+                if not follows_its_gradient(along):
+                    self.curvature = FALLBACK
+                    warnings.warn(_NOT_ITS_GRADIENT, stacklevel=2)
+            if self.curvature == "three_point":
                 return three_point_parabola(along, update.parameters, update.omega, step=applied).at(-applied)
-            return exact_parabola(along, update.parameters, update.omega, curvature=self._curvature).at(-applied)
+            return exact_parabola(
+                along, update.parameters, update.omega, curvature=self.curvature, step=applied
+            ).at(-applied)
 
     def _trainable(self) -> list[Tensor]:
         groups = self.optimizer.param_groups
