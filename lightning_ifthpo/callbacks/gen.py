@@ -21,7 +21,7 @@ from lightning_ifthpo.runtime.losses import ModuleLosses
 from lightning_ifthpo.runtime.precision import has_half_weights
 from lightning_ifthpo.runtime.requirements import check_precision, check_real_weights, check_strategy
 from lightning_ifthpo.step_size import ExactGeNLR
-from lightning_ifthpo.step_size.scheduler import DIRECTIONAL_CURVATURES, DirectionalCurvature, RateOptions
+from lightning_ifthpo.step_size.options import DIRECTIONAL_CURVATURES, DirectionalCurvature, RateOptions
 
 
 class ExactGeN(L.Callback):
@@ -108,7 +108,7 @@ class ExactGeN(L.Callback):
         if scheduler.wants_loss:
             # a look after the step needs a copy, because the training step may change the batch
             loss = self._losses.inner(batch if scheduler.is_pending else copied(batch))
-            scheduler.probe(loss, partial(self._losses.session, self._kind, step=scheduler.last_epoch))
+            scheduler.probe(loss, partial(self._losses.session, scheduler.curvature, step=scheduler.last_epoch))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

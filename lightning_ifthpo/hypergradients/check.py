@@ -91,7 +91,9 @@ def _resolved_differences(inner_loss: LossFunction, outer: Loss, hyperparameters
         origin = hyper_space.values
         with outer.space.restored(), hyper_space.restored():
 
-            def resolved(index: int, value: float, space: ParameterSpace = hyper_space, origin: Tensor = origin) -> float:
+            def resolved(
+                index: int, value: float, space: ParameterSpace = hyper_space, origin: Tensor = origin
+            ) -> float:
                 moved = origin.clone()
                 moved[index] = value
                 space.assign(moved)

@@ -216,9 +216,7 @@ def _dot(left: Sequence[Fraction], right: Sequence[Fraction]) -> Fraction:
     return sum((a * b for a, b in zip(left, right, strict=True)), Fraction())
 
 
-def _slope_and_curvature(
-    loss: Loss, omega: Tensor, curvature: LossCurvature, step: float
-) -> tuple[Tensor, Tensor]:
+def _slope_and_curvature(loss: Loss, omega: Tensor, curvature: LossCurvature, step: float) -> tuple[Tensor, Tensor]:
     """Returns ∇L·ω and ωᵀAω of this process's loss."""
     if curvature == "gauss_newton":
         with suppress(RuntimeError):  # if an operation has no derivative in forward mode

@@ -195,14 +195,14 @@ class PublishedRule(Rule):
         self.smoothing = smoothing
 
     def observe(self, parabola: Parabola, decay: float = 1.0) -> bool:
-        """Updates the rate with a look; returns whether it was used. In a decay, steps beyond twice the optimal one are."""
+        """Updates the rate with a look; returns whether it was used. In a decay only steps that are too long count."""
         step = parabola.optimal_step
         if step is None or step <= 0.0 or not parabola.is_finite:
             self.refused += 1
             self.lr = self._bounds[0] if self.lr is None else self.lr
             return False
         if decay < 1.0 and self.lr is not None and self.lr * decay < 2.0 * step:
-            return True
+            return True  # the step does not increase the loss
         target = step if self.lr is None else self.smoothing * self.lr + (1.0 - self.smoothing) * step
         self.lr = self._within_bounds(target)
         return True
