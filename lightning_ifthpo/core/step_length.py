@@ -29,7 +29,7 @@ def natural_step(v: Tensor, w: Tensor, gradient: Tensor, loss: float) -> float:
     """
     used, length = gradient != 0.0, norm(v)
     moved, extent = norm(v * used), norm(w * used)
-    least = torch.finfo(w.dtype).tiny ** 0.5  # products with shorter vectors may be rounded to zero
+    least = float(torch.finfo(w.dtype).tiny ** 0.5)  # products with shorter vectors may be rounded to zero
     if moved == 0.0:
         return max(norm(w), least) / length
     if extent <= least:

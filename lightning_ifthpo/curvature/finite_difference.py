@@ -140,7 +140,7 @@ class FiniteDifferenceOperator(LossOperator):
     def _drowns(self, pair: _Pair) -> bool:
         """Returns whether rounding takes half of the digits of a difference, or more."""
         change, _, size = self._norms(pair)
-        return change <= torch.finfo(self.dtype).eps ** 0.5 * size
+        return bool(change <= torch.finfo(self.dtype).eps ** 0.5 * size)
 
     def _norms(self, pair: _Pair) -> list[float]:
         """Returns norms on the global batch: half the change of the gradient over the step, its asymmetry, its size."""

@@ -59,6 +59,7 @@ def check_hypergradient(
     True
     """
     require_choice("reference", reference, ("direct", "finite_difference"))
+    parameters, hyperparameters = list(parameters), list(hyperparameters)
     losses = (inner_loss, outer_loss, parameters, hyperparameters)
     result = implicit_hypergradient(*losses, curvature=curvature, solver=solver)
     if reference == "direct":
@@ -90,25 +91,27 @@ def _resolved_differences(inner_loss: LossFunction, outer: Loss, hyperparameters
         hyper_space = ParameterSpace([h])
         origin = hyper_space.values
         with outer.space.restored(), hyper_space.restored():
-
-            def resolved(
-                index: int, value: float, space: ParameterSpace = hyper_space, origin: Tensor = origin
-            ) -> float:
-                moved = origin.clone()
-                moved[index] = value
-                space.assign(moved)
-                _minimize(inner_loss, outer.space)
-                return float(outer.value())
-
+            resolved = partial(_resolved, inner_loss, outer, hyper_space, origin)
             slopes = [_slope(partial(resolved, index), float(origin[index]), h.dtype) for index in range(h.numel())]
         result.append(torch.tensor(slopes, dtype=h.dtype, device=h.device).reshape(h.shape))
     return result
 
 
+def _resolved(
+    inner_loss: LossFunction, outer: Loss, space: ParameterSpace, origin: Tensor, index: int, value: float
+) -> float:
+    """Returns the outer loss at the inner minimum for another value of one hyperparameter entry."""
+    moved = origin.clone()
+    moved[index] = value
+    space.assign(moved)
+    _minimize(inner_loss, outer.space)
+    return float(outer.value())
+
+
 def _slope(value_at: Callable[[float], float], x: float, dtype: torch.dtype) -> float:
     """Returns a central difference at x, over the shortest relative step that is not lost in rounding.
 
-    Steps are tried from cbrt(eps) · |x| on, each ten times as long, up to cbrt(eps): the smallest step is in the unit of
+    Steps are tried from cbrt(eps) · |x| on, each ten times as long, up to cbrt(eps). The first step is in the unit of
     x, but a small x may not be small beside the scale on which the value changes.
     """
     eps, relative = torch.finfo(dtype).eps, relative_step(dtype)

@@ -65,6 +65,7 @@ def implicit_hypergradient(
     >>> implicit_hypergradient(inner, outer, [w], [log_decay]).gradients  # w · dw/dλ = 1 · (−2 · 1/4)
     [tensor(-0.5000)]
     """
+    parameters, hyperparameters = list(parameters), list(hyperparameters)  # of generators
     inner = as_loss(inner_loss, parameters, "the inner loss")
     outer = as_loss(outer_loss, parameters, "the outer loss")
     for index, tensor in enumerate(hyperparameters):

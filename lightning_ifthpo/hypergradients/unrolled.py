@@ -64,8 +64,9 @@ def unrolled_hypergradient(
         raise ValueError("expected either lr, for gradient descent, or an optimizer to unroll, not both")
     if lr is not None and not 0.0 < lr < math.inf:
         raise ValueError(f"expected a finite lr > 0, got {lr!r}")
+    parameters, hyperparameters = list(parameters), list(hyperparameters)
     space = ParameterSpace(parameters)
-    update = _Update(optimizer or SGD(list(parameters), lr=lr or 0.0), space)
+    update = _Update(optimizer or SGD(parameters, lr=lr or 0.0), space)
     update.check()
     visited: list[tuple[Loss, Tensor, _State]] = []
     losses: list[Tensor] = []

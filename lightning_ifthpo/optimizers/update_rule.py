@@ -41,7 +41,7 @@ class UpdateRule:
         return 1.0 / (horizon * torch.maximum(self.step_size, slowest))
 
     @classmethod
-    def of(cls, optimizers: Iterable[Optimizer], parameters: Sequence[Tensor]) -> UpdateRule:
+    def of(cls, optimizers: Iterable[Optimizer], parameters: Iterable[Tensor]) -> UpdateRule:
         """Returns the rule that stands for optimizers in their present state.
 
         Learning rates, momentum, weight decay and diagonal preconditioners are read from the groups and the state of
@@ -51,6 +51,7 @@ class UpdateRule:
             optimizers: The optimizers that train the parameters.
             parameters: The tensors w, together [n]; those in no optimizer do not move.
         """
+        parameters = list(parameters)
         answers = responses(optimizers, parameters)
         steps = [answer.learning_rate * answer.total_gain * answer.preconditioner for answer in answers]
         decays = [_decay(answer, step) for answer, step in zip(answers, steps, strict=True)]

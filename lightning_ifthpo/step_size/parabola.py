@@ -116,7 +116,7 @@ def three_point_parabola(
     >>> round(parabola.slope, 4), round(parabola.curvature, 4)
     (20.0, 40.0)
     """
-    whole = as_loss(loss, parameters)
+    whole, direction = as_loss(loss, parameters), list(direction)
     length = math.sqrt(sum(float(part.square().sum()) for part in direction if part is not None))
     if length == 0.0 or not math.isfinite(length):
         return Parabola(length, length, length)

@@ -61,7 +61,8 @@ class ExactGeNLR(LRScheduler):
             is safe for plain gradient descent only.
         curvature: "three_point" fits a parabola to the losses at both ends of the step and one step beyond, by forward
             passes alone. Once, at the first look, the slope of the loss is compared with a gradient; where they differ,
-            looks are made by "finite_difference". "hessian", "gauss_newton" or "finite_difference", see `exact_parabola`.
+            looks are made by "finite_difference". For "hessian", "gauss_newton" and "finite_difference" see
+            `exact_parabola`.
         lr_min: Lower bound of the rate.
         lr_max: Upper bound of the rate.
         final_decay: Fraction of the run, at its end, over which the rate goes to zero linearly. Looks can only lower it
@@ -128,7 +129,7 @@ class ExactGeNLR(LRScheduler):
 
     @property
     def curvature(self) -> DirectionalCurvature:
-        """The curvature of the next look: as chosen, or "finite_difference" if the loss does not follow its gradient."""
+        """The curvature of the next look: the chosen one, or "finite_difference" for a loss unlike its gradient."""
         return "finite_difference" if self._follows_gradient is False else self._curvature
 
     @property
