@@ -31,10 +31,10 @@ def natural_step(v: Tensor, w: Tensor, gradient: Tensor, loss: float) -> float:
     moved, extent = norm(v * used), norm(w * used)
     least = float(torch.finfo(w.dtype).tiny ** 0.5)  # products with shorter vectors may be rounded to zero
     if moved == 0.0:
-        return max(norm(w), least) / length
+        moved, extent = length, norm(w)
     if extent <= least:
-        step = abs(loss) / norm(gradient)
-        return (step if step > least else 1.0) / length
+        step = abs(loss) / norm(gradient) if used.any() else 0.0
+        return (step if step > least else 1.0) / moved
     return min(extent / moved, norm(w) / length)
 
 

@@ -38,11 +38,8 @@ def test_a_natural_step_from_zero_comes_from_loss_and_slope():
 def test_lengths_neither_overflow_nor_vanish_in_float32(size):
     w = torch.full((4,), size, device=DEVICE)
     # weights whose squares are zero have no length; the loss gives one
-    expected = size if size > 1.0 else 2.0 / float(w.double().norm()) / float(w.double().norm())
-    if size > 1.0:
-        assert natural_step(w, w, w, 2.0) == pytest.approx(1.0)
-    else:
-        assert natural_step(w, w, w, 2.0) == pytest.approx(expected, rel=1e-5)
+    expected = 1.0 if size > 1.0 else 2.0 / (2.0 * size) ** 2
+    assert natural_step(w, w, w, 2.0) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])

@@ -146,10 +146,10 @@ def test_tensors_in_units_a_million_apart_shorten_the_step_for_all_products():
         evaluations.append(1)
         return F.cross_entropy(net(1e6 * x.double()), y)
 
-    exact, operator = HessianOperator(loss, parameters), FiniteDifferenceOperator(loss, parameters)
+    v = randn(sum(p.numel() for p in parameters), seed=0, dtype=torch.float64)
+    exact, operator = HessianOperator(loss, parameters).matvec(v), FiniteDifferenceOperator(loss, parameters)
     evaluations.clear()
-    v = randn(operator.size, seed=0, dtype=torch.float64)
-    assert relative_error(operator.matvec(v), exact.matvec(v)) < 1e-6
+    assert relative_error(operator.matvec(v), exact) < 1e-6
     assert 3 < len(evaluations) <= 9
     evaluations.clear()
     assert relative_error(operator.matvec(10 * v), 10 * operator.matvec(v)) < 1e-12
@@ -157,7 +157,7 @@ def test_tensors_in_units_a_million_apart_shorten_the_step_for_all_products():
 
 
 def test_kinks_shorten_the_step_in_float64_and_are_reported_in_float32():
-    """A step of cbrt(eps) crosses hundreds of kinks of trained ReLU units: 40 times the product came out in float64."""
+    """A step of cbrt(eps) crosses kinks of ReLU units: up to 98 times the product came out."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)).to(DEVICE)
     x, y = randn(512, 20, seed=0, dtype=torch.float32), torch.arange(512, device=DEVICE) % 5
@@ -166,14 +166,15 @@ def test_kinks_shorten_the_step_in_float64_and_are_reported_in_float32():
     def loss():
         return F.cross_entropy(net(x.to(parameters[0].dtype)), y)
 
-    v = torch.cat([slope.reshape(-1) for slope in torch.autograd.grad(loss(), parameters)])
+    v = randn(sum(p.numel() for p in parameters), seed=1, dtype=torch.float32)
     operator = FiniteDifferenceOperator(loss, parameters)
     with pytest.warns(UserWarning, match=r"finite differences in torch.float32 are not reliable here: .* Use float64"):
         operator.matvec(v)
     operator.matvec(v)  # it says so once
     net.double()
-    exact = HessianOperator(loss, parameters).matvec(v.double())
-    assert relative_error(FiniteDifferenceOperator(loss, parameters).matvec(v.double()), exact) < 1e-6
+    v = torch.cat([slope.reshape(-1) for slope in torch.autograd.grad(loss(), parameters)])
+    exact = HessianOperator(loss, parameters).matvec(v)
+    assert relative_error(FiniteDifferenceOperator(loss, parameters).matvec(v), exact) < 1e-6
 
 
 def test_a_linear_loss_has_no_curvature_and_no_warning():
