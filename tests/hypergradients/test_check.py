@@ -92,7 +92,7 @@ def test_finite_differences_do_not_depend_on_the_units_of_loss_and_weights(scale
 
 @pytest.mark.parametrize("size", [1e-8, 1e-3, 1e6])
 def test_small_and_large_hyperparameters_are_moved_in_their_own_unit(size):
-    """A decay of 1e-8 must not be moved by 6e-6: √h has another slope there. A step of 6e-6 at 1e6 would be rounding."""
+    """At 1e-8 a step of 6e-6 would lead to another slope of √h, and at 1e6 it would be rounding."""
     w, h = torch.ones(1, **FLOAT64), torch.tensor(size, **FLOAT64)
     w = (2.0 - (h / size).sqrt() / 2).reshape(1).requires_grad_()
     inner = lambda: ((w - 2 + (h / size).sqrt() / 2) ** 2).sum()  # noqa: E731

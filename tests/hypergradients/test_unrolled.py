@@ -203,7 +203,7 @@ EVERY = {
 @pytest.mark.parametrize("used", [0, 3], ids=["fresh", "used"])
 @pytest.mark.parametrize("name", EVERY)
 def test_every_optimizer_is_unrolled_from_a_fresh_and_from_a_used_state(name, used):
-    """Against differences of real runs; eps = 0.1 because derivatives of an Adam with eps = 1e-8 are as small as that."""
+    """Against differences of real runs; eps = 0.1, because derivatives of an Adam with eps = 1e-8 are that small."""
     matrix, target = randn(8, 3, seed=0, dtype=torch.float64), randn(8, seed=1, dtype=torch.float64)
     h = torch.tensor(-1.0, **FLOAT64)
 
@@ -252,6 +252,4 @@ def test_a_step_that_leaves_out_a_part_of_its_derivative_is_refused():
 
     w, h = torch.ones(2, **FLOAT64, requires_grad=True), torch.tensor(0.5, **FLOAT64)
     with pytest.raises(ValueError, match="the step of Detached leaves out a part of its derivative"):
-        unrolled_hypergradient(
-            lambda: (h * w**2).sum(), lambda: w.sum(), [w], [h], steps=2, optimizer=Detached([w])
-        )
+        unrolled_hypergradient(lambda: (h * w**2).sum(), lambda: w.sum(), [w], [h], steps=2, optimizer=Detached([w]))
