@@ -21,7 +21,7 @@ from lightning_ifthpo.runtime.losses import ModuleLosses
 from lightning_ifthpo.runtime.precision import has_half_weights
 from lightning_ifthpo.runtime.requirements import check_precision, check_real_weights, check_strategy
 from lightning_ifthpo.step_size import ExactGeNLR
-from lightning_ifthpo.step_size.scheduler import DIRECTIONAL_CURVATURES, DirectionalCurvature, RateOptions
+from lightning_ifthpo.step_size.options import DIRECTIONAL_CURVATURES, DirectionalCurvature, RateOptions
 
 
 class ExactGeN(L.Callback):
@@ -40,7 +40,7 @@ class ExactGeN(L.Callback):
         probe: "next_batch" looks on a batch that did not produce the update; "same_batch" is for gradient descent only.
         curvature: "three_point" uses the losses at both ends of the step and one step beyond, by forward passes alone;
             "hessian" is exact; "gauss_newton" needs losses that call `mark_outputs`, and one forward pass;
-            "finite_difference" uses two gradients. "auto" takes three points, or the Hessian if weights are in half
+            "finite_difference" uses three gradients. "auto" takes three points, or the Hessian if weights are in half
             precision, because rounding of their losses exceeds the differences.
         lr_min: Lower bound of the rate.
         lr_max: Upper bound of the rate.
@@ -108,7 +108,7 @@ class ExactGeN(L.Callback):
         if scheduler.wants_loss:
             # a look after the step needs a copy, because the training step may change the batch
             loss = self._losses.inner(batch if scheduler.is_pending else copied(batch))
-            scheduler.probe(loss, partial(self._losses.session, self._kind, step=scheduler.last_epoch))
+            scheduler.probe(loss, partial(self._losses.session, scheduler.curvature, step=scheduler.last_epoch))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

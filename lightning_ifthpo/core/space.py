@@ -96,5 +96,6 @@ def check_real(tensor: Tensor, name: str) -> None:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Returns a tensor; gathers it, by a collective, if it is sharded over processes."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """Returns a strided tensor; gathers it, by a collective, if it is sharded over processes."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole if whole.layout is torch.strided else whole.to_dense()

@@ -66,6 +66,7 @@ class KFACOperator(LossOperator, InvertibleOperator):
         super().__init__(loss)
         self._graph = LossGraph(total, loss)
         outputs = checked_outputs(outputs)
+        parameters = loss.parameters  # those that were passed may have been a generator
         slopes = vjp(outputs, parameters, [torch.zeros_like(output) for output in outputs])
         # vjp returns None for frozen or unused parameters
         used = [parameter for parameter, slope in zip(parameters, slopes, strict=True) if slope is not None]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
 from lightning_ifthpo.core.space import ParameterSpace
+from lightning_ifthpo.core.step_length import relative_step
 from lightning_ifthpo.core.validation import require_choice
 from lightning_ifthpo.curvature.hessian import HessianOperator
 from lightning_ifthpo.curvature.kinds import Curvature
@@ -39,8 +41,9 @@ def check_hypergradient(
         curvature: As in `implicit_hypergradient`.
         solver: As in `implicit_hypergradient`.
         reference: "direct" solves with the dense exact Hessian, undamped. "finite_difference" moves each hyperparameter
-            entry by ± cbrt(eps) · max(1, |λ|), solves the inner problem again by Newton's method and takes the
-            difference of the outer losses, without implicit differentiation; use float64.
+            entry by ± cbrt(eps) · |λ|, or farther if the difference drowns in rounding, solves the inner problem again
+            by Newton's method and takes the difference of the outer losses, without implicit differentiation; use
+            float64.
         rtol: Largest ‖difference‖ / ‖reference‖ that passes.
 
     Raises:
@@ -85,33 +88,55 @@ def _resolved_differences(inner_loss: LossFunction, outer: Loss, hyperparameters
     """Returns central differences of the outer loss at the inner minimum, shaped like the hyperparameters."""
     result = []
     for h in hyperparameters:
-        hyper_space, slopes = ParameterSpace([h]), []
+        hyper_space = ParameterSpace([h])
         origin = hyper_space.values
-        for index in range(h.numel()):
-            # cbrt(eps) balances truncation and rounding of a central difference
-            width = torch.finfo(h.dtype).eps ** (1 / 3) * max(1.0, abs(float(origin[index])))
-            shift = torch.zeros_like(origin)
-            shift[index] = width
-            values = []
-            with outer.space.restored(), hyper_space.restored():
-                for moved in (origin + shift, origin - shift):
-                    hyper_space.assign(moved)
-                    _minimize(inner_loss, outer.space)
-                    values.append(float(outer.value()))
-            slopes.append((values[0] - values[1]) / (2 * width))
+        with outer.space.restored(), hyper_space.restored():
+            resolved = partial(_resolved, inner_loss, outer, hyper_space, origin)
+            slopes = [_slope(partial(resolved, index), float(origin[index]), h.dtype) for index in range(h.numel())]
         result.append(torch.tensor(slopes, dtype=h.dtype, device=h.device).reshape(h.shape))
     return result
 
 
+def _resolved(
+    inner_loss: LossFunction, outer: Loss, space: ParameterSpace, origin: Tensor, index: int, value: float
+) -> float:
+    """Returns the outer loss at the inner minimum for another value of one hyperparameter entry."""
+    moved = origin.clone()
+    moved[index] = value
+    space.assign(moved)
+    _minimize(inner_loss, outer.space)
+    return float(outer.value())
+
+
+def _slope(value_at: Callable[[float], float], x: float, dtype: torch.dtype) -> float:
+    """Returns a central difference at x, over the shortest relative step that is not lost in rounding.
+
+    Steps are tried from cbrt(eps) · |x| on, each ten times as long, up to cbrt(eps). The first step is in the unit of
+    x, but a small x may not be small beside the scale on which the value changes.
+    """
+    eps, relative = torch.finfo(dtype).eps, relative_step(dtype)
+    step = relative * (abs(x) or 1.0)
+    while True:
+        ahead, behind = value_at(x + step), value_at(x - step)
+        if step >= relative or abs(ahead - behind) >= eps**0.5 * abs(ahead):  # half of the digits are left
+            return (ahead - behind) / (2 * step)
+        step = min(10.0 * step, relative)
+
+
 def _minimize(loss: LossFunction, space: ParameterSpace) -> None:
     """Moves the parameters to a nearby minimum by Newton's method."""
-    best = math.inf
+    eps, best = torch.finfo(space.dtype).eps, math.inf
     for _ in range(50):
         operator = HessianOperator(loss, space.tensors)
         gradient = operator.gradient
+        step = Direct().solve(operator, gradient).x
         norm = float(torch.linalg.vector_norm(gradient))
-        if norm >= best / 2 and norm <= math.sqrt(torch.finfo(space.dtype).eps):
-            return  # Newton's method converges quadratically; a gradient that stops shrinking is rounding.
+        # Newton's method converges quadratically; a gradient that stops shrinking is rounding if the step is small
+        # beside the weights, or if it would not change the loss.
+        shift, extent = (float(torch.linalg.vector_norm(vector)) for vector in (step, space.values))
+        negligible = shift <= eps**0.5 * extent or abs(float(gradient @ step)) <= eps * abs(float(operator.loss))
+        if norm >= best / 2 and negligible:
+            return
         best = min(best, norm)
-        space.assign(space.values - Direct().solve(operator, gradient).x)
+        space.assign(space.values - step)
     raise RuntimeError(f"Newton's method did not solve the inner problem: gradient norm {best:.3g} after 50 steps")

@@ -66,7 +66,8 @@ def unrolled_hypergradient(
         raise ValueError(f"expected a finite lr > 0, got {lr!r}")
     parameters, hyperparameters = list(parameters), list(hyperparameters)  # also from generators
     space = ParameterSpace(parameters)
-    update = _Update(optimizer or SGD(list(parameters), lr=lr or 0.0), space)
+    update = _Update(optimizer or SGD(parameters, lr=lr or 0.0), space)
+    update.check()
     visited: list[tuple[Loss, Tensor, _State]] = []
     losses: list[Tensor] = []
     with differentiable(hyperparameters), space.restored():
@@ -125,6 +126,42 @@ class _Update:
         self._options: dict[str, Any] = {"differentiable": True} | ({"lr": 1e-3} if "lr" in arguments else {})
         self.initial_state = self._copy(_entries(optimizer, space.tensors))
 
+    def check(self) -> None:
+        """Raises ValueError if a derivative of the optimizer's step differs from a difference of steps.
+
+        Two steps of each kind of group are tried on a 2 × 2 matrix in float64, from a fresh state.
+        """
+        for group in {id(group): group for group in self._groups}.values():
+            weight = torch.linspace(0.5, 1.5, 4, dtype=torch.float64, device=self._space.device).view(2, 2)
+            space = ParameterSpace([weight])
+            _Update(self._class([self._group(group, weight)], **self._options), space)._check(space.values)
+
+    def _check(self, weights: Tensor) -> None:
+        state, cotangent = self.initial_state, torch.linspace(1.0, 2.0, 4).to(weights)
+        for scale in (0.3, -0.7):
+            gradient = scale * cotangent
+            width = 1e-5 * gradient.abs()  # cbrt(eps), where truncation and rounding are equal
+            (ahead, next_ahead), (behind, next_behind) = (
+                self.step(weights, gradient + sign * width, state) for sign in (1.0, -1.0)
+            )
+            after, state_after = self.step(weights, gradient, state)
+            adjoints = {key: torch.ones_like(tensor) for key, tensor in state_after.tensors.items()}
+            _, slope, _ = self.vjp_step(weights, gradient, state, cotangent, adjoints)
+            moved = cotangent @ (ahead - behind) + sum(
+                (next_ahead.tensors[key] - next_behind.tensors[key]).sum() for key in adjoints
+            )
+            # a derivative that is left out is off by the size of the update, or of the state
+            size = (after - weights).abs().sum() + sum(tensor.abs().sum() for tensor in state_after.tensors.values())
+            if abs(slope @ (2 * width) - moved) > 0.1 * 1e-5 * size:
+                raise ValueError(
+                    f"the step of {self._class.__name__} leaves out a part of its derivative, although it takes "
+                    "differentiable=True; pass lr, for gradient descent, or another optimizer"
+                )
+            weights, state = after, state_after
+
+    def _group(self, group: dict[str, Any], tensor: Tensor) -> dict[str, Any]:
+        return group | {"differentiable": True, "foreach": False, "fused": None, "params": [tensor]}
+
     def step(self, weights: Tensor, gradient: Tensor, state: _State) -> tuple[Tensor, _State]:
         """Returns weights and state after a step."""
         _, after, entries = self._trace(weights, gradient, state)
@@ -155,10 +192,14 @@ class _Update:
             for tensor, slope in zip(after, inputs[count : 2 * count], strict=True):
                 tensor.retain_grad()
                 tensor.grad = slope
-            changes = {"differentiable": True, "foreach": False, "fused": None}
-            pairs = zip(self._groups, after, strict=True)
-            twin = self._class([group | changes | {"params": [tensor]} for group, tensor in pairs], **self._options)
             entries = dict(zip(state.tensors, inputs[2 * count :], strict=True)) | state.others
+            groups = [self._group(group, tensor) for group, tensor in zip(self._groups, after, strict=True)]
+            for index in range(count) if issubclass(self._class, SGD) else ():
+                # torch detaches the first momentum buffer. One of zeros, without dampening, makes the same first step.
+                if groups[index]["momentum"] and entries.get((index, "momentum_buffer")) is None:
+                    groups[index]["dampening"] = 0.0
+                    entries[index, "momentum_buffer"] = torch.zeros_like(after[index])
+            twin = self._class(groups, **self._options)
             for (index, name), value in entries.items():
                 twin.state[after[index]][name] = value.clone() if isinstance(value, Tensor) else value
             twin.step()

@@ -7,7 +7,7 @@ import inspect
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import Optimizer, SparseAdam
 
 
 def check_linear_in_lr(optimizer: Optimizer) -> None:
@@ -19,8 +19,9 @@ def check_linear_in_lr(optimizer: Optimizer) -> None:
     name = type(optimizer).__name__
     if any(group.get("maximize") for group in optimizer.param_groups):
         raise ValueError(f"ExactGeN lowers a loss, and this {name} maximizes; minimize the negative instead")
+    sparse = isinstance(optimizer, SparseAdam)  # which takes no other gradients
     try:
-        small, full = (_third_update(optimizer, rate) for rate in (0.01, 1.0))
+        small, full = (_third_update(optimizer, rate, sparse) for rate in (0.01, 1.0))
     except Exception as error:
         raise ValueError(
             f"ExactGeN repeats optimizer steps at another learning rate, and {name} cannot do that: "
@@ -33,7 +34,7 @@ def check_linear_in_lr(optimizer: Optimizer) -> None:
         )
 
 
-def _third_update(optimizer: Optimizer, rate: float) -> Tensor:
+def _third_update(optimizer: Optimizer, rate: float, sparse: bool) -> Tensor:
     """Returns the third update, at the given rate, of a new optimizer of the same class and options."""
     weight = torch.linspace(0.5, 1.5, 4, dtype=torch.float64).view(2, 2).requires_grad_()
     accepted = inspect.signature(type(optimizer).__init__).parameters
@@ -42,7 +43,8 @@ def _third_update(optimizer: Optimizer, rate: float) -> Tensor:
     options = {key: copy.copy(group[key]) for key in group if key in accepted and key not in rejected}
     twin = type(optimizer)([weight], **({"lr": 0.01} | options))
     for gradient, lr in ((0.3, 0.01), (-0.7, 0.01), (0.4, rate)):
-        weight.grad = gradient * torch.linspace(1.0, 2.0, 4, dtype=torch.float64).view(2, 2)
+        slope = gradient * torch.linspace(1.0, 2.0, 4, dtype=torch.float64).view(2, 2)
+        weight.grad = slope.to_sparse() if sparse else slope
         twin.param_groups[0]["lr"] = lr
         before = weight.detach().clone()
         twin.step()

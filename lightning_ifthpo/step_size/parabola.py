@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
+from lightning_ifthpo.core.step_length import relative_step, step_along
 from lightning_ifthpo.curvature import FiniteDifferenceOperator
 from lightning_ifthpo.curvature.gauss_newton import forward_slope_and_curvature
 from lightning_ifthpo.curvature.kinds import LossCurvature, curvature_operator
@@ -60,6 +62,7 @@ def exact_parabola(
     direction: Sequence[Tensor | None],
     *,
     curvature: LossCurvature = "hessian",
+    step: float = 0.0,
 ) -> Parabola:
     """Returns the parabola with the exact slope, and the curvature by one product.
 
@@ -68,11 +71,12 @@ def exact_parabola(
         parameters: The tensors w.
         direction: ω, shaped like the parameters; `None` for zeros.
         curvature: "hessian", exact; "gauss_newton", never negative for a convex loss of the outputs;
-            "finite_difference", from two gradients on either side of w.
+            "finite_difference", from gradients on either side of w.
+        step: The α of finite differences at w ± αω; by default, and if rounding exceeds that difference, a short one.
 
     Cost: for the Hessian one forward pass, one differentiable gradient and one product. For Gauss–Newton a forward pass
     in forward mode, or the cost of the Hessian if an operation has no derivative in forward mode. By finite differences
-    two gradients. Over several processes, one collective of two numbers.
+    three gradients. Over several processes, one collective of two numbers.
 
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> exact_parabola(lambda: (w**2).sum(), [w], [2 * w]).optimal_step  # gradient descent on ‖w‖²
@@ -80,7 +84,7 @@ def exact_parabola(
     """
     whole = as_loss(loss, parameters)
     omega = whole.space.flatten(direction)
-    pair = torch.stack(_slope_and_curvature(whole.own_share(), omega, curvature))
+    pair = torch.stack(_slope_and_curvature(whole.own_share(), omega, curvature, step))
     slope, curved = (pair if whole.all_reduce is None else whole.all_reduce(pair)).tolist()
     return Parabola(slope, curved, float(omega @ omega))
 
@@ -101,34 +105,65 @@ def three_point_parabola(
         loss: Callable without arguments that returns the scalar loss, or (loss, outputs); or a `Loss`.
         parameters: The tensors w.
         direction: ω, shaped like the parameters; `None` for zeros.
-        step: α; at least cbrt(machine epsilon) · max(1, ‖w‖) / ‖ω‖ is used, because the second difference of a shorter
-            step drowns in rounding. If α is zero, 1, 10 and 100 times that length are tried in turn, until the second
-            difference exceeds rounding.
+        step: α. If the second difference drowns in rounding, (machine epsilon)^(1/4) of the weights along ω is used
+            instead, if that is longer; see `step_along`. If α is zero, steps are tried from that length on, longer ones
+            while the second difference drowns, and shorter ones while it is large beside the loss.
 
-    Cost: three forward passes, up to nine if no step is given, and one extra copy of the parameters.
+    Cost: three forward passes, two more for each further step, at most four steps; one extra copy of the parameters.
 
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> parabola = three_point_parabola(lambda: (w**2).sum(), [w], [torch.tensor([2.0, 4.0])], step=0.5)
     >>> round(parabola.slope, 4), round(parabola.curvature, 4)
     (20.0, 40.0)
     """
-    whole = as_loss(loss, parameters)
+    whole, direction = as_loss(loss, parameters), list(direction)
     length = math.sqrt(sum(float(part.square().sum()) for part in direction if part is not None))
     if length == 0.0 or not math.isfinite(length):
         return Parabola(length, length, length)
-    extent = max(1.0, math.sqrt(sum(float(tensor.detach().square().sum()) for tensor in whole.parameters)))
     roughest = max((tensor.dtype for tensor in whole.parameters), key=lambda dtype: torch.finfo(dtype).eps)
-    shortest = torch.finfo(roughest).eps ** (1 / 3) * extent / length
+    shortest = relative_step(roughest, second=True) * step_along(direction, whole.parameters)
     with whole.along(direction) as at:
 
+        @cache
         def loss_at(alpha: float) -> float:
             return whole.combine(at(-alpha)).item()
 
-        for alpha in [max(step, shortest)] if step else [shortest, 10.0 * shortest, 100.0 * shortest]:
-            parabola = fitted_parabola(loss_at, [-alpha, 0.0, alpha], squared_length=length**2, dtype=roughest)
-            if parabola.curvature != 0.0:
-                break
+        def parabola_at(alpha: float) -> Parabola:
+            return fitted_parabola(loss_at, [-alpha, 0.0, alpha], squared_length=length**2, dtype=roughest)
+
+        if step >= shortest:
+            return parabola_at(step)
+        if step and _digits(parabola := parabola_at(step), step, loss_at(0.0)) > _RESOLVED * torch.finfo(roughest).eps:
+            return parabola
+        return parabola_at(shortest) if step else _searched(parabola_at, shortest, loss_at, roughest)
+
+
+def _searched(
+    parabola_at: Callable[[float], Parabola], alpha: float, loss_at: Callable[[float], float], dtype: torch.dtype
+) -> Parabola:
+    """Returns the first parabola whose second difference is resolved, and small beside the loss; at most four tries."""
+    eps = torch.finfo(dtype).eps
+    for _ in range(4):
+        parabola = parabola_at(alpha)
+        digits = _digits(parabola, alpha, loss_at(0.0))
+        if digits <= _RESOLVED * eps:
+            alpha *= 10.0
+        elif digits > 100.0 * eps**0.5:  # ten times as long as the step at which rounding and truncation are equal
+            alpha *= math.sqrt(eps**0.5 / digits) if math.isfinite(digits) else 1e-3
+        else:
+            break
     return parabola
+
+
+# Least second difference that is used, in units of the rounding error of the loss: a curvature that is 20 % off
+_RESOLVED = 10.0
+
+
+def _digits(parabola: Parabola, alpha: float, loss: float) -> float:
+    """Returns the second difference of the losses at −α, 0 and α over the loss; infinite unless all are finite."""
+    if not parabola.is_finite:
+        return math.inf
+    return abs(parabola.curvature) * alpha**2 / max(abs(loss), abs(parabola.slope) * alpha, 1e-300)
 
 
 def fitted_parabola(
@@ -181,7 +216,7 @@ def _dot(left: Sequence[Fraction], right: Sequence[Fraction]) -> Fraction:
     return sum((a * b for a, b in zip(left, right, strict=True)), Fraction())
 
 
-def _slope_and_curvature(loss: Loss, omega: Tensor, curvature: LossCurvature) -> tuple[Tensor, Tensor]:
+def _slope_and_curvature(loss: Loss, omega: Tensor, curvature: LossCurvature, step: float) -> tuple[Tensor, Tensor]:
     """Returns ∇L·ω and ωᵀAω of this process's loss."""
     if curvature == "gauss_newton":
         with suppress(RuntimeError):  # if an operation has no derivative in forward mode
@@ -189,6 +224,6 @@ def _slope_and_curvature(loss: Loss, omega: Tensor, curvature: LossCurvature) ->
             return loss.combine(slope), loss.combine(curved)
     operator = curvature_operator(curvature, loss, loss.parameters)
     if isinstance(operator, FiniteDifferenceOperator):
-        return operator.slope_and_curvature(omega)
+        return operator.slope_and_curvature(omega, step=step)
     curved = operator.quadratic(omega)  # first, because the operator keeps its gradient
     return operator.gradient @ omega, curved

@@ -2,56 +2,32 @@
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.hooks import RemovableHandle
 
 from lightning_ifthpo.core.loss import Loss, LossFunction, NoLossError
 from lightning_ifthpo.core.random_state import isolated
-from lightning_ifthpo.core.validation import is_ascending, is_number, require_at_least, require_choice, require_flag
-from lightning_ifthpo.curvature.kinds import LossCurvature
+from lightning_ifthpo.core.validation import require_at_least, require_choice
+from lightning_ifthpo.step_size.consistency import follows_its_gradient
 from lightning_ifthpo.step_size.linearity import check_linear_in_lr
+from lightning_ifthpo.step_size.options import DIRECTIONAL_CURVATURES, RULES, DirectionalCurvature, RateOptions
 from lightning_ifthpo.step_size.parabola import Parabola, exact_parabola, three_point_parabola
 from lightning_ifthpo.step_size.rates import GroupRates
-from lightning_ifthpo.step_size.rules import AveragedRule, PublishedRule, Rule
 from lightning_ifthpo.step_size.update import Update
 
-DirectionalCurvature: TypeAlias = Literal["three_point"] | LossCurvature
-DIRECTIONAL_CURVATURES: tuple[str, ...] = ("three_point", *get_args(LossCurvature))
-
-_RULES: dict[str, Callable[[float, float], Rule]] = {"averaged": AveragedRule, "published": PublishedRule}
-
-
-@dataclass(frozen=True)
-class RateOptions:
-    """The options that `ExactGeNLR` and `ExactGeN` share; see there."""
-
-    rule: Literal["averaged", "published"] = "averaged"
-    probe: Literal["next_batch", "same_batch"] = "next_batch"
-    lr_min: float = 1e-8
-    lr_max: float = 10.0
-    final_decay: float = 0.3
-    per_group: bool = False
-
-    def __post_init__(self) -> None:
-        require_choice("rule", self.rule, tuple(_RULES))
-        require_choice("probe", self.probe, ("next_batch", "same_batch"))
-        low, high = self.lr_min, self.lr_max
-        if not (is_ascending(0.0, low, math.inf) and is_ascending(0.0, high, math.inf) and low <= high):
-            raise ValueError(f"expected 0 < lr_min <= lr_max < infinity, got {low!r} and {high!r}")
-        if not (is_number(self.final_decay) and 0.0 <= self.final_decay <= 1.0):
-            raise ValueError(f"expected 0 <= final_decay <= 1, a fraction of the run, got {self.final_decay!r}")
-        require_flag("per_group", self.per_group)
-        if self.per_group and self.probe == "same_batch":
-            raise ValueError("per_group=True needs probe='next_batch': on the same batch no other group has moved")
+_NOT_ITS_GRADIENT = (
+    "the loss does not change along its gradient as the gradient says, as where a part of it is detached; ExactGeN "
+    "measures by differences of gradients instead of losses. Pass curvature='finite_difference' to choose that"
+)
 
 
 class ExactGeNLR(LRScheduler):
@@ -84,10 +60,13 @@ class ExactGeNLR(LRScheduler):
         probe: "next_batch" looks on the batch after the one that made the update; "same_batch" on the same batch, which
             is safe for plain gradient descent only.
         curvature: "three_point" fits a parabola to the losses at both ends of the step and one step beyond, by forward
-            passes alone; "hessian", "gauss_newton" or "finite_difference", see `exact_parabola`.
+            passes alone. Once, at the first look, the slope of the loss is compared with a gradient; where they differ,
+            looks are made by "finite_difference". For "hessian", "gauss_newton" and "finite_difference" see
+            `exact_parabola`.
         lr_min: Lower bound of the rate.
         lr_max: Upper bound of the rate.
-        final_decay: Fraction of the run, at its end, over which the rate goes to zero linearly, without further looks.
+        final_decay: Fraction of the run, at its end, over which the rate goes to zero linearly. Looks can only lower it
+            there.
         per_group: Choose a rate for each parameter group, from the loss along its own part of the update, with the
             updates of the other groups applied. The initial rates then do not count at all. One look for each group.
 
@@ -126,11 +105,12 @@ class ExactGeNLR(LRScheduler):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"expected a torch optimizer, got {optimizer!r}")
         check_linear_in_lr(optimizer)
-        self._rates = GroupRates(optimizer, partial(_RULES[rule], lr_min, lr_max), per_group)
+        self._rates = GroupRates(optimizer, partial(RULES[rule], lr_min, lr_max), per_group)
         self.rules = self._rates.rules
         self.total_steps = total_steps
         self.every_n_steps = every_n_steps
         self._curvature = curvature
+        self._follows_gradient: bool | None = None  # the loss; None until the first look by three points
         self._loss: LossFunction | Loss | None = None
         self._session: Callable[[], AbstractContextManager[object]] = nullcontext
         self._before: tuple[list[Tensor], list[Tensor]] | None = None  # the weights, and copies of them
@@ -138,14 +118,19 @@ class ExactGeNLR(LRScheduler):
         self.looks = 0
         self.parabolas: list[Parabola] = []
         self.accepted = True
-        self._hooks = [optimizer.register_step_pre_hook(self._before_step)]
-        self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+        self._pre_hook = optimizer.register_step_pre_hook(self._before_step)
+        self._post_hook = optimizer.register_step_post_hook(self._after_step)
         super().__init__(optimizer)
 
     @property
     def refused(self) -> int:
         """Number of parabolas that could not be used."""
         return sum(rule.refused for rule in self.rules)
+
+    @property
+    def curvature(self) -> DirectionalCurvature:
+        """The curvature of the next look: the chosen one, or "finite_difference" for a loss unlike its gradient."""
+        return "finite_difference" if self._follows_gradient is False else self._curvature
 
     @property
     def is_pending(self) -> bool:
@@ -170,6 +155,7 @@ class ExactGeNLR(LRScheduler):
                 effects of an evaluation, such as new running statistics of BatchNorm.
         """
         self._rates.include_new_groups(self._decay())
+        _move(self._pre_hook, last=True)
         self._loss, self._session = loss, session
         if self._update is not None:
             update, self._update = self._update, None
@@ -179,6 +165,7 @@ class ExactGeNLR(LRScheduler):
     def step(self, epoch: int | None = None) -> None:
         """Counts an optimizer step, even if a loss scaler has skipped it, and sets the rates of the next step."""
         self._rates.include_new_groups(self._decay())
+        _move(self._pre_hook, last=True)
         self.last_epoch += 1
         self._last_lr = self.get_lr()
         self._rates.write(self._last_lr)
@@ -191,6 +178,7 @@ class ExactGeNLR(LRScheduler):
         """Returns the state, as tensors and plain numbers."""
         return self._rates.state_dict() | {
             "last_epoch": self.last_epoch,
+            "follows_gradient": self._follows_gradient,
             "update": None if self._update is None else self._update.omega,
         }
 
@@ -198,6 +186,7 @@ class ExactGeNLR(LRScheduler):
         """Continues from a state; raises ValueError if it belongs to another scheduler, or to other options."""
         self._rates.load_state_dict(state_dict)
         self.last_epoch = state_dict["last_epoch"]
+        self._follows_gradient = state_dict["follows_gradient"]
         if state_dict["update"] is not None:
             weights = self._trainable()
             omegas = zip(state_dict["update"], weights, strict=True)
@@ -206,8 +195,8 @@ class ExactGeNLR(LRScheduler):
 
     def detach(self) -> None:
         """Removes the hooks from the optimizer, which keeps its present rates, and releases the loss and its data."""
-        for hook in self._hooks:
-            hook.remove()
+        self._pre_hook.remove()
+        self._post_hook.remove()
         self._rates.write(self.get_lr())
         self._loss, self._session, self._update = None, nullcontext, None
 
@@ -218,19 +207,31 @@ class ExactGeNLR(LRScheduler):
         left = (self.total_steps - self.last_epoch) / (self._options.final_decay * self.total_steps)
         return min(1.0, max(left, 0.0))
 
-    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, arguments: Any, keywords: Any) -> Any:
+        """Prepares a look if one is due: after the closure, which may read the rates, if there is one."""
         self._rates.include_new_groups(self._decay())
-        due = self.last_epoch % self.every_n_steps == 0 or not all(rule.settled for rule in self.rules)
-        # No looks during the final decay: the rate must not rise again.
-        if not self._rates.started or (due and self._decay() == 1.0):
-            weights = self._trainable()
-            self._before = weights, [weight.detach().clone() for weight in weights]
-            self._rates.write(self._rates.multipliers)
-        else:
-            self._before = None
-            self._rates.write(self.get_lr())  # an interrupted step may have left other rates
+        self._rates.write(self.get_lr())  # an interrupted step may have left other rates
+        self._before = None
+        _move(self._post_hook, last=False)  # hooks of the user see the weights and the rates after the whole step
+        due = self.last_epoch % self.every_n_steps == 0 or any(rule.watchful for rule in self.rules)
+        if self._rates.started and not (due and self._decay() > 0.0):
+            return None
+        closure = keywords.get("closure", arguments[1] if len(arguments) > 1 else None)
+        if closure is None:
+            return self._prepare()
+        changed = {"closure": partial(self._prepare, closure)}
+        return arguments[:1], {key: value for key, value in keywords.items() if key != "closure"} | changed
+
+    def _prepare(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Calls the closure, notes the weights and sets the rates to one times the ratios of the groups."""
+        loss = None if closure is None else closure()
+        weights = self._trainable()
+        self._before = weights, [weight.detach().clone() for weight in weights]
+        self._rates.write(self._rates.multipliers)
+        return loss
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        _move(self._pre_hook, last=True)  # hooks of the user see the true rates before the step
         if self._before is None:
             return
         update, self._before = Update.undo_step(*self._before), None
@@ -252,7 +253,8 @@ class ExactGeNLR(LRScheduler):
             return
         self.looks += 1
         self.parabolas = parabolas
-        used = [rule.observe(parabola) for rule, parabola in zip(self.rules, self.parabolas, strict=True)]
+        decay = self._decay()
+        used = [rule.observe(parabola, decay) for rule, parabola in zip(self.rules, parabolas, strict=True)]
         self.accepted = any(used)
 
     def _parabola(self, loss: LossFunction | Loss, update: Update, applied: float) -> Parabola:
@@ -261,10 +263,23 @@ class ExactGeNLR(LRScheduler):
             return Parabola(0.0, 0.0, 0.0)
         along = loss.over(update.parameters) if isinstance(loss, Loss) else Loss(loss, update.parameters)
         with isolated(along.space.device), torch.enable_grad(), self._session():
-            if self._curvature == "three_point":
+            if self.curvature == "three_point" and self._follows_gradient is None:
+                self._follows_gradient = follows_its_gradient(along)
+                if not self._follows_gradient:
+                    warnings.warn(_NOT_ITS_GRADIENT, stacklevel=2)
+            if self.curvature == "three_point":
                 return three_point_parabola(along, update.parameters, update.omega, step=applied).at(-applied)
-            return exact_parabola(along, update.parameters, update.omega, curvature=self._curvature).at(-applied)
+            return exact_parabola(along, update.parameters, update.omega, curvature=self.curvature, step=applied).at(
+                -applied
+            )
 
     def _trainable(self) -> list[Tensor]:
         groups = self.optimizer.param_groups
         return [tensor for group in groups for tensor in group["params"] if tensor.requires_grad]
+
+
+def _move(handle: RemovableHandle, *, last: bool) -> None:
+    """Moves a hook of an optimizer behind all others, or before them."""
+    hooks = handle.hooks_dict_ref()
+    if hooks is not None and handle.id in hooks:
+        hooks.move_to_end(handle.id, last=last)

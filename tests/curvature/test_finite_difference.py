@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_ifthpo.curvature import FiniteDifferenceOperator, HessianOperator
-from tests.helpers.device import DEVICE, WHERE, randn
+from tests.helpers.device import DEVICE, FLOAT64, WHERE, randn, within
 from tests.helpers.networks import Net, batch
 from tests.helpers.problems import relative_error
 
@@ -55,7 +55,7 @@ def test_finite_differences_in_float32_are_accurate_to_1e_minus_3():
         assert relative_error(got, scale * exact) < 1e-3  # eps^(2/3) = 2.4e-5, times the third derivatives
 
 
-def test_slope_and_curvature_along_a_direction_come_from_two_gradients():
+def test_slope_and_curvature_along_a_direction_come_from_three_gradients():
     """Of w³ at 1 and 2 along (1, 1): ∇L·v = 3 + 12, vᵀHv = 6 + 12."""
     weight, calls = torch.tensor([1.0, 2.0], device=DEVICE, dtype=torch.float64, requires_grad=True), []
 
@@ -65,7 +65,7 @@ def test_slope_and_curvature_along_a_direction_come_from_two_gradients():
 
     slope, curvature = FiniteDifferenceOperator(loss, [weight]).slope_and_curvature(torch.ones_like(weight))
     assert (slope.item(), curvature.item()) == pytest.approx((15.0, 18.0), rel=1e-8)
-    assert len(calls) == 2
+    assert len(calls) == 3
 
 
 def test_along_a_zero_vector_nothing_is_evaluated():
@@ -75,11 +75,15 @@ def test_along_a_zero_vector_nothing_is_evaluated():
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_a_hyperparameter_that_enters_on_one_side_only_has_no_mixed_product(sign):
-    """The loss is not differentiable there, and a difference would be of the size of 1/ε."""
+def test_a_hyperparameter_that_enters_on_one_side_only_has_a_derivative_of_zero_on_the_other(sign):
+    """∂L/∂h is 2 ahead and zero behind, and their difference is taken over 2ε = 2 cbrt(eps)."""
     weight, h = torch.ones(1, **WHERE, requires_grad=True), torch.ones(1, **WHERE, requires_grad=True)
     operator = FiniteDifferenceOperator(lambda: ((weight * h if weight > 1.0 else weight) ** 2).sum(), [weight])
-    assert operator.mixed_product(torch.full((1,), sign, **WHERE), [h]) == [None]
+    unused = torch.ones(1, **WHERE, requires_grad=True)
+    product, nothing = operator.mixed_product(torch.full((1,), sign, **WHERE), [h, unused])
+    width = 2 * torch.finfo(torch.float64).eps ** (1 / 3)
+    assert product.item() == pytest.approx(sign * 2 / width, rel=1e-4)  # 2(1 + ε)² with ε = 6e-6
+    assert nothing is None
 
 
 def test_random_numbers_are_those_that_come_next_when_the_operator_is_made():
@@ -104,3 +108,86 @@ def test_differences_are_as_wide_as_the_weights_ask_for(size):
     matrix = torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64, device=DEVICE))
     operator = FiniteDifferenceOperator(lambda: weight @ matrix @ weight / 2 + weight.sum(), [weight])
     assert relative_error(operator.to_dense(), matrix) < 1e-8
+
+
+def logistic(unit, dtype, *, rows=0, scale=1.0, at=0.5):
+    """A logistic regression with features in another unit, and rows of weights that it does not use."""
+    x, y = unit * randn(40, 5, seed=0, dtype=torch.float64), (randn(40, seed=1, dtype=torch.float64) > 0).to(dtype)
+    w = torch.cat([torch.full((5,), at / unit, **FLOAT64), 1e3 * randn(rows, seed=2, dtype=torch.float64)])
+    w = w.to(dtype).requires_grad_()
+    return w, lambda: scale * F.binary_cross_entropy_with_logits(x.to(dtype) @ w[:5], y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("at", [0.0, 0.5])
+@pytest.mark.parametrize(
+    "options",
+    [{"unit": 1e-8}, {"unit": 1e4}, {"unit": 1e8}, {"scale": 1e-8}, {"scale": 1e8}, {"rows": 20_000}],
+    ids=str,
+)
+def test_units_and_unused_weights_do_not_change_the_error(options, at, dtype):
+    """eps^(2/3) is 4e-11 and 2e-5; the third derivatives and the worse of eight directions add a factor of ten."""
+    w, loss = logistic(**({"unit": 1.0} | options), dtype=dtype, at=at)
+    exact, differences = HessianOperator(loss, [w]), FiniteDifferenceOperator(loss, [w])
+    for seed in range(8):
+        v = randn(len(w), seed=seed, dtype=dtype)
+        assert relative_error(differences.matvec(v), exact.matvec(v)) < 10 * torch.finfo(dtype).eps ** (2 / 3)
+
+
+def test_tensors_in_units_a_million_apart_shorten_the_step_for_all_products():
+    """The first layer in another unit: a step for the second one would saturate the units of the first."""
+    x, y = batch()
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(**FLOAT64)
+    with torch.no_grad():
+        net[0].weight.div_(1e6)
+    parameters, evaluations = list(net.parameters()), []
+
+    def loss():
+        evaluations.append(1)
+        return F.cross_entropy(net(1e6 * x.double()), y)
+
+    v = randn(sum(p.numel() for p in parameters), seed=0, dtype=torch.float64)
+    exact, operator = HessianOperator(loss, parameters).matvec(v), FiniteDifferenceOperator(loss, parameters)
+    evaluations.clear()
+    assert relative_error(operator.matvec(v), exact) < 1e-6
+    assert 3 < len(evaluations) <= 9
+    evaluations.clear()
+    assert relative_error(operator.matvec(10 * v), 10 * operator.matvec(v)) < 1e-12
+    assert len(evaluations) == 4
+
+
+def test_kinks_shorten_the_step_in_float64_and_are_reported_in_float32():
+    """A step of cbrt(eps) crosses kinks of ReLU units: up to 98 times the product came out."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)).to(DEVICE)
+    x, y = randn(512, 20, seed=0, dtype=torch.float32), torch.arange(512, device=DEVICE) % 5
+    parameters = list(net.parameters())
+
+    def loss():
+        return F.cross_entropy(net(x.to(parameters[0].dtype)), y)
+
+    v = randn(sum(p.numel() for p in parameters), seed=1, dtype=torch.float32)
+    operator = FiniteDifferenceOperator(loss, parameters)
+    with pytest.warns(UserWarning, match=r"finite differences in torch.float32 are not reliable here: .* Use float64"):
+        operator.matvec(v)
+    operator.matvec(v)  # it says so once
+    net.double()
+    v = torch.cat([slope.reshape(-1) for slope in torch.autograd.grad(loss(), parameters)])
+    exact = HessianOperator(loss, parameters).matvec(v)
+    assert relative_error(FiniteDifferenceOperator(loss, parameters).matvec(v), exact) < 1e-6
+
+
+def test_a_linear_loss_has_no_curvature_and_no_warning():
+    weight = randn(6, seed=0).requires_grad_()
+    operator = FiniteDifferenceOperator(lambda: (weight * torch.arange(6, **WHERE)).sum(), [weight])
+    assert operator.matvec(randn(6, seed=1)).abs().max() < within(1e-8, power=2 / 3)
+
+
+def test_sparse_gradients_count_as_dense_ones():
+    embedding = nn.Embedding(30, 4, sparse=True, **FLOAT64)
+    index, weight = torch.arange(8, device=DEVICE), embedding.weight
+    loss = lambda: embedding(index).pow(3).sum()  # noqa: E731
+    got = FiniteDifferenceOperator(loss, [weight]).matvec(torch.ones(120, **FLOAT64))
+    wanted = torch.zeros(30, 4, **FLOAT64)
+    wanted[:8] = 6 * weight.detach()[:8]
+    assert relative_error(got, wanted.reshape(-1)) < 1e-8

@@ -6,14 +6,17 @@ import torch.nn.functional as F
 
 from lightning_ifthpo import (
     HypergradientMismatchError,
+    LinearBestResponse,
     check_hypergradient,
+    implicit_hypergradient,
+    unrolled_hypergradient,
 )
 from lightning_ifthpo.curvature import HessianOperator
 from lightning_ifthpo.solvers import (
     Direct,
     Identity,
 )
-from tests.helpers.device import FLOAT64
+from tests.helpers.device import FLOAT64, randn
 from tests.helpers.problems import ridge
 
 
@@ -72,3 +75,54 @@ def test_an_outer_loss_of_the_hyperparameter_alone_is_checked_too():
     inner = lambda: ((w - h) ** 2).sum()  # noqa: E731
     for reference in ("direct", "finite_difference"):
         assert check_hypergradient(inner, lambda: h**2, [w], [h], reference=reference)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e6, 1e10])
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_finite_differences_do_not_depend_on_the_units_of_loss_and_weights(scale, unit):
+    x, t = randn(40, 5, seed=2, dtype=torch.float64), randn(40, seed=3, dtype=torch.float64)
+    decay = torch.tensor(0.3, **FLOAT64)
+    w = torch.linalg.solve(x.T @ x / 40 + 2 * decay * torch.eye(5, **FLOAT64), x.T @ t / 40).div(unit).requires_grad_()
+
+    def inner():
+        return scale * (((unit * x @ w - t) ** 2).mean() / 2 + decay * unit**2 * (w**2).sum())
+
+    assert check_hypergradient(inner, lambda: (w**2).sum(), [w], [decay], reference="finite_difference")
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e-3, 1e6])
+def test_small_and_large_hyperparameters_are_moved_in_their_own_unit(size):
+    """At 1e-8 a step of 6e-6 would lead to another slope of √h, and at 1e6 it would be rounding."""
+    w, h = torch.ones(1, **FLOAT64), torch.tensor(size, **FLOAT64)
+    w = (2.0 - (h / size).sqrt() / 2).reshape(1).requires_grad_()
+    inner = lambda: ((w - 2 + (h / size).sqrt() / 2) ** 2).sum()  # noqa: E731
+    assert check_hypergradient(inner, lambda: (w**2).sum(), [w], [h], reference="finite_difference")
+
+
+def test_a_small_hyperparameter_without_a_scale_of_its_own_is_moved_farther():
+    """At 1e-13 the relative step of 6e-6 would change the outer loss by less than rounding."""
+    h = torch.tensor(1e-13, **FLOAT64)
+    w = torch.ones(1, **FLOAT64, requires_grad=True)
+    inner = lambda: ((w - 1 - h) ** 2).sum()  # noqa: E731
+    assert check_hypergradient(inner, lambda: (w**2).sum(), [w], [h], reference="finite_difference")
+
+
+def test_generators_are_taken_where_sequences_are_expected():
+    """As `net.parameters()`, which can be read once."""
+    net, hyper = torch.nn.Linear(3, 1, **FLOAT64), torch.nn.Linear(1, 1, **FLOAT64)
+    x = randn(6, 3, seed=0, dtype=torch.float64)
+    inner = lambda: (net(x) - hyper.bias).square().mean() + hyper.weight.exp().sum() * net.weight.square().sum()  # noqa: E731
+    outer = lambda: (net(x) - 1).square().mean()  # noqa: E731
+
+    def generators():
+        return net.parameters(), hyper.parameters()
+
+    lists = list(net.parameters()), list(hyper.parameters())
+    wanted = implicit_hypergradient(inner, outer, *lists).gradients
+    assert all(map(torch.equal, implicit_hypergradient(inner, outer, *generators()).gradients, wanted))
+    wanted = unrolled_hypergradient(inner, outer, *lists, steps=2, lr=0.1).gradients
+    assert all(map(torch.equal, unrolled_hypergradient(inner, outer, *generators(), steps=2, lr=0.1).gradients, wanted))
+    assert check_hypergradient(inner, outer, *generators())
+    response = LinearBestResponse(inner, *generators(), lr=0.1)
+    response.step()
+    assert len(response.hypergradient(outer).gradients) == 2

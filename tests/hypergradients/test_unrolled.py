@@ -15,7 +15,7 @@ from lightning_ifthpo.optimizers.update_rule import UpdateRule
 from lightning_ifthpo.solvers import (
     Neumann,
 )
-from tests.helpers.device import DEVICE, FLOAT64
+from tests.helpers.device import DEVICE, FLOAT64, randn
 from tests.helpers.problems import relative_error, ridge
 
 
@@ -179,3 +179,77 @@ def test_an_optimizer_may_insist_on_a_learning_rate():
     losses = (inner, outer, [w], [log_decay])
     own = unrolled_hypergradient(*losses, steps=3, optimizer=Own([{"params": [w], "lr": 0.1}], lr=0.5))
     assert own.gradients[0].item() == unrolled_hypergradient(*losses, steps=3, lr=0.1).gradients[0].item()
+
+
+EVERY = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "Nesterov": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "dampening": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, dampening=0.3),
+    "maximize": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, maximize=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.1, eps=0.1),
+    "AMSGrad": lambda p: torch.optim.AdamW(p, lr=0.1, eps=0.1, amsgrad=True),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.02, eps=0.1, momentum=0.9, centered=True),
+    "Adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0, eps=0.1),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.1, eps=0.1),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.1, eps=0.1),
+    "ASGD": lambda p: torch.optim.ASGD(p, lr=0.1),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.2, eps=0.1),
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=0.1, eps=0.1),
+    "Rprop": lambda p: torch.optim.Rprop(p, lr=0.05),
+}
+
+
+@pytest.mark.parametrize("used", [0, 3], ids=["fresh", "used"])
+@pytest.mark.parametrize("name", EVERY)
+def test_every_optimizer_is_unrolled_from_a_fresh_and_from_a_used_state(name, used):
+    """Against differences of real runs; eps = 0.1, because derivatives of an Adam with eps = 1e-8 are that small."""
+    matrix, target = randn(8, 3, seed=0, dtype=torch.float64), randn(8, seed=1, dtype=torch.float64)
+    h = torch.tensor(-1.0, **FLOAT64)
+
+    def started():
+        w = torch.tensor([2.0, -1.0, 0.7], **FLOAT64, requires_grad=True)
+        inner = lambda: ((torch.tanh(matrix @ w) - target) ** 2).mean() + h.exp() * (w**2).sum() / 2  # noqa: E731
+        optimizer = EVERY[name]([w])
+
+        def train(steps):
+            for _ in range(steps):
+                optimizer.zero_grad()
+                inner().backward()
+                optimizer.step()
+
+        train(used)
+        return w, inner, optimizer, train
+
+    def end(steps, shift):
+        w, _, _, train = started()
+        h.add_(shift)
+        train(steps)
+        h.sub_(shift)
+        return float((w.detach() ** 2).sum())
+
+    for steps in (1, 2, 5, 20):
+        w, inner, optimizer, _ = started()
+        wanted = (end(steps, 1e-5) - end(steps, -1e-5)) / 2e-5
+        result = unrolled_hypergradient(inner, lambda w=w: (w**2).sum(), [w], [h], steps=steps, optimizer=optimizer)
+        # a fresh Adam counts its first step in float32, where 1 − β₂ has five digits
+        assert result.gradients[0].item() == pytest.approx(wanted, rel=2e-5, abs=1e-9)
+
+
+def test_a_step_that_leaves_out_a_part_of_its_derivative_is_refused():
+    class Detached(torch.optim.SGD):
+        """Keeps an average of gradients, and detaches it as some published code does."""
+
+        def __init__(self, params, lr=0.1, *, differentiable=False):
+            super().__init__(params, lr=lr, differentiable=differentiable)
+
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for weight in group["params"]:
+                    average = self.state[weight].get("average", torch.zeros_like(weight))
+                    self.state[weight]["average"] = (0.9 * average + weight.grad).detach()
+                    weight.sub_(group["lr"] * self.state[weight]["average"])
+
+    w, h = torch.ones(2, **FLOAT64, requires_grad=True), torch.tensor(0.5, **FLOAT64)
+    with pytest.raises(ValueError, match="the step of Detached leaves out a part of its derivative"):
+        unrolled_hypergradient(lambda: (h * w**2).sum(), lambda: w.sum(), [w], [h], steps=2, optimizer=Detached([w]))

@@ -135,3 +135,72 @@ def test_rules_go_on_from_their_state(rule_type):
     feed(rule, lambda _: 2.0, 4.0, 20)
     other.load_state_dict(rule.state_dict())
     assert feed(rule, lambda _: 2.0, 4.0, 30) == feed(other, lambda _: 2.0, 4.0, 30)
+
+
+def diverge(rule, growth, count, *, curvature=10.0, decay=1.0):
+    """Looks at updates that grow and are too long, of slope 1; returns the rate after each."""
+    rates = []
+    for index in range(count):
+        squared = 1e-20 * growth**index
+        rule.observe(Parabola(squared, curvature * squared, squared), decay)
+        rates.append(rule.lr)
+    return rates
+
+
+def settled_rule():
+    rule = AveragedRule()
+    while not rule.settled:
+        feed(rule, lambda _: 2.0, 2.0, 1)
+    return rule
+
+
+@pytest.mark.parametrize(("growth", "looks"), [(5.0, 4), (50.0, 3), (2000.0, 2)])
+def test_updates_that_grow_and_are_too_long_cut_the_rate_at_once(growth, looks):
+    """To slope / curvature, half the edge of stability. The first look has nothing to compare with."""
+    rule = settled_rule()
+    before = rule.lr
+    assert before > 0.5
+    assert not rule.watchful
+    rates = diverge(rule, growth, looks)
+    assert rates[:-1] == pytest.approx([before] * (looks - 1), rel=0.02)
+    assert rates[-1] == pytest.approx(0.1)
+
+
+def test_growing_updates_make_looks_frequent_and_others_do_not():
+    rule = settled_rule()
+    diverge(rule, 5.0, 2)
+    assert rule.watchful
+    rule.observe(Parabola(2.0, 2.0, 1.0))
+    assert not rule.watchful
+    shrinking = settled_rule()
+    diverge(shrinking, 0.1, 3)
+    short = settled_rule()
+    diverge(short, 50.0, 3, curvature=0.1)
+    assert not shrinking.watchful
+    assert not short.watchful
+    assert shrinking.lr == pytest.approx(short.lr, rel=0.05)
+
+
+@pytest.mark.parametrize("rule_type", [AveragedRule, PublishedRule])
+def test_in_a_decay_the_rate_only_falls_and_only_where_steps_are_too_long(rule_type):
+    rule = rule_type()
+    feed(rule, lambda _: 2.0, 4.0, 200)
+    before = rule.lr
+    for _ in range(40):
+        rule.observe(Parabola(2.0, 1.0, 1.0), 0.5)  # a longer step would be better
+        rule.observe(Parabola(2.0, 14.0, 1.0), 0.5)  # twice the best step is 0.29, and the step is 0.25
+    assert rule.lr == before
+    for _ in range(40):
+        rule.observe(Parabola(2.0, 40.0, 1.0), 0.5)
+    assert rule.lr < before / 2
+
+
+def test_a_rule_goes_on_in_the_middle_of_a_divergence():
+    rule, other = settled_rule(), AveragedRule()
+    diverge(rule, 5.0, 2)
+    other.load_state_dict(rule.state_dict())
+    assert other.watchful
+    for _ in range(2):
+        for each in (rule, other):
+            each.observe(Parabola(1.0, 10.0, 1.0))
+    assert rule.lr == other.lr

@@ -10,7 +10,7 @@ from lightning_ifthpo.step_size import (
     ExactGeNLR,
     exact_parabola,
 )
-from tests.helpers.device import DEVICE, FLOAT64
+from tests.helpers.device import DEVICE, FLOAT64, randn
 from tests.helpers.problems import quadratic, spd_matrix
 
 
@@ -176,7 +176,7 @@ def test_states_of_others_are_refused():
 
 @pytest.mark.parametrize(
     ("curvature", "forward", "backward"),
-    [("three_point", 3, 0), ("hessian", 1, 3), ("finite_difference", 2, 2), ("gauss_newton", 1, 0)],
+    [("three_point", 3, 0), ("hessian", 1, 3), ("finite_difference", 3, 3), ("gauss_newton", 1, 0)],
 )
 def test_looks_take_the_passes_of_their_curvature(curvature, forward, backward):
     net = nn.Linear(3, 2).to(DEVICE)
@@ -352,7 +352,7 @@ def test_a_look_is_taken_in_the_session_of_the_loss_with_gradients_and_leaves_th
     assert scheduler.parabolas[0].curvature > 0.0
 
 
-def test_looks_are_rare_once_the_rate_has_settled_and_end_with_the_final_decay():
+def test_looks_are_rare_once_the_rate_has_settled_and_go_on_in_the_final_decay():
     weight, loss = quadratic()
     optimizer = torch.optim.SGD([weight], lr=1.0)
     scheduler = ExactGeNLR(optimizer, rule="published", every_n_steps=4, total_steps=20, final_decay=0.5)
@@ -360,8 +360,8 @@ def test_looks_are_rare_once_the_rate_has_settled_and_end_with_the_final_decay()
     for _ in range(20):
         loop(optimizer, scheduler, loss, 1)
         looks.append(scheduler.looks)
-    # along the updates of the steps 0, 4 and 8, one step later each; the first update is also looked at in its own step
-    assert looks == [1, 2, 2, 2, 2, 3, 3, 3, 3, 4, *[4] * 10]
+    # along the updates of the steps 0, 4, 8, …, one step later each; the first one is also looked at in its own step
+    assert looks == [1, *[2] * 4, *[3] * 4, *[4] * 4, *[5] * 4, *[6] * 3]
 
 
 def test_after_detaching_the_optimizer_makes_plain_steps_at_its_last_rate():
@@ -393,3 +393,170 @@ def test_a_look_counts_as_used_if_any_of_its_rules_used_it():
     scheduler = ExactGeNLR(optimizer, rule="published", curvature="hessian")
     loop(optimizer, scheduler, lambda: -both.square().sum(), 1)
     assert not scheduler.accepted
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("curvatures", [[1.0, 5.0, 0.3, 10.0], [2.0, 10.0], [1.0, 100.0]], ids=str)
+@pytest.mark.parametrize("total", [200, 400])
+def test_a_run_on_a_convex_quadratic_ends_near_its_least_loss(curvatures, momentum, total):
+    """The rate outgrows 2/λ while the steepest direction is at 1e-30, where no look can see it, and then cuts back."""
+    weight = nn.Parameter(torch.tensor([3.0, -2.0, 1.0, 0.5][: len(curvatures)], **FLOAT64))
+    c = torch.tensor(curvatures, **FLOAT64)
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=momentum)
+    scheduler = ExactGeNLR(optimizer, total_steps=total)
+    loss = lambda: (c * weight**2).sum() / 2  # noqa: E731
+    losses = []
+    for _ in range(total):
+        loop(optimizer, scheduler, loss, 1)
+        losses.append(loss().item())
+    assert losses[-1] <= 10 * min(losses)
+    assert losses[-1] < losses[0] / 3
+
+
+@pytest.mark.parametrize("when", ["before", "after", "later"])
+@pytest.mark.parametrize("closure", [False, True])
+def test_hooks_of_the_user_see_an_ordinary_step(when, closure):
+    """Rates before a step and in its closure, and rates and weights after it."""
+    weight, loss = quadratic()
+    optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.5)
+    seen = {"before": [], "closure": [], "after": [], "weights": []}
+    rate = lambda: optimizer.param_groups[0]["lr"]  # noqa: E731
+
+    def register():
+        optimizer.register_step_pre_hook(lambda *_: seen["before"].append(rate()))
+        optimizer.register_step_post_hook(
+            lambda *_: (seen["after"].append(rate()), seen["weights"].append(weight.detach().clone()))
+        )
+
+    if when == "before":
+        register()
+    scheduler = ExactGeNLR(optimizer, total_steps=30)
+    if when == "after":
+        register()
+
+    def gradient():
+        seen["closure"].append(rate())
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    for index in range(30):
+        if when == "later" and index == 5:
+            register()
+        scheduler.probe(loss)
+        start = rate()  # what an ordinary scheduler would have left there
+        if closure:
+            optimizer.step(gradient)
+        else:
+            gradient()
+            optimizer.step()
+        if seen["before"]:
+            assert seen["before"][-1] == start
+            assert seen["after"][-1] == rate()
+            assert torch.equal(seen["weights"][-1], weight.detach())
+        assert seen["closure"][-1] == start
+        assert seen["closure"][-1] != 1.0 or index == 0
+        scheduler.step()
+    assert len(seen["before"]) == len(seen["after"]) == (25 if when == "later" else 30)
+
+
+def test_an_average_of_the_weights_follows_the_weights_and_not_the_step_at_rate_one():
+    weight, loss = quadratic()
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scheduler = ExactGeNLR(optimizer)
+    module = nn.ParameterList([weight])
+    average = torch.optim.swa_utils.AveragedModel(module, avg_fn=lambda old, new, _: (old + new) / 2)
+    optimizer.register_step_post_hook(lambda *_: average.update_parameters(module))
+    expected = None
+    for _ in range(20):
+        loop(optimizer, scheduler, loss, 1)
+        now = weight.detach().clone()
+        expected = now if expected is None else (expected + now) / 2
+    assert torch.equal(next(average.module.parameters()).detach(), expected)
+
+
+@pytest.mark.parametrize("curvature", ["three_point", "hessian", "gauss_newton", "finite_difference"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        lambda p: torch.optim.SparseAdam(p[:1]),
+    ],
+    ids=["SGD", "momentum", "SparseAdam"],
+)
+def test_sparse_gradients_give_the_rates_of_dense_ones(make, curvature):
+    """SparseAdam, which takes no dense ones, lowers the loss."""
+    index = torch.arange(64, device=DEVICE) % 50
+    ends = []
+    for sparse in (True, False) if make([torch.ones(1, requires_grad=True)]).__class__.__name__ == "SGD" else (True,):
+        torch.manual_seed(0)
+        embedding, head = nn.Embedding(100, 4, sparse=sparse, **FLOAT64), nn.Linear(4, 3, **FLOAT64)
+        optimizer = make([embedding.weight, *head.parameters()])
+        scheduler = ExactGeNLR(optimizer, curvature=curvature)
+
+        def loss(embedding=embedding, head=head):
+            outputs = head(embedding(index))
+            return nn.functional.cross_entropy(outputs, index % 3), outputs
+
+        first = loss()[0].item()
+        for _ in range(30):
+            scheduler.probe(loss)
+            optimizer.zero_grad()
+            loss()[0].backward()
+            optimizer.step()
+            scheduler.step()
+        ends.append((scheduler.rules[0].lr, loss()[0].item()))
+        assert ends[-1][1] < first
+    # differences of losses have six digits in float64, and a rate follows them
+    assert ends[0] == pytest.approx(ends[-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("curvature", ["three_point", "hessian", "finite_difference"])
+def test_unused_weights_and_units_of_the_loss_do_not_change_the_rate(curvature):
+    """Rows of an embedding that no example uses, a thousand times as long as the others; with decay they move."""
+
+    def rate(rows, *, scale=1.0, decay=0.0):
+        torch.manual_seed(0)
+        head = nn.Linear(4, 3, device=DEVICE)
+        index = torch.randint(0, 20, (64,), device=DEVICE)
+        embedding = nn.Embedding(20, 4, device=DEVICE)
+        table = nn.Parameter(torch.cat([embedding.weight.detach(), 1e3 * torch.randn(rows, 4, device=DEVICE)]))
+        optimizer = torch.optim.SGD([table, *head.parameters()], lr=1.0, momentum=0.9, weight_decay=decay)
+        scheduler = ExactGeNLR(optimizer, curvature=curvature, final_decay=0.0, lr_max=1e9, lr_min=1e-12)
+        loss = lambda: scale * nn.functional.cross_entropy(head(table[index]), index % 3)  # noqa: E731
+        loop(optimizer, scheduler, loss, 40)
+        return scheduler.rules[0].lr
+
+    wanted = rate(0)
+    assert rate(20_000) == pytest.approx(wanted, rel=0.02)
+    for scale in (1e-6, 1e6):
+        assert scale * rate(0, scale=scale) == pytest.approx(wanted, rel=0.02)
+
+
+def test_a_loss_unlike_its_gradient_is_looked_at_by_gradients_and_said_so_once(tmp_path):
+    """The expected reward of a policy, whose value rises where its gradient descends."""
+    x, labels = randn(90, 6, seed=0, dtype=torch.float32), torch.arange(90, device=DEVICE) % 3
+    x[torch.arange(90), labels] += 2.0
+    torch.manual_seed(0)
+    net = nn.Linear(6, 3).to(DEVICE)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    scheduler = ExactGeNLR(optimizer)
+
+    def loss():
+        log_policy = net(x).log_softmax(1)[torch.arange(90), labels]
+        return -(log_policy.exp().detach() * log_policy).mean()
+
+    assert scheduler.curvature == "three_point"
+    with pytest.warns(UserWarning, match="does not change along its gradient") as caught:
+        loop(optimizer, scheduler, loss, 150)
+    assert len(caught) == 1
+    assert scheduler.curvature == "finite_difference"
+    assert float((net(x).argmax(1) == labels).float().mean()) > 0.8
+    resumed = ExactGeNLR(torch.optim.SGD(net.parameters(), lr=1.0))
+    resumed.load_state_dict(scheduler.state_dict())
+    assert resumed.curvature == "finite_difference"
+    chosen = ExactGeNLR(torch.optim.SGD(net.parameters(), lr=1.0), curvature="hessian")
+    loop(chosen.optimizer, chosen, loss, 2)
+    assert chosen.curvature == "hessian"
