@@ -18,7 +18,7 @@ def lazy_copy(tensor: Tensor) -> Tensor:
     allocate (a mapped file, shared memory, a NumPy array) is copied at once.
     """
     source = tensor.detach()
-    if source.device.type in ("cpu", "cuda") and source.nbytes >= _LARGE:
+    if source.layout is torch.strided and source.device.type in ("cpu", "cuda") and source.nbytes >= _LARGE:
         try:
             # Private: torch has no public name for copy on write.
             return source._lazy_clone()
@@ -68,8 +68,10 @@ class TensorState:
 
     def _is_unchanged(self) -> bool:
         # Private: torch gives a tensor memory of its own at the first write, and nothing public says that it did.
+        if self._entries.layout is not torch.strided:
+            return False
         shared: bool = torch._C._is_cow_tensor(self._entries)  # type: ignore[attr-defined]
-        return shared or _is_identical(self._entries, self._copy)
+        return shared or torch.equal(_as_integers(self._entries), _as_integers(self._copy))
 
 
 def has_state(tensor: Tensor) -> bool:
@@ -79,12 +81,8 @@ def has_state(tensor: Tensor) -> bool:
     return torch.func.debug_unwrap(tensor) is tensor
 
 
-def _is_identical(left: Tensor, right: Tensor) -> bool:
-    """Returns whether all bits of two tensors of one shape are the same: NaN equals NaN here, and −0 is not 0."""
-    return left.layout is torch.strided and torch.equal(_as_integers(left), _as_integers(right))
-
-
 def _as_integers(tensor: Tensor) -> Tensor:
+    """Returns the bits of a tensor, for which NaN equals NaN, and −0 is not 0."""
     tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
 

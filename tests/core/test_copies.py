@@ -178,3 +178,14 @@ def test_tensors_without_memory_of_their_own_have_no_state():
     assert not has_state(torch.ones(1, device="meta"))
     assert not has_state(torch.nn.LazyLinear(2).weight)
     assert has_state(torch.ones(1))
+
+
+def test_a_sparse_gradient_is_restored():
+    table = torch.nn.Embedding(5, 2, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    gradient, before = table.weight.grad, table.weight.grad.to_dense().clone()
+    state = TensorState(table.weight)
+    table(torch.tensor([1, 3])).sum().backward()
+    state.restore()
+    assert table.weight.grad is gradient
+    assert torch.equal(gradient.to_dense(), before)
