@@ -1,0 +1,431 @@
+"""Random networks with each callback: the answer is right or refused in words, and training does not notice."""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import hypothesis.strategies as st
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from torch import Tensor
+
+from lightning_ifthpo import ExactGeN, IFTHypergradient, SharpnessMonitor, implicit_hypergradient
+from lightning_ifthpo.curvature import FiniteDifferenceOperator, GaussNewtonOperator, HessianOperator
+from lightning_ifthpo.solvers import ConjugateGradient, Direct, Identity, MinimumResidual, Neumann, Solver
+from lightning_ifthpo.spectrum import lanczos
+from tests.helpers.random_networks import FEATURES, MOVING, Description, Problem, RandomBilevel, descriptions
+from tests.helpers.reference import Dense, State, flat
+from tests.helpers.trainers import Callback, quiet_trainer, same
+from tests.system.test_properties import said_by_us
+
+EXAMPLES = 12  # for each of 43 features: more than 500 in all
+
+# Relative errors of products: exact ones by rounding, about a hundred operations deep; differences as documented.
+EXACT = {torch.float32: 1e-4, torch.float64: 1e-10}
+DIFFERENCES = {torch.float32: 1e-3, torch.float64: 1e-7}
+
+
+def truncated_series(terms: int, step_size: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Returns η Σ (1 − ηA)ʲ b as a function of A and b."""
+
+    def solve(matrix: Tensor, b: Tensor) -> Tensor:
+        power, total = b, torch.zeros_like(b)
+        for _ in range(terms + 1):
+            total, power = total + step_size * power, power - step_size * (matrix @ power)
+        return total
+
+    return solve
+
+
+def damped_solution(matrix: Tensor, b: Tensor) -> Tensor:
+    return torch.linalg.solve(matrix + torch.eye(len(b), dtype=b.dtype), b)
+
+
+# what each solver computes, and the relative residual at which it may stop
+SOLVERS: dict[str, tuple[Solver, Callable[[Tensor, Tensor], Tensor], float]] = {
+    "direct": (Direct(damping=1.0), damped_solution, 0.0),
+    "cg": (ConjugateGradient(max_iterations=200, rtol=1e-4, damping=1.0), damped_solution, 1e-4),
+    "minres": (MinimumResidual(max_iterations=200, rtol=1e-4, damping=1.0), damped_solution, 1e-4),
+    "neumann": (Neumann(terms=3, step_size=0.1), truncated_series(3, 0.1), 0.0),
+    "identity": (Identity(step_size=0.1), truncated_series(0, 0.1), 0.0),
+}
+
+
+# Runs
+
+
+@dataclass
+class Evidence:
+    """What a run leaves behind after each batch, and what its last measurement began with."""
+
+    traces: list[Any] = field(default_factory=list)
+    hypergradients: list[list[Tensor]] = field(default_factory=list)
+    random_states: dict[str, list[Tensor]] = field(default_factory=dict)
+    measures: bool = False
+    batch: Any = None
+    problem: Problem | None = None
+    weights: list[Tensor] = field(default_factory=list)  # before the last two optimizer steps
+
+    def listen(self, name: str) -> None:
+        """Notes the random states with which losses are evaluated in a measurement."""
+        if self.measures:
+            known = self.random_states.setdefault(name, [])
+            state = torch.get_rng_state()
+            if not any(torch.equal(state, other) for other in known):
+                known.append(state)
+
+    def begin(self, module: RandomBilevel) -> None:
+        """Keeps what the measurement that follows should see."""
+        self.measures, self.random_states = True, {}
+        self.problem = copy.deepcopy(module.problem)
+
+
+class First(Callback):
+    """Stands before the callback under test."""
+
+    def __init__(self, evidence: Evidence, *, looks_before_step: bool) -> None:
+        self.evidence, self.looks_before_step = evidence, looks_before_step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.evidence.batch = copy.deepcopy(batch)
+        weights = torch.cat([weight.detach().reshape(-1) for weight in pl_module.problem.moved()])
+        self.evidence.weights = [*self.evidence.weights[-1:], weights]
+        if self.looks_before_step:
+            self.evidence.begin(pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if not self.looks_before_step:
+            self.evidence.begin(pl_module)
+
+
+class Last(Callback):
+    """Stands behind it."""
+
+    def __init__(self, evidence: Evidence) -> None:
+        self.evidence = evidence
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.evidence.measures = False
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.evidence.measures = False
+        self.evidence.traces.append(trace_of(pl_module))
+
+
+def trace_of(module: RandomBilevel) -> dict[str, Any]:
+    """Returns all that a callback must leave as it is."""
+    return {
+        "state": {name: value.clone() for name, value in module.state_dict().items()},
+        "gradients": [None if p.grad is None else p.grad.clone() for p in module.parameters()],
+        "modes": [submodule.training for submodule in module.modules()],
+        "python": [plain_values(vars(submodule)) for submodule in module.problem.modules()],
+        "random": [torch.get_rng_state(), random.getstate(), plain_values(np.random.get_state())],  # noqa: NPY002
+    }
+
+
+def plain_values(value: Any) -> Any:
+    """Returns a copy of numbers, tensors, containers and generators; other objects as None."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, np.random.Generator):
+        return repr(value.bit_generator.state)
+    if isinstance(value, SimpleNamespace):
+        return plain_values(vars(value))
+    if isinstance(value, dict):
+        return {k: plain_values(v) for k, v in value.items() if isinstance(k, str) and k != "_modules"}
+    if isinstance(value, (list, tuple, deque, np.ndarray)):
+        return [plain_values(v) for v in value]
+    return value if isinstance(value, (int, float, str)) else None
+
+
+@dataclass
+class Run:
+    """A training run with a callback: its module, evidence, error, warnings and metrics."""
+
+    module: RandomBilevel
+    evidence: Evidence
+    error: Exception | None
+    warnings: set[str]
+    metrics: dict[str, float]
+
+    @classmethod
+    def of(cls, description: Description, callback: L.Callback | None) -> Run:
+        evidence = Evidence()
+        module = RandomBilevel(description, evidence.listen, evidence.hypergradients.append)
+        first = First(evidence, looks_before_step=isinstance(callback, ExactGeN))
+        callbacks = [first, *([callback] if callback else []), Last(evidence)]
+        torch.manual_seed(description.seed)
+        trainer = quiet_trainer(callbacks=callbacks, precision=description.precision, limit_val_batches=0)
+        error, said = attempted(partial(trainer.fit, module))
+        return cls(module, evidence, error, said, {k: float(v) for k, v in trainer.callback_metrics.items()})
+
+    def states(self) -> list[State]:
+        """Returns the state of the last measurement, once for each random state that it used."""
+        hypers = {name: value.detach().clone() for name, value in self.module.named_hyperparameters()}
+        outer_batch = next(iter(self.module.outer_dataloader()))
+        seen = self.evidence.random_states
+        return [
+            State(self.evidence.problem, hypers, self.evidence.batch, outer_batch, inner, outer)
+            for inner in seen.get("inner", [])
+            for outer in seen.get("outer", [None])
+        ]
+
+
+def attempted(function: Callable[[], Any]) -> tuple[Exception | None, set[str]]:
+    """Returns the error that a function raises, if any, and its warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            function()
+        except Exception as error:
+            return error, {str(warning.message) for warning in caught}
+    return None, {str(warning.message) for warning in caught}
+
+
+# Judgements: empty strings where all is well
+
+
+def compared(name: str, got: Tensor, wanted: Tensor, bound: Tensor | float) -> str:
+    got, bound = got.double(), float(bound)
+    error = float(torch.linalg.vector_norm(got - wanted))
+    return "" if error <= bound else f"{name} is off by {error:.3g}, above {bound:.3g}: {got}, expected {wanted}"
+
+
+def one_of(complaints: list[str]) -> str:
+    """Returns the first complaint, or nothing if one comparison agrees."""
+    return "" if not all(complaints) else next(iter(complaints), "nothing was measured")
+
+
+def references(state: State, curvature: str) -> list[Dense]:
+    """Returns the right matrices: two where autograd holds something fixed that moves with the weights."""
+    description = state.problem.description
+    answers = [state.dense(curvature)]
+    if description.has("spectral_norm"):  # the vectors of the power iteration
+        answers.append(state.differences())
+    return answers
+
+
+def accuracy_of(curvature: str, description: Description, said: set[str]) -> float:
+    """Returns the relative error of a product; warnings may say that differences took the place of derivatives."""
+    by_differences = curvature == "finite_difference" or any("difference" in message for message in said)
+    return (DIFFERENCES if by_differences else EXACT)[description.dtype]
+
+
+def check_hypergradient(dense: Dense, got: list[Tensor], solver: str, accuracy: float) -> str:
+    """Compares both terms together, within what errors of products do to a solution."""
+    _, solve, residual = SOLVERS[solver]
+    q = solve(dense.matrix, dense.v)
+    values = torch.linalg.eigvalsh((dense.matrix + dense.matrix.T) / 2)
+    smallest = (values + 1.0).abs().min() if solve is damped_solution else 1.0
+    condition = (values.abs().max() + 1.0) / smallest
+    scale = torch.linalg.matrix_norm(dense.mixed, 2) * (q.norm() + dense.v.norm()) + dense.direct.norm()
+    wanted = dense.direct - dense.mixed.T @ q
+    return compared("hypergradient", flat(got), wanted, condition * (accuracy + residual) * scale)
+
+
+def check_ends(dense: Dense, smallest: float, largest: float, accuracy: float) -> str:
+    """Compares both ends of the spectrum."""
+    values = torch.linalg.eigvalsh((dense.matrix + dense.matrix.T) / 2)
+    return compared("spectrum", torch.tensor([smallest, largest]), values[[0, -1]], 2 * accuracy * values.abs().max())
+
+
+def check_along(dense: Dense, before: Tensor, after: Tensor, got: float, accuracy: float) -> str:
+    """Compares the curvature along an update with that of the dense matrix."""
+    step = before.double() - after.double()
+    unit = step / step.norm()
+    rounding = torch.finfo(before.dtype).eps * before.norm() / step.norm()
+    bound = 10 * (accuracy + rounding) * torch.linalg.matrix_norm(dense.matrix, 2)
+    return compared("directional sharpness", torch.tensor(got), unit @ dense.matrix @ unit, bound)
+
+
+def disturbed(plain: Run, run: Run, *, but_weights: bool) -> str:
+    """Returns what differs from plain training, and where."""
+    kinds = ("modes", "random") if but_weights else ("state", "gradients", "modes", "python", "random")
+    pairs = enumerate(zip(plain.evidence.traces, run.evidence.traces, strict=True))
+    found = [f"{kind} after batch {i}" for i, (a, b) in pairs for kind in kinds if not same(a[kind], b[kind])]
+    return f"training was disturbed: {', '.join(found)}" if found else ""
+
+
+def check_refusal(error: Exception, allowed: bool) -> str:
+    assert said_by_us(error), f"{type(error).__name__}: {error}"
+    assert allowed, f"refused: {error}"
+    return "refused"
+
+
+def check_run(description: Description, callback: L.Callback, check: Callable[[Run, set[str]], str]) -> str:
+    """Returns "right" or "refused"; raises AssertionError if a callback is wrong, or disturbs training."""
+    plain, run = Run.of(description, None), Run.of(description, callback)
+    assert plain.error is None, plain.error
+    if run.error is not None:
+        return check_refusal(run.error, description.may_be_refused)
+    said = run.warnings - plain.warnings
+    differing = disturbed(plain, run, but_weights=isinstance(callback, ExactGeN))
+    assert not differing, differing
+    if run.metrics.get("sharpness/failures") or run.metrics.get("hypergrad/skipped"):
+        assert said, "failed without a warning"
+        assert description.may_be_refused or "negative curvature" in str(said), f"failed: {said}"
+        return "refused"
+    wrong = check(run, said)
+    assert not wrong, f"{wrong}; warnings {said}"
+    return "right"
+
+
+# What is tried
+
+
+def hypergradient(description: Description, draw: Any) -> str:
+    curvature, solver = drawn_curvature(description, draw, "gradient_outer_product"), draw(st.sampled_from([*SOLVERS]))
+    if curvature == "gradient_outer_product":
+        solver = "direct"
+
+    def check(run: Run, said: set[str]) -> str:
+        accuracy, got = accuracy_of(curvature, description, said), run.evidence.hypergradients[-1]
+        answers = [dense for state in run.states() for dense in references(state, curvature)]
+        return one_of([check_hypergradient(dense, got, solver, accuracy) for dense in answers])
+
+    return check_run(description, IFTHypergradient(1, curvature=curvature, solver=SOLVERS[solver][0]), check)
+
+
+def observed(description: Description, draw: Any) -> str:
+    """The default solver, which has a history: only that it leaves no trace."""
+    return check_run(description, IFTHypergradient(1), lambda run, said: "")
+
+
+def sharpness(description: Description, draw: Any) -> str:
+    curvature, rtol = drawn_curvature(description, draw), 1e-3
+
+    def check(run: Run, said: set[str]) -> str:
+        accuracy = rtol + accuracy_of(curvature, description, said)
+        ends = run.metrics["sharpness/lambda_min"], run.metrics["sharpness/lambda_max"]
+        answers = [dense for state in run.states() for dense in references(state, curvature)]
+        if description.has("left_out"):  # with the weights that no optimizer moves, or without
+            answers += [state.dense(curvature, Problem.weights) for state in run.states()]
+        return one_of([check_ends(dense, *ends, accuracy) for dense in answers])
+
+    monitor = SharpnessMonitor(
+        1, curvature=curvature, preconditioned=False, max_iterations=100, rtol=rtol, max_overhead=None
+    )
+    return check_run(description, monitor, check)
+
+
+def gen(description: Description, draw: Any) -> str:
+    curvature = drawn_curvature(description, draw)
+
+    def check(run: Run, said: set[str]) -> str:
+        accuracy = accuracy_of(curvature, description, said)
+        got, (before, after) = run.metrics["gen/directional_sharpness"], run.evidence.weights
+        answers = [dense for state in run.states() for dense in references(state, curvature)]
+        return one_of([check_along(dense, before, after, got, accuracy) for dense in answers])
+
+    return check_run(description, ExactGeN(1, curvature=curvature, final_decay=0.0, lr_max=0.1), check)
+
+
+def functional(description: Description, draw: Any) -> str:
+    """The functions that need no Trainer. They cannot put back what a loss moves, but have to notice."""
+    curvature = drawn_curvature(description, draw)
+    solver = draw(st.sampled_from([*SOLVERS]))
+    problem, seen = Problem(description).to(description.dtype), {}
+    batch, outer_batch = (next(iter(description.data(seed, 1))) for seed in (1, 2))
+    hypers = {"scale": torch.linspace(0.8, 1.2, 4, dtype=description.dtype)}
+    if description.loss == "penalty":
+        hypers["log_decay"] = torch.tensor(-3.0, dtype=description.dtype)
+    before = copy.deepcopy(problem)
+
+    def inner() -> tuple[Tensor, list[Tensor]]:
+        seen.setdefault("inner", torch.get_rng_state())
+        outputs: list[Tensor] = []
+        problem.train()
+        loss = problem.inner(
+            copy.deepcopy(batch), hypers["scale"], hypers.get("log_decay"), lambda z: outputs.append(z) or z
+        )
+        return loss, outputs
+
+    def outer() -> Tensor:
+        seen.setdefault("outer", torch.get_rng_state())
+        return problem.eval().outer(copy.deepcopy(outer_batch), hypers["scale"])
+
+    weights, results = problem.moved(), []
+    operators = {
+        "hessian": HessianOperator,
+        "gauss_newton": GaussNewtonOperator,
+        "finite_difference": FiniteDifferenceOperator,
+    }
+
+    def compute() -> None:
+        options = {"curvature": curvature, "solver": SOLVERS[solver][0]}
+        results.append(implicit_hypergradient(inner, outer, weights, list(hypers.values()), **options))
+        problem.load_state_dict(before.state_dict())
+        results.append(lanczos(operators[curvature](inner, weights), rtol=1e-3))
+
+    error, said = attempted(compute)
+    if error is not None:
+        return check_refusal(error, description.may_be_refused or description.has(*MOVING))
+    result, ends = results
+    state = State(before, hypers, batch, outer_batch, seen["inner"], seen["outer"])
+    accuracy, answers = accuracy_of(curvature, description, said), references(state, curvature)
+    wrong = one_of([check_ends(dense, ends.smallest[0], ends.largest[0], 1e-3 + accuracy) for dense in answers])
+    assert not wrong, wrong
+    if not result.status.succeeded:
+        assert result.diagnosis, "failed without a diagnosis"
+        return "refused"
+    wrong = one_of([check_hypergradient(dense, result.gradients, solver, accuracy) for dense in answers])
+    assert not wrong, wrong
+    return "right"
+
+
+def drawn_curvature(description: Description, draw: Any, *more: str) -> str:
+    """Draws a curvature; differences only where the loss has no kinks."""
+    kinds = ["hessian", "gauss_newton", *(["finite_difference"] if description.is_smooth else []), *more]
+    return draw(st.sampled_from(kinds))
+
+
+def explored(feature: str, record: Callable[[str, object], None]) -> Callable[[Callable[..., str]], None]:
+    """Runs a check on networks with a feature, the same each time, and reports how many were answered and refused."""
+
+    def decorate(check: Callable[..., str]) -> None:
+        outcomes: list[str] = []
+
+        @settings(
+            max_examples=EXAMPLES,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(descriptions(feature), st.data())
+        def run(description: Description, data: Any) -> None:
+            try:
+                outcomes.append(check(description, data.draw))
+            except AssertionError as error:
+                raise AssertionError(f"{error}\n{description!r}") from None
+
+        run()
+        record("networks", len(outcomes))
+        record("refused", outcomes.count("refused"))
+
+    return decorate
+
+
+TRIED = [hypergradient, hypergradient, sharpness, gen, functional, observed]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("feature", FEATURES)
+def test_an_answer_is_right_or_refused_and_training_does_not_notice(feature, record_property):
+    @explored(feature, record_property)
+    def check(description: Description, draw: Any) -> str:
+        return draw(st.sampled_from(TRIED))(description, draw)
