@@ -93,6 +93,22 @@ class HardSigmoid(nn.Module):
         return F.relu6(x + 3) / 6 if self.plain else F.hardsigmoid(x)
 
 
+class WeightNorm(nn.Module):
+    """torch's own differentiates its second derivative wrongly (H is not symmetric); the plain one is composed."""
+
+    plain = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.plain:
+            return self.linear(x)
+        length, v = self.linear.parametrizations.weight.original0, self.linear.parametrizations.weight.original1
+        return F.linear(x, length * v / v.norm(dim=1, keepdim=True), self.linear.bias)
+
+
 class Symmetric(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return (weight + weight.T) / 2
@@ -120,7 +136,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "softplus": nn.Softplus,
     "hardsigmoid": HardSigmoid,
     "dropout": lambda: nn.Dropout(0.3),
-    "weight_norm": lambda: parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH)),
+    "weight_norm": WeightNorm,
     "spectral_norm": lambda: parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH)),
     "symmetric": _symmetric,
 }
@@ -218,7 +234,7 @@ class OwnGenerator(nn.Module):
         self.generator = torch.Generator().manual_seed(1)
 
     def forward(self, h: Tensor) -> Tensor:
-        return (h + torch.randn(h.shape, generator=self.generator).to(h)).square().mean()
+        return (h + torch.randn(h.shape, generator=self.generator, dtype=torch.float32).to(h)).square().mean()
 
 
 class NumpyGenerator(nn.Module):
@@ -258,6 +274,7 @@ REFUSABLE = {
     "reentrant_checkpoint",
     "hardsigmoid",
     "spectral_norm",
+    "weight_norm",
     "embedding",
 }
 

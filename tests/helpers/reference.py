@@ -14,6 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tests.helpers.random_networks import Problem
 
 
+STEP = 1e-5  # near the cube root of eps, which balances truncation and rounding for weights of order one
+
+
 def plain_copy(problem: Problem) -> Problem:
     """Returns a copy in float64, without checkpoints and without hooks that change gradients."""
     twin = copy.deepcopy(problem).double()  # hooks of parameters stay behind
@@ -83,25 +86,34 @@ class State:
         v, direct = self._outer(hypers, weights)
         return Dense(hessian, mixed, v, direct)
 
+    def product_by_differences(self, v: Tensor, weights: Callable[[Problem], list[nn.Parameter]] = Problem.moved) -> Tensor:
+        """Returns Hv for v: [n], as a central difference of two gradients."""
+        hypers = {name: value.detach().double() for name, value in self.hyperparameters.items()}
+        first, second = (self._slope_at(sign * v, hypers, weights)[: len(v)] for sign in (STEP, -STEP))
+        return (first - second) / (2 * STEP)
+
     def differences(self, weights: Callable[[Problem], list[nn.Parameter]] = Problem.moved) -> Dense:
         """Returns the Hessian and the mixed derivative as central differences of gradients, and the rest exactly."""
         hypers = {name: value.detach().double().requires_grad_() for name, value in self.hyperparameters.items()}
         size = sum(weight.numel() for weight in weights(self.problem))
         columns = []
-        for index in range(size):
-            ends = []
-            for sign in (1e-5, -1e-5):  # cbrt(eps): balances truncation and rounding for weights of order one
-                twin = plain_copy(self.problem)
-                moved = weights(twin)
-                with torch.no_grad():
-                    part = torch.zeros(size, dtype=torch.float64)
-                    part[index] = sign
-                    for weight, delta in zip(moved, part.split([w.numel() for w in moved]), strict=True):
-                        weight += delta.view_as(weight)
-                ends.append(gradient(self._evaluated(twin, hypers), [*moved, *hypers.values()]))
-            columns.append((ends[0] - ends[1]) / 2e-5)
+        for unit in torch.eye(size, dtype=torch.float64):
+            first, second = (self._slope_at(sign * unit, hypers, weights) for sign in (STEP, -STEP))
+            columns.append((first - second) / (2 * STEP))
         both = torch.stack(columns, 1)
         return Dense(both[:size], both[size:].T, *self._outer(hypers, weights))
+
+    def _slope_at(
+        self, delta: Tensor, hypers: dict[str, Tensor], weights: Callable[[Problem], list[nn.Parameter]]
+    ) -> Tensor:
+        """Returns ∂L/∂w and then ∂L/∂λ, where they are asked for, at w + delta."""
+        twin = plain_copy(self.problem)
+        moved = weights(twin)
+        with torch.no_grad():
+            for weight, part in zip(moved, delta.split([w.numel() for w in moved]), strict=True):
+                weight += part.view_as(weight)
+        inputs = [*moved, *(value for value in hypers.values() if value.requires_grad)]
+        return gradient(self._evaluated(twin, hypers), inputs)
 
     def _evaluated(self, twin: Problem, hypers: dict[str, Tensor], **options: Any) -> Tensor:
         torch.set_rng_state(self.random_state)
