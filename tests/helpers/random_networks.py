@@ -124,7 +124,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "conv2d": lambda: Viewed(nn.Conv2d(1, 1, 3, padding=1), 1, 2, 2),
     "batch_norm": lambda: nn.BatchNorm1d(WIDTH),
     "layer_norm": lambda: nn.LayerNorm(WIDTH),
-    "group_norm": lambda: nn.GroupNorm(2, WIDTH),
+    "group_norm": lambda: Viewed(nn.GroupNorm(1, 2), 2, 2),
     "embedding": Rows,
     "gru_cell": lambda: Cell(nn.GRUCell),
     "lstm_cell": lambda: Cell(nn.LSTMCell),

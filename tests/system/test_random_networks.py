@@ -62,6 +62,15 @@ SOLVERS: dict[str, tuple[Solver, Callable[[Tensor, Tensor], Tensor], float]] = {
     "identity": (Identity(step_size=0.1), truncated_series(0, 0.1), 0.0),
 }
 
+OPERATORS = {
+    "hessian": HessianOperator,
+    "gauss_newton": GaussNewtonOperator,
+    "finite_difference": FiniteDifferenceOperator,
+}
+
+# Solves that may fail: conjugate gradients on indefinite matrices, and a residual below the error of differences.
+HONEST = ("negative curvature", "max_iterations")
+
 
 # Runs
 
@@ -281,7 +290,7 @@ def check_run(description: Description, callback: L.Callback, check: Callable[[R
     assert not differing, differing
     if run.metrics.get("sharpness/failures") or run.metrics.get("hypergrad/skipped"):
         assert said, "failed without a warning"
-        assert description.may_be_refused or "negative curvature" in str(said), f"failed: {said}"
+        assert description.may_be_refused or any(reason in str(said) for reason in HONEST), f"failed: {said}"
         return "refused"
     wrong = check(run, said)
     assert not wrong, f"{wrong}; warnings {said}"
@@ -310,10 +319,10 @@ def observed(description: Description, draw: Any) -> str:
 
 
 def sharpness(description: Description, draw: Any) -> str:
-    curvature, rtol = drawn_curvature(description, draw), 1e-3
+    curvature, rtol = drawn_curvature(description, draw), 1e-4
 
     def check(run: Run, said: set[str]) -> str:
-        accuracy = rtol + accuracy_of(curvature, description, said)
+        accuracy = 10 * rtol + accuracy_of(curvature, description, said)  # further eigenvalues may lie beyond the residual
         ends = run.metrics["sharpness/lambda_min"], run.metrics["sharpness/lambda_max"]
         answers = [dense for state in run.states() for dense in references(state, curvature)]
         if description.has("left_out"):  # with the weights that no optimizer moves, or without
@@ -330,7 +339,7 @@ def gen(description: Description, draw: Any) -> str:
     curvature = drawn_curvature(description, draw)
 
     def check(run: Run, said: set[str]) -> str:
-        accuracy = accuracy_of(curvature, description, said)
+        accuracy = accuracy_of(curvature, description, said) + torch.finfo(torch.float32).eps  # of logged values
         got, (before, after) = run.metrics["gen/directional_sharpness"], run.evidence.weights
         answers = [dense for state in run.states() for dense in references(state, curvature)]
         return one_of([check_along(dense, before, after, got, accuracy) for dense in answers])
@@ -338,55 +347,58 @@ def gen(description: Description, draw: Any) -> str:
     return check_run(description, ExactGeN(1, curvature=curvature, final_decay=0.0, lr_max=0.1), check)
 
 
+class Functions:
+    """The losses of a problem as functions without arguments, with the state in which they were first called."""
+
+    def __init__(self, description: Description) -> None:
+        self.description = description
+        self.problem = Problem(description).to(description.dtype)
+        self.before = copy.deepcopy(self.problem)
+        self.batch, self.outer_batch = (next(iter(description.data(seed, 1))) for seed in (1, 2))
+        self.hypers = {"scale": torch.linspace(0.8, 1.2, 4, dtype=description.dtype)}
+        if description.loss == "penalty":
+            self.hypers["log_decay"] = torch.tensor(-3.0, dtype=description.dtype)
+        self.seen: dict[str, Tensor] = {}
+
+    def inner(self) -> Tensor:
+        self.seen.setdefault("inner", torch.get_rng_state())
+        batch = copy.deepcopy(self.batch)
+        return self.problem.train().inner(batch, self.hypers["scale"], self.hypers.get("log_decay"))
+
+    def outer(self) -> Tensor:
+        self.seen.setdefault("outer", torch.get_rng_state())
+        return self.problem.eval().outer(copy.deepcopy(self.outer_batch), self.hypers["scale"])
+
+    def references(self, curvature: str) -> list[Dense]:
+        seen = self.seen["inner"], self.seen.get("outer")
+        return references(State(self.before, self.hypers, self.batch, self.outer_batch, *seen), curvature)
+
+
 def functional(description: Description, draw: Any) -> str:
     """The functions that need no Trainer. They cannot put back what a loss moves, but have to notice."""
-    curvature = drawn_curvature(description, draw)
-    solver = draw(st.sampled_from([*SOLVERS]))
-    problem, seen = Problem(description).to(description.dtype), {}
-    batch, outer_batch = (next(iter(description.data(seed, 1))) for seed in (1, 2))
-    hypers = {"scale": torch.linspace(0.8, 1.2, 4, dtype=description.dtype)}
-    if description.loss == "penalty":
-        hypers["log_decay"] = torch.tensor(-3.0, dtype=description.dtype)
-    before = copy.deepcopy(problem)
-
-    def inner() -> tuple[Tensor, list[Tensor]]:
-        seen.setdefault("inner", torch.get_rng_state())
-        outputs: list[Tensor] = []
-        problem.train()
-        loss = problem.inner(
-            copy.deepcopy(batch), hypers["scale"], hypers.get("log_decay"), lambda z: outputs.append(z) or z
-        )
-        return loss, outputs
-
-    def outer() -> Tensor:
-        seen.setdefault("outer", torch.get_rng_state())
-        return problem.eval().outer(copy.deepcopy(outer_batch), hypers["scale"])
-
-    weights, results = problem.moved(), []
-    operators = {
-        "hessian": HessianOperator,
-        "gauss_newton": GaussNewtonOperator,
-        "finite_difference": FiniteDifferenceOperator,
-    }
+    curvature, solver = drawn_curvature(description, draw), draw(st.sampled_from([*SOLVERS]))
+    solved, measured, results = Functions(description), Functions(description), []
 
     def compute() -> None:
+        ends = lanczos(OPERATORS[curvature](measured.inner, measured.problem.moved()), rtol=1e-3)
+        hypers = list(solved.hypers.values())
         options = {"curvature": curvature, "solver": SOLVERS[solver][0]}
-        results.append(implicit_hypergradient(inner, outer, weights, list(hypers.values()), **options))
-        problem.load_state_dict(before.state_dict())
-        results.append(lanczos(operators[curvature](inner, weights), rtol=1e-3))
+        results.extend(
+            [ends, implicit_hypergradient(solved.inner, solved.outer, solved.problem.moved(), hypers, **options)]
+        )
 
     error, said = attempted(compute)
     if error is not None:
         return check_refusal(error, description.may_be_refused or description.has(*MOVING))
-    result, ends = results
-    state = State(before, hypers, batch, outer_batch, seen["inner"], seen["outer"])
-    accuracy, answers = accuracy_of(curvature, description, said), references(state, curvature)
-    wrong = one_of([check_ends(dense, ends.smallest[0], ends.largest[0], 1e-3 + accuracy) for dense in answers])
+    ends, result = results
+    accuracy = accuracy_of(curvature, description, said)
+    lowest, highest = float(ends.smallest[0]), float(ends.largest[0])
+    wrong = one_of([check_ends(a, lowest, highest, 1e-3 + accuracy) for a in measured.references(curvature)])
     assert not wrong, wrong
     if not result.status.succeeded:
         assert result.diagnosis, "failed without a diagnosis"
         return "refused"
-    wrong = one_of([check_hypergradient(dense, result.gradients, solver, accuracy) for dense in answers])
+    wrong = one_of([check_hypergradient(a, result.gradients, solver, accuracy) for a in solved.references(curvature)])
     assert not wrong, wrong
     return "right"
 
