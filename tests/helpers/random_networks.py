@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ifthpo import BilevelLightningModule
 from lightning_ifthpo.curvature import mark_outputs
+from tests.helpers.evidence import Resting
 
 WIDTH = 4  # of every layer, so that all of them can follow each other
 CLASSES = 3
@@ -477,18 +478,6 @@ def _clip(gradient: Tensor) -> Tensor:
 
 def _halve(module: nn.Module, grad_input: Any, grad_output: Any) -> Any:
     return tuple(None if gradient is None else gradient / 2 for gradient in grad_input)
-
-
-class Resting(torch.optim.SGD):
-    """A hyper-optimizer that moves nothing, and hands on the hypergradients that it is given."""
-
-    def __init__(self, parameters: Any, keep: Callable[[list[Tensor]], None]) -> None:
-        super().__init__(parameters, lr=0.0)
-        self.keep = keep
-
-    def step(self, closure: Any = None) -> None:
-        self.keep([p.grad.clone() for group in self.param_groups for p in group["params"]])
-        super().step(closure)
 
 
 class RandomBilevel(BilevelLightningModule, L.LightningModule):

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import copy
-import random
-import warnings
 import zlib
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.strategies as st
 import lightning as L
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -25,9 +18,9 @@ from lightning_ifthpo import ExactGeN, IFTHypergradient, SharpnessMonitor, impli
 from lightning_ifthpo.curvature import FiniteDifferenceOperator, GaussNewtonOperator, HessianOperator
 from lightning_ifthpo.solvers import ConjugateGradient, Direct, Identity, MinimumResidual, Neumann, Solver
 from lightning_ifthpo.spectrum import lanczos
+from tests.helpers.evidence import Evidence, Run, attempted, disturbed
 from tests.helpers.random_networks import FEATURES, MOVING, Description, Problem, RandomBilevel, descriptions
 from tests.helpers.reference import Dense, State, flat
-from tests.helpers.trainers import Callback, quiet_trainer, same
 from tests.system.test_properties import said_by_us
 
 EXAMPLES = 12  # for each of 43 features: more than 500 in all
@@ -75,134 +68,20 @@ HONEST = ("negative curvature", "max_iterations")
 # Runs
 
 
-@dataclass
-class Evidence:
-    """What a run leaves behind after each batch, and what its last measurement began with."""
+def run_of(description: Description, callback: L.Callback | None) -> Run:
+    def make(evidence: Evidence) -> RandomBilevel:
+        return RandomBilevel(description, evidence.listen, evidence.hypergradients.append)
 
-    traces: list[Any] = field(default_factory=list)
-    hypergradients: list[list[Tensor]] = field(default_factory=list)
-    random_states: dict[str, list[Tensor]] = field(default_factory=dict)
-    measures: bool = False
-    batch: Any = None
-    problem: Problem | None = None
-    weights: list[Tensor] = field(default_factory=list)  # before the last two optimizer steps
-
-    def listen(self, name: str) -> None:
-        """Notes the random states with which losses are evaluated in a measurement."""
-        if self.measures:
-            known = self.random_states.setdefault(name, [])
-            state = torch.get_rng_state()
-            if not any(torch.equal(state, other) for other in known):
-                known.append(state)
-
-    def begin(self, module: RandomBilevel) -> None:
-        """Keeps what the measurement that follows should see."""
-        self.measures, self.random_states = True, {}
-        self.problem = copy.deepcopy(module.problem)
+    return Run.of(make, callback, precision=description.precision, seed=description.seed)
 
 
-class First(Callback):
-    """Stands before the callback under test."""
-
-    def __init__(self, evidence: Evidence, *, looks_before_step: bool) -> None:
-        self.evidence, self.looks_before_step = evidence, looks_before_step
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.evidence.batch = copy.deepcopy(batch)
-        weights = torch.cat([weight.detach().reshape(-1) for weight in pl_module.problem.moved()])
-        self.evidence.weights = [*self.evidence.weights[-1:], weights]
-        if self.looks_before_step:
-            self.evidence.begin(pl_module)
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if not self.looks_before_step:
-            self.evidence.begin(pl_module)
-
-
-class Last(Callback):
-    """Stands behind it."""
-
-    def __init__(self, evidence: Evidence) -> None:
-        self.evidence = evidence
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.evidence.measures = False
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.evidence.measures = False
-        self.evidence.traces.append(trace_of(pl_module))
-
-
-def trace_of(module: RandomBilevel) -> dict[str, Any]:
-    """Returns all that a callback must leave as it is."""
-    return {
-        "state": {name: value.clone() for name, value in module.state_dict().items()},
-        "gradients": [None if p.grad is None else p.grad.clone() for p in module.parameters()],
-        "modes": [submodule.training for submodule in module.modules()],
-        "python": [plain_values(vars(submodule)) for submodule in module.problem.modules()],
-        "random": [torch.get_rng_state(), random.getstate(), plain_values(np.random.get_state())],  # noqa: NPY002
-    }
-
-
-def plain_values(value: Any) -> Any:
-    """Returns a copy of numbers, tensors, containers and generators; other objects as None."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, torch.Generator):
-        return value.get_state()
-    if isinstance(value, np.random.Generator):
-        return repr(value.bit_generator.state)
-    if isinstance(value, SimpleNamespace):
-        return plain_values(vars(value))
-    if isinstance(value, dict):
-        return {k: plain_values(v) for k, v in value.items() if isinstance(k, str) and k != "_modules"}
-    if isinstance(value, (list, tuple, deque, np.ndarray)):
-        return [plain_values(v) for v in value]
-    return value if isinstance(value, (int, float, str)) else None
-
-
-@dataclass
-class Run:
-    """A training run with a callback: its module, evidence, error, warnings and metrics."""
-
-    module: RandomBilevel
-    evidence: Evidence
-    error: Exception | None
-    warnings: set[str]
-    metrics: dict[str, float]
-
-    @classmethod
-    def of(cls, description: Description, callback: L.Callback | None) -> Run:
-        evidence = Evidence()
-        module = RandomBilevel(description, evidence.listen, evidence.hypergradients.append)
-        first = First(evidence, looks_before_step=isinstance(callback, ExactGeN))
-        callbacks = [first, *([callback] if callback else []), Last(evidence)]
-        torch.manual_seed(description.seed)
-        trainer = quiet_trainer(callbacks=callbacks, precision=description.precision, limit_val_batches=0)
-        error, said = attempted(partial(trainer.fit, module))
-        return cls(module, evidence, error, said, {k: float(v) for k, v in trainer.callback_metrics.items()})
-
-    def states(self) -> list[State]:
-        """Returns the state of the last measurement, once for each random state that it used."""
-        hypers = {name: value.detach().clone() for name, value in self.module.named_hyperparameters()}
-        outer_batch = next(iter(self.module.outer_dataloader()))
-        seen = self.evidence.random_states
-        return [
-            State(self.evidence.problem, hypers, self.evidence.batch, outer_batch, inner, outer)
-            for inner in seen.get("inner", [])
-            for outer in seen.get("outer", [None])
-        ]
-
-
-def attempted(function: Callable[[], Any]) -> tuple[Exception | None, set[str]]:
-    """Returns the error that a function raises, if any, and its warnings."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            function()
-        except Exception as error:
-            return error, {str(warning.message) for warning in caught}
-    return None, {str(warning.message) for warning in caught}
+def states_of(run: Run) -> list[State]:
+    """Returns the state of the last measurement, once for each random state that it used."""
+    last, outer_batch = run.evidence.last, next(iter(run.module.outer_dataloader()))
+    return [
+        State(last.problem, run.hyperparameters, last.batch, outer_batch, *random_states)
+        for random_states in last.pairs_of_random_states()
+    ]
 
 
 # Judgements: empty strings where all is well
@@ -265,14 +144,6 @@ def check_along(dense: Dense, before: Tensor, after: Tensor, got: float, accurac
     return compared("directional sharpness", torch.tensor(got), unit @ dense.matrix @ unit, bound)
 
 
-def disturbed(plain: Run, run: Run, *, but_weights: bool) -> str:
-    """Returns what differs from plain training, and where."""
-    kinds = ("modes", "random") if but_weights else ("state", "gradients", "modes", "python", "random")
-    pairs = enumerate(zip(plain.evidence.traces, run.evidence.traces, strict=True))
-    found = [f"{kind} after batch {i}" for i, (a, b) in pairs for kind in kinds if not same(a[kind], b[kind])]
-    return f"training was disturbed: {', '.join(found)}" if found else ""
-
-
 def check_refusal(error: Exception, allowed: bool) -> str:
     assert said_by_us(error), f"{type(error).__name__}: {error}"
     assert allowed, f"refused: {error}"
@@ -281,7 +152,7 @@ def check_refusal(error: Exception, allowed: bool) -> str:
 
 def check_run(description: Description, callback: L.Callback, check: Callable[[Run, set[str]], str]) -> str:
     """Returns "right" or "refused"; raises AssertionError if a callback is wrong, or disturbs training."""
-    plain, run = Run.of(description, None), Run.of(description, callback)
+    plain, run = run_of(description, None), run_of(description, callback)
     assert plain.error is None, plain.error
     if run.error is not None:
         return check_refusal(run.error, description.may_be_refused)
@@ -307,7 +178,7 @@ def hypergradient(description: Description, draw: Any) -> str:
 
     def check(run: Run, said: set[str]) -> str:
         accuracy, got = accuracy_of(curvature, description, said), run.evidence.hypergradients[-1]
-        answers = [dense for state in run.states() for dense in references(state, curvature)]
+        answers = [dense for state in states_of(run) for dense in references(state, curvature)]
         return one_of([check_hypergradient(dense, got, solver, accuracy) for dense in answers])
 
     return check_run(description, IFTHypergradient(1, curvature=curvature, solver=SOLVERS[solver][0]), check)
@@ -324,9 +195,9 @@ def sharpness(description: Description, draw: Any) -> str:
     def check(run: Run, said: set[str]) -> str:
         accuracy = 10 * rtol + accuracy_of(curvature, description, said)  # further eigenvalues may lie beyond the residual
         ends = run.metrics["sharpness/lambda_min"], run.metrics["sharpness/lambda_max"]
-        answers = [dense for state in run.states() for dense in references(state, curvature)]
+        answers = [dense for state in states_of(run) for dense in references(state, curvature)]
         if description.has("left_out"):  # with the weights that no optimizer moves, or without
-            answers += [state.dense(curvature, Problem.weights) for state in run.states()]
+            answers += [state.dense(curvature, Problem.weights) for state in states_of(run)]
         return one_of([check_ends(dense, *ends, accuracy) for dense in answers])
 
     monitor = SharpnessMonitor(
@@ -340,8 +211,8 @@ def gen(description: Description, draw: Any) -> str:
 
     def check(run: Run, said: set[str]) -> str:
         accuracy = accuracy_of(curvature, description, said) + torch.finfo(torch.float32).eps  # of logged values
-        got, (before, after) = run.metrics["gen/directional_sharpness"], run.evidence.weights
-        answers = [dense for state in run.states() for dense in references(state, curvature)]
+        got, (before, after) = run.metrics["gen/directional_sharpness"], run.evidence.last.weights
+        answers = [dense for state in states_of(run) for dense in references(state, curvature)]
         return one_of([check_along(dense, before, after, got, accuracy) for dense in answers])
 
     return check_run(description, ExactGeN(1, curvature=curvature, final_decay=0.0, lr_max=0.1), check)

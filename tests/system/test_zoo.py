@@ -1,0 +1,201 @@
+"""Architectures and losses that people train: hypergradients equal those of differences, and training does not notice."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_ifthpo import BilevelLightningModule, IFTHypergradient, SharpnessMonitor
+from lightning_ifthpo.solvers import MinimumResidual
+from tests.helpers.evidence import Evidence, Resting, Run, disturbed
+from tests.helpers.zoo import EXAMPLES, ZOO, Member
+from tests.helpers.zoo_vision import VISION
+from tests.system.test_properties import said_by_us
+
+pytestmark = pytest.mark.slow
+
+MEMBERS = ZOO | VISION
+BATCHES = 3
+
+# Relative to the norm of the weights. The longer step is for curved losses, the shorter ones for losses with kinks,
+# which no step may cross.
+STEPS = (1e-5, 1e-6, 1e-7)
+
+
+class Fresh(Dataset[Any]):
+    """Batches that are new objects each time."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Any:
+        return copy.deepcopy(self.batches[index])
+
+
+class ZooModule(BilevelLightningModule, L.LightningModule):
+    def __init__(self, make: Callable[[], Member], evidence: Evidence) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.problem = make()
+        self.batches = [self.problem.batch() for _ in range(BATCHES + 1)]
+        self.listen, self.keep = evidence.listen, evidence.hypergradients.append
+        self.register_hyperparameter("weights", torch.linspace(-0.5, 0.5, EXAMPLES))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.listen("inner")
+        return self.problem.inner(batch, self.weights)
+
+    def outer_loss(self, batch: Any) -> Tensor:
+        self.listen("outer")
+        return self.problem.outer(batch)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.problem.moved(), lr=0.01)
+
+    def configure_hyper_optimizer(self) -> Any:
+        return Resting(self.hyperparameters(), self.keep)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(Fresh(self.batches[1:]), batch_size=None)
+
+    def outer_dataloader(self) -> Any:
+        return DataLoader(Fresh(self.batches[:1]), batch_size=None)
+
+
+@dataclass
+class Differences:
+    """The hypergradient by two iterations of MINRES, from `.backward()` alone, on copies of a member in float64.
+
+    Two iterations have no step size to choose, and do not mind an indefinite Hessian.
+
+    Args:
+        member: As it stood at the measurement, with its buffers and modes.
+        hyper: The hyperparameter, [4].
+        batch: The training batch.
+        outer_batch: The outer batch.
+        random_state: That in which the inner loss was evaluated.
+        outer_random_state: That of the outer loss.
+    """
+
+    member: Member
+    hyper: Tensor
+    batch: Any
+    outer_batch: Any
+    random_state: Tensor
+    outer_random_state: Tensor
+
+    def hypergradient(self, step: float) -> Tensor:
+        """Returns −(∂²L_T/∂w∂λᵀ)ᵀ q, [4], with the q of least ‖Hq − v‖ among the combinations of v and Hv."""
+        v = self.slopes(self.outer_batch, self.outer_random_state, outer=True)[0]
+        image = self.along(v, step)[0]
+        images = torch.stack([image, self.along(image, step)[0]], 1)
+        q = torch.stack([v, image], 1) @ torch.linalg.lstsq(images, v[:, None]).solution[:, 0]
+        return -self.along(q, step)[1]
+
+    def along(self, v: Tensor, step: float) -> tuple[Tensor, Tensor]:
+        """Returns Hv, [n], and (∂²L/∂w∂λᵀ)ᵀv, [4], by a central difference."""
+        length = step * float(torch.linalg.vector_norm(flat_weights(self.member)) / torch.linalg.vector_norm(v))
+        first, second = (self.slopes(self.batch, self.random_state, sign * length * v) for sign in (1.0, -1.0))
+        return tuple((a - b) / (2 * length) for a, b in zip(first, second, strict=True))
+
+    def slopes(
+        self, batch: Any, random_state: Tensor, delta: Tensor | None = None, *, outer: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Returns ∂L/∂w and ∂L/∂λ at w + delta, as training would compute them."""
+        member, hyper = copy.deepcopy(self.member), self.hyper.clone().requires_grad_()
+        weights = member.moved()
+        if delta is not None:
+            with torch.no_grad():
+                for weight, part in zip(weights, delta.split([w.numel() for w in weights]), strict=True):
+                    weight += part.view_as(weight)
+        torch.set_rng_state(random_state)
+        loss = member.eval().outer(copy.deepcopy(batch)) if outer else member.inner(copy.deepcopy(batch), hyper)
+        for weight in weights:
+            weight.grad = None  # what a backward pass inside the loss has left
+        loss.backward()
+        slopes = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+        flat = torch.cat([(s.to_dense() if s.is_sparse else s).reshape(-1) for s in slopes])
+        return flat, torch.zeros_like(hyper) if hyper.grad is None else hyper.grad
+
+
+def flat_weights(member: Member) -> Tensor:
+    return torch.cat([weight.detach().reshape(-1) for weight in member.moved()])
+
+
+def compared(run: Run, *, by_differences: bool) -> str:
+    """Returns what is wrong with the last hypergradient, or nothing."""
+    got = run.evidence.hypergradients[-1][0]
+    last, outer_batch, errors = run.evidence.last, next(iter(run.module.outer_dataloader())), []
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # as the Trainer does with precision="64-true"
+    try:
+        for states in last.pairs_of_random_states():
+            batches = converted(last.batch), converted(outer_batch)
+            reference = Differences(last.problem, run.hyperparameters["weights"], *batches, *states)
+            for step in STEPS:
+                wanted = reference.hypergradient(step)
+                errors.append(float((got - wanted).norm() / wanted.norm()))
+    finally:
+        torch.set_default_dtype(default)
+    # differences of the package may cross kinks
+    return "" if min(errors) < (1e-2 if by_differences else 1e-4) else f"relative errors {errors}: got {got}"
+
+
+def converted(batch: Any) -> Any:
+    return L.pytorch.plugins.DoublePrecision().convert_input(copy.deepcopy(batch))
+
+
+def ended(plain: Run, run: Run, *, may_be_refused: bool) -> str:
+    """Returns "answered" or "refused"; raises AssertionError if training was disturbed, or failed without a word."""
+    assert plain.error is None, plain.error
+    said = run.warnings - plain.warnings
+    if run.error is not None:
+        assert said_by_us(run.error), f"{type(run.error).__name__}: {run.error}"
+        assert may_be_refused, f"refused: {run.error}"
+        return "refused"
+    differing = disturbed(plain, run, but_weights=False)
+    assert not differing, differing
+    if run.metrics.get("sharpness/failures") or run.metrics.get("hypergrad/skipped"):
+        assert said, "failed without a warning"
+        assert may_be_refused, f"failed: {said}"
+        return "refused"
+    return "answered"
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_a_hypergradient_is_that_of_differences_of_gradients(name, record_property):
+    def make(evidence: Evidence) -> ZooModule:
+        return ZooModule(MEMBERS[name], evidence)
+
+    plain = Run.of(make, None, precision="64-true")
+    member = plain.module.problem
+    callback = IFTHypergradient(2, curvature="hessian", solver=MinimumResidual(max_iterations=2))
+    run = Run.of(make, callback, precision="64-true")
+    outcome = ended(plain, run, may_be_refused=member.may_be_refused)
+    if outcome == "answered":
+        said = run.warnings - plain.warnings
+        wrong = compared(run, by_differences=any("difference" in message for message in said))
+        assert not wrong, wrong
+    record_property("outcome", outcome)
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_a_monitor_leaves_no_trace(name, record_property):
+    def make(evidence: Evidence) -> ZooModule:
+        return ZooModule(MEMBERS[name], evidence)
+
+    plain = Run.of(make, None, precision="32-true")
+    monitor = SharpnessMonitor(2, max_iterations=3, max_overhead=None)
+    run = Run.of(make, monitor, precision="32-true")
+    record_property("outcome", ended(plain, run, may_be_refused=plain.module.problem.may_be_refused))
