@@ -38,7 +38,7 @@ class Member(nn.Module):
 
     def inner(self, batch: Any, weights: Tensor) -> Tensor:
         losses = self.losses(batch)
-        return (2 * weights[: len(losses)].sigmoid() * losses).mean()
+        return (weights[: len(losses)] * losses).mean()
 
     def outer(self, batch: Any) -> Tensor:
         return self.losses(batch).mean()
@@ -352,6 +352,8 @@ class GradientPenalty(Member):
 class MomentumContrast(Member):
     """InfoNCE with a memory queue, and a key encoder that follows the query encoder."""
 
+    may_be_refused = True
+
     def __init__(self) -> None:
         super().__init__()
         self.query = mlp(6, 8, 4)
@@ -376,6 +378,8 @@ class MomentumContrast(Member):
 
 class FrozenQueue(MomentumContrast):
     """The same with a key encoder that does not follow: then nothing that is held fixed depends on the weights."""
+
+    may_be_refused = False
 
     def losses(self, batch: Any) -> Tensor:
         x, _ = batch

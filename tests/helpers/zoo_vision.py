@@ -17,8 +17,27 @@ from torchvision.models.segmentation.fcn import FCNHead
 from tests.helpers.zoo import EXAMPLES, Member, Supervised, cross_entropy
 
 
-def _classifier(make: Callable[[], nn.Module], size: int = 32, **options: Any) -> Callable[[], Member]:
-    return lambda: Supervised(make(), (3, size, size), cross_entropy, **options)
+def _settled(net: nn.Module, size: int) -> nn.Module:
+    """Gives BatchNorm the statistics of some batches, and random offsets.
+
+    With young statistics, outputs in eval mode grow to 1e40. Without offsets, dead channels end at the kink of a ReLU.
+    """
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.5
+        nn.init.normal_(norm.bias, std=0.1)
+    with torch.no_grad():
+        for _ in range(8):
+            net(torch.randn(EXAMPLES, 3, size, size))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return net
+
+
+def _classifier(make: Callable[[], nn.Module], size: int = 36, **options: Any) -> Callable[[], Member]:
+    """Images of 36 pixels leave two by two for the last BatchNorm."""
+    return lambda: Supervised(_settled(make(), size), (3, size, size), cross_entropy, **options)
 
 
 def _vgg() -> nn.Module:
@@ -50,7 +69,8 @@ class _AuxiliaryLosses(Supervised):
     """Adds the losses of both auxiliary classifiers in training."""
 
     def __init__(self) -> None:
-        super().__init__(models.GoogLeNet(num_classes=3, init_weights=False), (3, 32, 32), cross_entropy)
+        net = models.GoogLeNet(num_classes=3, init_weights=False)
+        super().__init__(_settled(net, 36), (3, 36, 36), cross_entropy)
 
     def losses(self, batch: Any) -> Tensor:
         x, y = batch
