@@ -374,7 +374,7 @@ class Description:
 
 
 class Problem(nn.Module):
-    """A network with its losses as functions of a batch and of hyperparameters: input scales [4], and a log decay []."""
+    """A network with its losses as functions of a batch and of hyperparameters: input scales [4], a log decay []."""
 
     plain = False  # True: without checkpoints and without hooks that change gradients
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.helpers.random_networks import Problem
 
+WeightsOf: TypeAlias = Callable[[Problem], list[nn.Parameter]]
 
 STEP = 1e-5  # near the cube root of eps, which balances truncation and rounding for weights of order one
 
@@ -71,7 +72,7 @@ class State:
     random_state: Tensor
     outer_random_state: Tensor | None = None
 
-    def dense(self, curvature: str, weights: Callable[[Problem], list[nn.Parameter]] = Problem.moved) -> Dense:
+    def dense(self, curvature: str, weights: WeightsOf = Problem.moved) -> Dense:
         """Returns the matrices, by loops over first-order products of torch."""
         hypers = {name: value.detach().double().requires_grad_() for name, value in self.hyperparameters.items()}
         twin = plain_copy(self.problem)
@@ -86,13 +87,13 @@ class State:
         v, direct = self._outer(hypers, weights)
         return Dense(hessian, mixed, v, direct)
 
-    def product_by_differences(self, v: Tensor, weights: Callable[[Problem], list[nn.Parameter]] = Problem.moved) -> Tensor:
+    def product_by_differences(self, v: Tensor, weights: WeightsOf = Problem.moved) -> Tensor:
         """Returns Hv for v: [n], as a central difference of two gradients."""
         hypers = {name: value.detach().double() for name, value in self.hyperparameters.items()}
         first, second = (self._slope_at(sign * v, hypers, weights)[: len(v)] for sign in (STEP, -STEP))
         return (first - second) / (2 * STEP)
 
-    def differences(self, weights: Callable[[Problem], list[nn.Parameter]] = Problem.moved) -> Dense:
+    def differences(self, weights: WeightsOf = Problem.moved) -> Dense:
         """Returns the Hessian and the mixed derivative as central differences of gradients, and the rest exactly."""
         hypers = {name: value.detach().double().requires_grad_() for name, value in self.hyperparameters.items()}
         size = sum(weight.numel() for weight in weights(self.problem))
@@ -103,9 +104,7 @@ class State:
         both = torch.stack(columns, 1)
         return Dense(both[:size], both[size:].T, *self._outer(hypers, weights))
 
-    def _slope_at(
-        self, delta: Tensor, hypers: dict[str, Tensor], weights: Callable[[Problem], list[nn.Parameter]]
-    ) -> Tensor:
+    def _slope_at(self, delta: Tensor, hypers: dict[str, Tensor], weights: WeightsOf) -> Tensor:
         """Returns ∂L/∂w and then ∂L/∂λ, where they are asked for, at w + delta."""
         twin = plain_copy(self.problem)
         moved = weights(twin)
@@ -120,7 +119,7 @@ class State:
         with sdpa_kernel(SDPBackend.MATH):
             return twin.inner(copy.deepcopy(self.batch), hypers["scale"], hypers.get("log_decay"), **options)
 
-    def _outer(self, hypers: dict[str, Tensor], weights: Callable[[Problem], list[nn.Parameter]]) -> tuple[Tensor, Tensor]:
+    def _outer(self, hypers: dict[str, Tensor], weights: WeightsOf) -> tuple[Tensor, Tensor]:
         if self.outer_random_state is None:
             return torch.empty(0), torch.empty(0)
         twin = plain_copy(self.problem).eval()
@@ -129,7 +128,7 @@ class State:
             value = twin.outer(copy.deepcopy(self.outer_batch), hypers["scale"])
         return gradient(value, weights(twin)), gradient(value, list(hypers.values()))
 
-    def _gauss_newton(self, hypers: dict[str, Tensor], weights: Callable[[Problem], list[nn.Parameter]]) -> Tensor:
+    def _gauss_newton(self, hypers: dict[str, Tensor], weights: WeightsOf) -> Tensor:
         """Returns Jᵀ (∂²L/∂z∂zᵀ) J, and the Hessian of what does not pass through the outputs z."""
         outputs: list[Tensor] = []
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,7 +52,9 @@ class Member(nn.Module):
 class Supervised(Member):
     """A network of inputs of one shape, with a loss of its outputs and targets."""
 
-    def __init__(self, net: nn.Module, shape: tuple[int, ...], loss: Callable[[Any, Tensor], Tensor], **options: Any) -> None:
+    def __init__(
+        self, net: nn.Module, shape: tuple[int, ...], loss: Callable[[Any, Tensor], Tensor], **options: Any
+    ) -> None:
         super().__init__()
         self.net, self.shape, self.loss = net, shape, loss
         for name, value in options.items():
@@ -82,8 +85,8 @@ def quantile(outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def mlp(*widths: int, act: Callable[[], nn.Module] = nn.Tanh) -> nn.Sequential:
-    layers = [[nn.Linear(a, b), act()] for a, b in zip(widths, widths[1:], strict=False)]
-    return nn.Sequential(*sum(layers, [])[:-1])
+    layers = [layer for pair in pairwise(widths) for layer in (act(), nn.Linear(*pair))]
+    return nn.Sequential(*layers[1:])
 
 
 # Sequences

@@ -42,7 +42,9 @@ def _classifier(make: Callable[[], nn.Module], size: int = 36, **options: Any) -
 
 def _vgg() -> nn.Module:
     features = vgg.make_layers([8, "M", 16, "M"], batch_norm=True)
-    return nn.Sequential(features, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 16), nn.Dropout(), nn.Linear(16, 3))
+    return nn.Sequential(
+        features, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 16), nn.Dropout(), nn.Linear(16, 3)
+    )
 
 
 def _convnext() -> nn.Module:
