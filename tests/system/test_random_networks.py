@@ -193,9 +193,8 @@ def sharpness(description: Description, draw: Any) -> str:
     curvature, rtol = drawn_curvature(description, draw), 1e-4
 
     def check(run: Run, said: set[str]) -> str:
-        accuracy = 10 * rtol + accuracy_of(
-            curvature, description, said
-        )  # further eigenvalues may lie beyond the residual
+        # the residual shows that some eigenvalue is near; others may lie a little beyond
+        accuracy = 10 * rtol + accuracy_of(curvature, description, said)
         ends = run.metrics["sharpness/lambda_min"], run.metrics["sharpness/lambda_max"]
         answers = [dense for state in states_of(run) for dense in references(state, curvature)]
         if description.has("left_out"):  # with the weights that no optimizer moves, or without
