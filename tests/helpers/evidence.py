@@ -1,7 +1,7 @@
 """What a training run leaves behind with and without a callback, and what the callback measured from.
 
 Modules under test have an attribute `problem`, with all state of the losses and a method `moved()` that returns the
-weights, and call `Evidence.listen` at the beginning of each evaluation of a loss.
+weights; they call `listen` at the beginning of each evaluation of a loss, and their hyper-optimizer is `Resting`.
 """
 
 from __future__ import annotations
@@ -14,26 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ifthpo import ExactGeN
 from tests.helpers.trainers import Callback, quiet_trainer, same
-
-
-class Resting(torch.optim.SGD):
-    """A hyper-optimizer that moves nothing, and hands on the hypergradients that it is given."""
-
-    def __init__(self, parameters: Any, keep: Callable[[list[Tensor]], None]) -> None:
-        super().__init__(parameters, lr=0.0)
-        self.keep = keep
-
-    def step(self, closure: Any = None) -> None:
-        self.keep([p.grad.clone() for group in self.param_groups for p in group["params"]])
-        super().step(closure)
 
 
 @dataclass
@@ -81,6 +70,27 @@ class Evidence:
         known, state = self.present.random_states.setdefault(name, []), torch.get_rng_state()
         if not any(torch.equal(state, other) for other in known):
             known.append(state)
+
+
+# Outside of the modules, whose attributes callbacks put back
+EVIDENCE: WeakKeyDictionary[nn.Module, Evidence] = WeakKeyDictionary()
+
+
+def listen(module: nn.Module, name: str) -> None:
+    """Call this at the beginning of each evaluation of the "inner" or "outer" loss of a module."""
+    EVIDENCE[module].listen(name)
+
+
+class Resting(torch.optim.SGD):
+    """A hyper-optimizer that moves nothing, and keeps the hypergradients that it is given."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module.hyperparameters(), lr=0.0)
+        self.evidence = EVIDENCE[module]
+
+    def step(self, closure: Any = None) -> None:
+        self.evidence.hypergradients.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
+        super().step(closure)
 
 
 class First(Callback):
@@ -156,15 +166,15 @@ class Run:
     @classmethod
     def of(
         cls,
-        make: Callable[[Evidence], L.LightningModule],
+        make: Callable[[], L.LightningModule],
         callback: L.Callback | None,
         *,
         precision: str,
         seed: int = 0,
     ) -> Run:
         """Trains for one epoch."""
-        evidence = Evidence()
-        module = make(evidence)
+        module = make()
+        evidence = EVIDENCE[module] = Evidence()
         first = First(evidence, looks_before_step=isinstance(callback, ExactGeN))
         callbacks = [first, *([callback] if callback else []), Last(evidence)]
         torch.manual_seed(seed)

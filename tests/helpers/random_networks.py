@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ifthpo import BilevelLightningModule
 from lightning_ifthpo.curvature import mark_outputs
-from tests.helpers.evidence import Resting
+from tests.helpers.evidence import Resting, listen
 
 WIDTH = 4  # of every layer, so that all of them can follow each other
 CLASSES = 3
@@ -481,30 +481,22 @@ def _halve(module: nn.Module, grad_input: Any, grad_output: Any) -> Any:
 
 
 class RandomBilevel(BilevelLightningModule, L.LightningModule):
-    """The problem as a user's module.
+    """The problem as a user's module, whose hyperparameters stay as they are."""
 
-    Args:
-        description: What it is made from.
-        listen: Called with "inner" or "outer" at the beginning of each evaluation of a loss.
-        keep: Called with each hypergradient; the hyperparameters stay as they are.
-    """
-
-    def __init__(
-        self, description: Description, listen: Callable[[str], None], keep: Callable[[list[Tensor]], None]
-    ) -> None:
+    def __init__(self, description: Description) -> None:
         super().__init__()
         self.problem = Problem(description)
         self.register_hyperparameter("scale", torch.linspace(0.8, 1.2, WIDTH))
         if description.loss == "penalty":
             self.register_hyperparameter("log_decay", torch.tensor(-3.0))
-        self.description, self.listen, self.keep = description, listen, keep
+        self.description = description
 
     def inner_loss(self, batch: Any) -> Tensor:
-        self.listen("inner")
+        listen(self, "inner")
         return self.problem.inner(batch, self.scale, getattr(self, "log_decay", None))
 
     def outer_loss(self, batch: Any) -> Tensor:
-        self.listen("outer")
+        listen(self, "outer")
         return self.problem.outer(batch, self.scale)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -520,7 +512,7 @@ class RandomBilevel(BilevelLightningModule, L.LightningModule):
         return optimizer(self.problem.moved(), **options[self.description.optimizer])
 
     def configure_hyper_optimizer(self) -> Any:
-        return Resting(self.hyperparameters(), self.keep)
+        return Resting(self)
 
     def train_dataloader(self) -> Any:
         return self.description.data(1, self.description.batches)

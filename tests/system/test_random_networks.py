@@ -18,7 +18,7 @@ from lightning_ifthpo import ExactGeN, IFTHypergradient, SharpnessMonitor, impli
 from lightning_ifthpo.curvature import FiniteDifferenceOperator, GaussNewtonOperator, HessianOperator
 from lightning_ifthpo.solvers import ConjugateGradient, Direct, Identity, MinimumResidual, Neumann, Solver
 from lightning_ifthpo.spectrum import lanczos
-from tests.helpers.evidence import Evidence, Run, attempted, disturbed
+from tests.helpers.evidence import Run, attempted, disturbed
 from tests.helpers.random_networks import FEATURES, MOVING, Description, Problem, RandomBilevel, descriptions
 from tests.helpers.reference import Dense, State, flat
 from tests.system.test_properties import said_by_us
@@ -69,10 +69,8 @@ HONEST = ("negative curvature", "max_iterations")
 
 
 def run_of(description: Description, callback: L.Callback | None) -> Run:
-    def make(evidence: Evidence) -> RandomBilevel:
-        return RandomBilevel(description, evidence.listen, evidence.hypergradients.append)
-
-    return Run.of(make, callback, precision=description.precision, seed=description.seed)
+    options = {"precision": description.precision, "seed": description.seed}
+    return Run.of(lambda: RandomBilevel(description), callback, **options)
 
 
 def states_of(run: Run) -> list[State]:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_ifthpo import BilevelLightningModule, IFTHypergradient, SharpnessMonitor
 from lightning_ifthpo.solvers import MinimumResidual
-from tests.helpers.evidence import Evidence, Resting, Run, disturbed
+from tests.helpers.evidence import Resting, Run, disturbed, listen
 from tests.helpers.zoo import EXAMPLES, ZOO, Member
 from tests.helpers.zoo_vision import VISION
 from tests.system.test_properties import said_by_us
@@ -47,27 +47,26 @@ class Fresh(Dataset[Any]):
 
 
 class ZooModule(BilevelLightningModule, L.LightningModule):
-    def __init__(self, make: Callable[[], Member], evidence: Evidence) -> None:
+    def __init__(self, make: Callable[[], Member]) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.problem = make()
         self.batches = [self.problem.batch() for _ in range(BATCHES + 1)]
-        self.listen, self.keep = evidence.listen, evidence.hypergradients.append
         self.register_hyperparameter("weights", torch.linspace(0.8, 1.2, EXAMPLES))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.listen("inner")
+        listen(self, "inner")
         return self.problem.inner(batch, self.weights)
 
     def outer_loss(self, batch: Any) -> Tensor:
-        self.listen("outer")
+        listen(self, "outer")
         return self.problem.outer(batch)
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.problem.moved(), lr=0.01)
 
     def configure_hyper_optimizer(self) -> Any:
-        return Resting(self.hyperparameters(), self.keep)
+        return Resting(self)
 
     def train_dataloader(self) -> Any:
         return DataLoader(Fresh(self.batches[1:]), batch_size=None)
@@ -190,8 +189,8 @@ def ended(plain: Run, run: Run, *, may_be_refused: bool) -> str:
 
 @pytest.mark.parametrize("name", MEMBERS)
 def test_a_hypergradient_is_that_of_differences_of_gradients(name, record_property):
-    def make(evidence: Evidence) -> ZooModule:
-        return ZooModule(MEMBERS[name], evidence)
+    def make() -> ZooModule:
+        return ZooModule(MEMBERS[name])
 
     plain = Run.of(make, None, precision="64-true")
     member = plain.module.problem
@@ -207,8 +206,8 @@ def test_a_hypergradient_is_that_of_differences_of_gradients(name, record_proper
 
 @pytest.mark.parametrize("name", MEMBERS)
 def test_a_monitor_leaves_no_trace(name, record_property):
-    def make(evidence: Evidence) -> ZooModule:
-        return ZooModule(MEMBERS[name], evidence)
+    def make() -> ZooModule:
+        return ZooModule(MEMBERS[name])
 
     plain = Run.of(make, None, precision="32-true")
     monitor = SharpnessMonitor(2, max_iterations=3, max_overhead=None)
