@@ -87,11 +87,11 @@ class State:
         v, direct = self._outer(hypers, weights)
         return Dense(hessian, mixed, v, direct)
 
-    def product_by_differences(self, v: Tensor, weights: WeightsOf = Problem.moved) -> Tensor:
-        """Returns Hv for v: [n], as a central difference of two gradients."""
+    def product_by_differences(self, v: Tensor, step: float = STEP, weights: WeightsOf = Problem.moved) -> Tensor:
+        """Returns Hv for v: [n], as a central difference of the gradients at w + step · v and w − step · v."""
         hypers = {name: value.detach().double() for name, value in self.hyperparameters.items()}
-        first, second = (self._slope_at(sign * v, hypers, weights)[: len(v)] for sign in (STEP, -STEP))
-        return (first - second) / (2 * STEP)
+        first, second = (self._slope_at(sign * v, hypers, weights)[: len(v)] for sign in (step, -step))
+        return (first - second) / (2 * step)
 
     def differences(self, weights: WeightsOf = Problem.moved) -> Dense:
         """Returns the Hessian and the mixed derivative as central differences of gradients, and the rest exactly."""

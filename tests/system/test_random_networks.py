@@ -133,13 +133,17 @@ def check_ends(dense: Dense, smallest: float, largest: float, accuracy: float) -
     return compared("spectrum", torch.tensor([smallest, largest]), values[[0, -1]], 2 * accuracy * values.abs().max())
 
 
-def check_along(dense: Dense, before: Tensor, after: Tensor, got: float, accuracy: float) -> str:
-    """Compares the curvature along an update with that of the dense matrix."""
-    step = before.double() - after.double()
-    unit = step / step.norm()
-    rounding = torch.finfo(before.dtype).eps * before.norm() / step.norm()
-    bound = 10 * (accuracy + rounding) * torch.linalg.matrix_norm(dense.matrix, 2)
-    return compared("directional sharpness", torch.tensor(got), unit @ dense.matrix @ unit, bound)
+def check_along(state: State, curvature: str, before: Tensor, after: Tensor, got: float, accuracy: float) -> str:
+    """Compares the curvature along an update with that of the dense matrix, or with differences over its length."""
+    length = torch.linalg.vector_norm(before.double() - after.double())
+    unit = (before.double() - after.double()) / length
+    matrices = [dense.matrix for dense in references(state, curvature)]
+    wanted = [unit @ matrix @ unit for matrix in matrices]
+    if curvature == "finite_difference":
+        wanted.append(unit @ state.product_by_differences(unit, float(length)))
+    rounding = torch.finfo(before.dtype).eps * before.norm() / length
+    bound = 10 * (accuracy + rounding) * torch.linalg.matrix_norm(matrices[0], 2)
+    return one_of([compared("directional sharpness", torch.tensor(got), value, bound) for value in wanted])
 
 
 def check_refusal(error: Exception, allowed: bool) -> str:
@@ -191,8 +195,8 @@ def sharpness(description: Description, draw: Any) -> str:
     curvature, rtol = drawn_curvature(description, draw), 1e-4
 
     def check(run: Run, said: set[str]) -> str:
-        # the residual shows that some eigenvalue is near; others may lie a little beyond
-        accuracy = 10 * rtol + accuracy_of(curvature, description, said)
+        # the residual shows that some eigenvalue is near; others may lie beyond (measured: by .4 % of λ_max)
+        accuracy = 50 * rtol + accuracy_of(curvature, description, said)
         ends = run.metrics["sharpness/lambda_min"], run.metrics["sharpness/lambda_max"]
         answers = [dense for state in states_of(run) for dense in references(state, curvature)]
         if description.has("left_out"):  # with the weights that no optimizer moves, or without
@@ -211,8 +215,7 @@ def gen(description: Description, draw: Any) -> str:
     def check(run: Run, said: set[str]) -> str:
         accuracy = accuracy_of(curvature, description, said) + torch.finfo(torch.float32).eps  # of logged values
         got, (before, after) = run.metrics["gen/directional_sharpness"], run.evidence.last.weights
-        answers = [dense for state in states_of(run) for dense in references(state, curvature)]
-        return one_of([check_along(dense, before, after, got, accuracy) for dense in answers])
+        return one_of([check_along(state, curvature, before, after, got, accuracy) for state in states_of(run)])
 
     return check_run(description, ExactGeN(1, curvature=curvature, final_decay=0.0, lr_max=0.1), check)
 
@@ -259,7 +262,8 @@ def functional(description: Description, draw: Any) -> str:
 
     error, said = attempted(compute)
     if error is not None:
-        return check_refusal(error, description.may_be_refused or description.has(*MOVING))
+        # fused attention has no second derivative, and only a Trainer's run chooses other kernels by itself
+        return check_refusal(error, description.may_be_refused or description.has("attention", *MOVING))
     ends, result = results
     accuracy = accuracy_of(curvature, description, said)
     lowest, highest = float(ends.smallest[0]), float(ends.largest[0])
