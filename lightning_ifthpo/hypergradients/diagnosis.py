@@ -130,7 +130,10 @@ class Setting:
         if len(unknown) == len(known):
             name = "any of the weights"
         elif unknown and not damped and bool(length[unknown].norm() > 0.1 * length.norm()):
-            name = f"{len(unknown)} of the weights, such as weight {unknown[0]}, {tuple(parts[unknown[0]].shape)}"
+            shape = tuple(parts[unknown[0]].shape)
+            name = (
+                f"{len(unknown)} of the {len(known)} tensors of weights, such as number {unknown[0]} of shape {shape}"
+            )
         else:
             return ""
         return Cause.UNKNOWN_WEIGHTS.describe(settings_of(self._system, self.solver, self.curvature), name=name)

@@ -30,7 +30,7 @@ class Status(str, Enum):
     MAX_ITERATIONS = "max_iterations"
     """The residual is above the tolerance, and no product is left, or none would lower it."""
     NEGATIVE_CURVATURE = "negative_curvature"
-    """The operator is not positive definite: the weights are not at a minimum of the inner loss."""
+    """The operator is negative along a direction by more than rounding: the weights are not at a minimum."""
     DIVERGED = "diverged"
     """The iteration grows: its step is too long for the largest eigenvalue."""
     NONFINITE = "nonfinite"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_ifthpo.curvature import MatrixOperator
-from lightning_ifthpo.solvers import ConjugateGradient, LinearSystem, SolveResult, Status
+from lightning_ifthpo.solvers import ConjugateGradient, LinearSystem, Neumann, SolveResult, Status
 from lightning_ifthpo.solvers.diagnosis import diagnose
 from tests.helpers.device import DEVICE
 from tests.helpers.problems import spd_matrix
@@ -59,3 +59,19 @@ def test_a_diagnosis_takes_sixty_two_products_at_most(status):
     result = replace(failed(status), x=torch.zeros(200, device=DEVICE, dtype=operator.dtype))
     assert diagnose(LinearSystem(operator), result, right_hand_side(200))
     assert operator.count <= 62
+
+
+def test_numbers_that_overflow_in_the_solve_are_told_from_a_nan_in_the_matrix_or_in_b():
+    operator, b = MatrixOperator(torch.eye(3, device=DEVICE)), torch.ones(3, device=DEVICE)
+    result = failed(Status.NONFINITE)
+    assert diagnose(operator, result, b).startswith("NaN or infinity arose in the solve")
+    assert "keep the safeguard" in diagnose(operator, result, b, solver=Neumann(safeguard=False)).lower()
+    assert diagnose(operator, result, b * torch.nan).startswith("NaN or infinity in the right-hand side")
+    operator.matrix = operator.matrix * torch.nan
+    assert diagnose(operator, result, b).startswith("NaN or infinity in the second derivative")
+
+
+def test_a_matrix_is_a_system_without_damping():
+    operator = MatrixOperator(torch.diag(torch.tensor([3.0, -0.25], device=DEVICE)))
+    result = failed(Status.NEGATIVE_CURVATURE)
+    assert diagnose(operator, result) == diagnose(LinearSystem(operator), result)
