@@ -57,7 +57,7 @@ class _Krylov(Solver):
             left -= run.products
             if run.x is x:  # it broke down at once
                 break
-            true = b - system.matvec(run.x)
+            true = system.residual(run.x, b)
             checks, before, length = checks + 1, error, _length(true)
             if length > before and (checks > 1 or not self._may_grow):
                 break
@@ -218,7 +218,7 @@ def _start(system: LinearSystem, b: Tensor, x0: Tensor | None) -> tuple[Tensor, 
     """Returns the first iterate, its residual, and the number of products used; a start worse than zero is dropped."""
     if x0 is None or not bool(x0.any()):
         return torch.zeros_like(b), b, 0
-    residual = b - system.matvec(x0)
+    residual = system.residual(x0, b)
     return (x0, residual, 1) if _length(residual) <= _length(b) else (torch.zeros_like(b), b, 1)
 
 

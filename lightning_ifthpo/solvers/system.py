@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,14 @@ class LinearSystem:
         """Returns (A + δI) v for v: [n], by one product."""
         return self.matrix.matvec(v)
 
+    def residual(self, x: Tensor, b: Tensor) -> Tensor:
+        """Returns b − (A + δI) x, [n], by one product with a vector of length one: in float16 a long one overflows."""
+        _, exponent = math.frexp(float(torch.linalg.vector_norm(x)))
+        if abs(exponent) > 1000:  # zero, infinite or NaN, or beyond the powers of two
+            return b - self.matvec(x)
+        scale = 2.0**exponent  # exact
+        return b - scale * self.matvec(x / scale)
+
     def relative_residual(self, x: Tensor, b: Tensor) -> float:
         """Returns ‖(A + δI) x − b‖ / ‖b‖, by one product."""
-        return float(torch.linalg.vector_norm(self.matvec(x) - b) / torch.linalg.vector_norm(b))
+        return float(torch.linalg.vector_norm(self.residual(x, b)) / torch.linalg.vector_norm(b))
