@@ -88,15 +88,18 @@ class HyperStepper:
         outer_batch = self._prepared(self.outer_data.peek())
         # a rate may be zero at the beginning only
         self._moving = moving(self._trainer.optimizers, self._module.inner_parameters(), at_any_rate=True)
-        with self._session():
-            with differentiable(self._hyperparameters):
-                inner, marks_outputs = _finite_value(self._losses.inner(batch))
-                outer, _ = _finite_value(self._losses.outer(outer_batch))
-            self._outer_level.begin(min(abs(inner), abs(outer)))
+        with self._session(), differentiable(self._hyperparameters):
+            value, outputs = self._losses.inner(batch).evaluate()
+            inner = _require_finite(self._losses.inner(batch).combine(value), "inner_loss")
+            outer = OuterGradient.of(self._losses.outer(outer_batch).over(self._weights), self._hyperparameters)
+            self._outer_level.begin(min(inner, _require_finite(outer.value, "outer_loss")))
             if self._curvature == "auto":
-                self._curvature = "gauss_newton" if marks_outputs else "hessian"
-            result = self._hypergradient(batch, outer_batch, Identity(), self._loss_scale, diagnosed=False)
-        self._check_influence(set(result.unused))
+                self._curvature = "gauss_newton" if outputs else "hessian"
+            loss = self._losses.inner(batch, scale=self._loss_scale).over(self._weights)
+            operator, self._curvature = trusted_operator(self._losses, loss, self._curvature, "IFTHypergradient")
+            mixed = operator.mixed_product(outer.v, self._hyperparameters)
+        pairs = zip(outer.direct, mixed, strict=True)
+        self._check_influence({index for index, pair in enumerate(pairs) if pair == (None, None)})
 
     def compute(self, batch: Any, *, diagnosed: bool) -> tuple[Hypergradient, str]:
         """Returns the hypergradient for a training batch and the next outer batch, and why it should not be used.
@@ -223,10 +226,8 @@ class HyperStepper:
                 raise ValueError(Cause.NO_INFLUENCE.describe(name=f"hyperparameter {name!r}"))
 
 
-def _finite_value(loss: Loss) -> tuple[float, bool]:
-    """Returns a loss, and whether it marks outputs; raises ValueError unless it is finite, in all processes alike."""
-    own, outputs = loss.evaluate()
-    value = float(loss.combine(own))
-    if not math.isfinite(value):
-        raise ValueError(f"{loss.name} is {value} on the first batch; check the data and the initial weights")
-    return value, bool(outputs)
+def _require_finite(value: Tensor, name: str) -> float:
+    """Returns the size of a loss; raises ValueError unless it is finite."""
+    if not bool(value.isfinite()):
+        raise ValueError(f"{name} is {float(value)} on the first batch; check the data and the initial weights")
+    return abs(float(value))

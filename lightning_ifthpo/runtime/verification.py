@@ -7,8 +7,10 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.memory import is_oom_error
 
+from lightning_ifthpo.core.consistency import follows_its_gradient
 from lightning_ifthpo.core.graph import SecondDerivativeError
 from lightning_ifthpo.core.loss import Loss
+from lightning_ifthpo.curvature.base import LossOperator
 from lightning_ifthpo.curvature.kinds import curvature_operator
 from lightning_ifthpo.curvature.verification import AsymmetricCurvatureError, check_symmetric, verify_derivatives
 from lightning_ifthpo.runtime.losses import ModuleLosses
@@ -17,10 +19,11 @@ from lightning_ifthpo.runtime.losses import ModuleLosses
 _SYMMETRIC = 0.05
 
 
-def trusted_curvature(losses: ModuleLosses, loss: Loss, curvature: Any, user: str) -> Any:
-    """Returns a curvature after checking derivatives with it; finite differences, with a warning, if there are faults.
+def trusted_operator(losses: ModuleLosses, loss: Loss, curvature: Any, user: str) -> tuple[LossOperator, Any]:
+    """Returns the operator of a loss and the name of its curvature, after checking derivatives.
 
-    Call it inside a session. Later losses of `losses` are not checked again.
+    Finite differences replace a curvature that cannot be trusted, with a warning. A loss that does not follow its
+    gradient is reported too. Call it inside a session. Later losses of `losses` are not checked again.
 
     Args:
         losses: The losses of the module.
@@ -32,11 +35,12 @@ def trusted_curvature(losses: ModuleLosses, loss: Loss, curvature: Any, user: st
         SecondDerivativeError: If finite differences cannot replace the curvature: in half precision, or because the
             gradient is not that of a function.
 
-    Cost: see `verify_derivatives`.
+    Cost: see `verify_derivatives`; and two forward passes.
     """
     try:
-        verify_derivatives(curvature_operator(curvature, loss, loss.parameters), loss)
-    except (RuntimeError, AttributeError) as error:  # a hook may not be made for products
+        operator = curvature_operator(curvature, loss, loss.parameters)
+        gradient = verify_derivatives(operator, loss)
+    except (RuntimeError, AttributeError, TypeError) as error:  # a hook may not be made for products
         if curvature == "finite_difference" or is_oom_error(error) or losses.has_low_precision:
             raise
         if isinstance(error, AsymmetricCurvatureError):
@@ -47,8 +51,15 @@ def trusted_curvature(losses: ModuleLosses, loss: Loss, curvature: Any, user: st
             "where gradients jump, as with ReLU"
         )
         curvature = "finite_difference"
+        operator = curvature_operator(curvature, loss, loss.parameters)
+        gradient = operator.gradient
+    if not losses.has_low_precision and not follows_its_gradient(loss, gradient):
+        rank_zero_warn(
+            f"{user}: {loss.name} does not change along its gradient as the gradient says, as where a part of it is "
+            "detached or a backward pass is not the derivative. Its curvature takes that part for constant"
+        )
     losses.is_verified = True
-    return curvature
+    return operator, curvature
 
 
 def _check_differences(loss: Loss, error: AsymmetricCurvatureError) -> None:

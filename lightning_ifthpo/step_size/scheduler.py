@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
+from lightning_ifthpo.core.consistency import follows_its_gradient
 from lightning_ifthpo.core.loss import Loss, LossFunction, NoLossError
 from lightning_ifthpo.core.random_state import isolated
 from lightning_ifthpo.core.validation import require_at_least, require_choice
-from lightning_ifthpo.step_size.consistency import follows_its_gradient
 from lightning_ifthpo.step_size.linearity import check_linear_in_lr
 from lightning_ifthpo.step_size.options import DIRECTIONAL_CURVATURES, RULES, DirectionalCurvature, RateOptions
 from lightning_ifthpo.step_size.parabola import Parabola, exact_parabola, three_point_parabola
@@ -131,6 +131,10 @@ class ExactGeNLR(LRScheduler):
     def curvature(self) -> DirectionalCurvature:
         """The curvature of the next look: the chosen one, or "finite_difference" for a loss unlike its gradient."""
         return "finite_difference" if self._follows_gradient is False else self._curvature
+
+    @curvature.setter
+    def curvature(self, curvature: DirectionalCurvature) -> None:
+        self._curvature = curvature
 
     @property
     def is_pending(self) -> bool:
