@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -118,7 +119,9 @@ def three_point_parabola(
     """
     whole, direction = as_loss(loss, parameters), list(direction)
     length = math.sqrt(sum(float(part.square().sum()) for part in direction if part is not None))
-    if length == 0.0 or not math.isfinite(length):
+    if length < sys.float_info.min**0.5:  # its square is zero, or has lost digits
+        return Parabola(0.0, 0.0, 0.0)
+    if not math.isfinite(length):
         return Parabola(length, length, length)
     roughest = max((tensor.dtype for tensor in whole.parameters), key=lambda dtype: torch.finfo(dtype).eps)
     shortest = relative_step(roughest, second=True) * step_along(direction, whole.parameters)
@@ -148,15 +151,15 @@ def _searched(
         digits = _digits(parabola, alpha, loss_at(0.0))
         if digits <= _RESOLVED * eps:
             alpha *= 10.0
-        elif digits > 100.0 * eps**0.5:  # ten times as long as the step at which rounding and truncation are equal
+        elif digits > 10.0 * eps**0.5:  # three times as long as the step at which rounding and truncation are equal
             alpha *= math.sqrt(eps**0.5 / digits) if math.isfinite(digits) else 1e-3
         else:
             break
     return parabola
 
 
-# Least second difference that is used, in units of the rounding error of the loss: a curvature that is 20 % off
-_RESOLVED = 10.0
+# Least second difference that is used, in units of the rounding error of the loss: the curvature is 2 % off there.
+_RESOLVED = 100.0
 
 
 def _digits(parabola: Parabola, alpha: float, loss: float) -> float:
