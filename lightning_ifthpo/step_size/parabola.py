@@ -110,7 +110,7 @@ def three_point_parabola(
             instead, if that is longer; see `step_along`. If α is zero, steps are tried from that length on, longer ones
             while the second difference drowns, and shorter ones while it is large beside the loss.
 
-    Cost: three forward passes, two more for each further step, at most four steps; one extra copy of the parameters.
+    Cost: three forward passes, two more for each further step, at most six steps; one extra copy of the parameters.
 
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> parabola = three_point_parabola(lambda: (w**2).sum(), [w], [torch.tensor([2.0, 4.0])], step=0.5)
@@ -144,9 +144,9 @@ def three_point_parabola(
 def _searched(
     parabola_at: Callable[[float], Parabola], alpha: float, loss_at: Callable[[float], float], dtype: torch.dtype
 ) -> Parabola:
-    """Returns the first parabola whose second difference is resolved, and small beside the loss; at most four tries."""
+    """Returns the first parabola whose second difference is resolved, and small beside the loss; at most six tries."""
     eps = torch.finfo(dtype).eps
-    for _ in range(4):
+    for _ in range(6):
         parabola = parabola_at(alpha)
         digits = _digits(parabola, alpha, loss_at(0.0))
         if digits <= _RESOLVED * eps:
