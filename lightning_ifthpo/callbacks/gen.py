@@ -38,13 +38,16 @@ class ExactGeN(L.Callback):
             accumulation the look follows the next optimizer step.
         rule: "averaged", the safe rule; "published", the formula of the paper with its smoothing.
         probe: "next_batch" looks on a batch that did not produce the update; "same_batch" is for gradient descent only.
-        curvature: "three_point" uses the losses at both ends of the step and one step beyond, by forward passes alone;
+        curvature: "three_point" uses the losses at both ends of the step and one step beyond, by forward passes alone.
+            The first look compares them with one gradient; a loss that does not follow its gradient, because a part of
+            it is detached, is then looked at by "finite_difference", with a warning.
             "hessian" is exact; "gauss_newton" needs losses that call `mark_outputs`, and one forward pass;
             "finite_difference" uses three gradients. "auto" takes three points, or the Hessian if weights are in half
             precision, because rounding of their losses exceeds the differences.
         lr_min: Lower bound of the rate.
         lr_max: Upper bound of the rate.
         final_decay: Fraction of max_steps or max_epochs, at their end, over which the rate goes to zero linearly.
+            Looks can only lower it there.
         per_group: Choose a rate for each parameter group, by one look for each group.
 
     Logs at each look `gen/lr`, the highest of all groups; `gen/alpha`, the optimal step along the last update, if there

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ def three_point_parabola(
             instead, if that is longer; see `step_along`. If α is zero, steps are tried from that length on, longer ones
             while the second difference drowns, and shorter ones while it is large beside the loss.
 
-    Cost: three forward passes, two more for each further step, at most four steps; one extra copy of the parameters.
+    Cost: three forward passes, two more for each further step, at most six steps; one extra copy of the parameters.
 
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> parabola = three_point_parabola(lambda: (w**2).sum(), [w], [torch.tensor([2.0, 4.0])], step=0.5)
@@ -118,7 +119,9 @@ def three_point_parabola(
     """
     whole, direction = as_loss(loss, parameters), list(direction)
     length = math.sqrt(sum(float(part.square().sum()) for part in direction if part is not None))
-    if length == 0.0 or not math.isfinite(length):
+    if length < sys.float_info.min**0.5:  # its square is zero, or has lost digits
+        return Parabola(0.0, 0.0, 0.0)
+    if not math.isfinite(length):
         return Parabola(length, length, length)
     roughest = max((tensor.dtype for tensor in whole.parameters), key=lambda dtype: torch.finfo(dtype).eps)
     shortest = relative_step(roughest, second=True) * step_along(direction, whole.parameters)
@@ -141,22 +144,22 @@ def three_point_parabola(
 def _searched(
     parabola_at: Callable[[float], Parabola], alpha: float, loss_at: Callable[[float], float], dtype: torch.dtype
 ) -> Parabola:
-    """Returns the first parabola whose second difference is resolved, and small beside the loss; at most four tries."""
+    """Returns the first parabola whose second difference is resolved, and small beside the loss; at most six tries."""
     eps = torch.finfo(dtype).eps
-    for _ in range(4):
+    for _ in range(6):
         parabola = parabola_at(alpha)
         digits = _digits(parabola, alpha, loss_at(0.0))
         if digits <= _RESOLVED * eps:
             alpha *= 10.0
-        elif digits > 100.0 * eps**0.5:  # ten times as long as the step at which rounding and truncation are equal
+        elif digits > 10.0 * eps**0.5:  # three times as long as the step at which rounding and truncation are equal
             alpha *= math.sqrt(eps**0.5 / digits) if math.isfinite(digits) else 1e-3
         else:
             break
     return parabola
 
 
-# Least second difference that is used, in units of the rounding error of the loss: a curvature that is 20 % off
-_RESOLVED = 10.0
+# Least second difference that is used, in units of the rounding error of the loss: the curvature is 2 % off there.
+_RESOLVED = 100.0
 
 
 def _digits(parabola: Parabola, alpha: float, loss: float) -> float:

@@ -350,3 +350,21 @@ def test_every_n_batches_counts_batches_also_with_accumulation(scheduled):
     options = {"callbacks": [GradientAccumulationScheduler({0: 4})]} if scheduled else {"accumulate_grad_batches": 4}
     assert looks(8, 32, **options) == looks(2, 8)
     assert looks(8, 32, **options) > looks(32, 32, **options)
+
+
+def test_a_loss_unlike_its_gradient_is_learned_by_differences_of_gradients():
+    """The expected reward of a policy: looks at losses kept the rate at its lower bound, and the accuracy at chance."""
+
+    class Policy(Digits):
+        def training_step(self, batch, batch_idx):
+            images, labels = batch
+            log_policy = self.net(images).log_softmax(1)[torch.arange(len(labels)), labels]
+            return -(log_policy.exp().detach() * log_policy).mean()
+
+    torch.manual_seed(0)
+    data, images, labels = digits(0)
+    module = Policy(torch.optim.AdamW, lr=0.1)
+    with pytest.warns(UserWarning, match="does not change along its gradient") as caught:
+        quiet_trainer(max_epochs=30, callbacks=[ExactGeN()]).fit(module, data)
+    assert sum("along its gradient" in str(warning.message) for warning in caught) == 1
+    assert float((module.net(images).argmax(1) == labels).float().mean()) > 0.7

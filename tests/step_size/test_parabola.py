@@ -15,7 +15,7 @@ from lightning_ifthpo.step_size import (
     fitted_parabola,
     three_point_parabola,
 )
-from tests.helpers.device import DEVICE, FLOAT64
+from tests.helpers.device import DEVICE, FLOAT64, randn
 from tests.helpers.problems import quadratic
 
 
@@ -285,3 +285,47 @@ def test_a_share_counts_and_a_loss_scale_does_not(curvature):
     plain, scaled = parabola(Loss(function, [w])), parabola(Loss(function, [w], share=0.5, scale=8.0))
     assert scaled.slope == pytest.approx(plain.slope / 2, rel=1e-9)
     assert scaled.curvature == pytest.approx(plain.curvature / 2, rel=1e-6)
+
+
+def test_along_a_direction_whose_square_vanishes_nothing_is_seen():
+    w = torch.full((2,), 1e-160, **FLOAT64, requires_grad=True)
+    direction = [torch.full((2,), 1e-160, **FLOAT64)]
+    assert three_point_parabola(lambda: (w**2).sum(), [w], direction, step=0.1) == Parabola(0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("unit", [1e-8, 1.0, 1e8])
+@pytest.mark.parametrize("at", [0.0, 0.5])
+def test_without_a_step_three_points_find_one_in_every_unit(at, unit, dtype):
+    """Also from weights of zero, which have no unit. With eps^(1/4) the error is about sqrt(eps)."""
+    x, y = randn(40, 5, seed=0, dtype=torch.float64), (randn(40, seed=1, dtype=torch.float64) > 0).to(dtype)
+    w = torch.full((5,), at / unit, **FLOAT64).to(dtype).requires_grad_()
+    loss = lambda: nn.functional.binary_cross_entropy_with_logits((unit * x).to(dtype) @ w, y)  # noqa: E731
+    direction = torch.autograd.grad(loss(), [w])
+    exact = exact_parabola(loss, [w], direction)
+    found = three_point_parabola(loss, [w], direction)
+    error = 100 * torch.finfo(dtype).eps ** 0.5  # of three times the best step, with a third derivative of ten
+    assert (found.slope, found.curvature) == pytest.approx((exact.slope, exact.curvature), rel=error)
+
+
+def test_a_short_step_that_is_resolved_is_kept():
+    """Of |w|³ from 1: over the step itself, although it is shorter than eps^(1/4) of the weights."""
+    w, direction, seen = torch.ones(1, **FLOAT64, requires_grad=True), [torch.ones(1, **FLOAT64)], []
+    loss = lambda: (seen.append(w.item()), (w**3).sum())[1]  # noqa: E731
+    three_point_parabola(loss, [w], direction, step=1e-5)
+    assert len(seen) == 3
+    assert max(seen) - 1.0 == pytest.approx(1e-5)
+    seen.clear()
+    three_point_parabola(loss, [w], direction, step=1e-8)
+    assert max(seen) - 1.0 == pytest.approx(torch.finfo(torch.float64).eps ** 0.25)
+
+
+def test_differences_of_gradients_at_a_step_see_kinks_at_its_scale():
+    """|w| from 1 has no curvature nearby, and 1/2 over a step of 2; a step that rounds away is not used."""
+    w, direction = torch.ones(1, **FLOAT64, requires_grad=True), [torch.ones(1, **FLOAT64)]
+    loss = lambda: w.abs().sum()  # noqa: E731
+    assert exact_parabola(loss, [w], direction, curvature="finite_difference").curvature == 0.0
+    assert exact_parabola(loss, [w], direction, curvature="finite_difference", step=2.0).curvature == pytest.approx(0.5)
+    cube = lambda: (w**3).sum()  # noqa: E731
+    found = exact_parabola(cube, [w], direction, curvature="finite_difference", step=1e-14)
+    assert found.curvature == pytest.approx(6.0, rel=1e-8)
