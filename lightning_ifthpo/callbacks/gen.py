@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 
+from lightning_ifthpo.core.loss import Loss, NoLossError
 from lightning_ifthpo.core.validation import require_at_least, require_choice
 from lightning_ifthpo.runtime.batches import copied
 from lightning_ifthpo.runtime.distributed import Ranks
@@ -20,6 +22,7 @@ from lightning_ifthpo.runtime.loggers import log_metrics
 from lightning_ifthpo.runtime.losses import ModuleLosses
 from lightning_ifthpo.runtime.precision import has_half_weights
 from lightning_ifthpo.runtime.requirements import check_precision, check_real_weights, check_strategy
+from lightning_ifthpo.runtime.verification import trusted_operator
 from lightning_ifthpo.step_size import ExactGeNLR
 from lightning_ifthpo.step_size.options import DIRECTIONAL_CURVATURES, DirectionalCurvature, RateOptions
 
@@ -111,6 +114,8 @@ class ExactGeN(L.Callback):
         if scheduler.wants_loss:
             # a look after the step needs a copy, because the training step may change the batch
             loss = self._losses.inner(batch if scheduler.is_pending else copied(batch))
+            if not self._losses.is_verified:
+                scheduler.curvature = self._settled_curvature(loss)
             scheduler.probe(loss, partial(self._losses.session, scheduler.curvature, step=scheduler.last_epoch))
 
     def on_train_batch_end(
@@ -135,6 +140,18 @@ class ExactGeN(L.Callback):
         """Reports how many looks were not used."""
         if self._active_scheduler.refused:
             rank_zero_info(f"ExactGeN: number of looks that were not used: {self._active_scheduler.refused}")
+
+    def _settled_curvature(self, loss: Loss) -> Any:
+        """Returns the curvature that the first batch allows, which is verified unless it needs no derivative."""
+        with suppress(NoLossError), self._losses.session(self._kind):
+            loss.value()  # shows whether the module needs autocast, and losses are then in half precision
+            if self.curvature == "auto" and self._losses.has_low_precision:
+                self._kind = "hessian"
+            if self._kind == "three_point":
+                self._losses.is_verified = True
+            else:
+                _, self._kind = trusted_operator(self._losses, loss, self._kind, "ExactGeN")
+        return self._kind
 
     @property
     def _active_scheduler(self) -> ExactGeNLR:

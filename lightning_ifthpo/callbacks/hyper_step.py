@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from itertools import compress
 from typing import Any, Literal
 
 import lightning as L
@@ -15,16 +16,18 @@ from torch import Tensor
 from lightning_ifthpo.callbacks.hyper_optimizer import HyperOptimizer
 from lightning_ifthpo.callbacks.outer_level import OuterLevel
 from lightning_ifthpo.core.autodiff import differentiable
-from lightning_ifthpo.core.loss import Loss, NoLossError
+from lightning_ifthpo.core.loss import NoLossError
 from lightning_ifthpo.curvature.kinds import Curvature
 from lightning_ifthpo.hypergradients import Hypergradient, implicit_hypergradient
+from lightning_ifthpo.hypergradients.result import OuterGradient
 from lightning_ifthpo.optimizers import UpdateRule, moving
 from lightning_ifthpo.runtime.batches import prepared
 from lightning_ifthpo.runtime.distributed import Ranks
 from lightning_ifthpo.runtime.losses import ModuleLosses
 from lightning_ifthpo.runtime.outer_data import OuterData
 from lightning_ifthpo.runtime.precision import CurvaturePrecision, first_loss_scale, loss_scales
-from lightning_ifthpo.solvers import Identity, Solver, SolveResult, Status
+from lightning_ifthpo.runtime.verification import trusted_operator
+from lightning_ifthpo.solvers import Solver, SolveResult, Status
 from lightning_ifthpo.solvers.causes import Cause
 
 
@@ -68,11 +71,11 @@ class HyperStepper:
             seed = ranks.broadcast_int(torch.initial_seed() % 2**31)
             loss_scale = first_loss_scale(trainer, precision)
             state = {"steps": 0, "seed": seed, "consumed": 0, "x0": None, "loss_scale": loss_scale}
-            state |= {"x0_moving": torch.tensor([]), "outer_losses": []}
+            state |= {"x0_names": [], "outer_losses": []}
         self.steps, self._seed, self._loss_scale = state["steps"], state["seed"], state["loss_scale"]
         self._x0: Tensor | None = None if state["x0"] is None else state["x0"].to(module.device)
-        self._x0_moving: list[bool] = state["x0_moving"].tolist()  # for each of the module's inner parameters
-        self._moving: list[bool] = []
+        self._x0_names: list[str] = state["x0_names"]  # of the weights that x0 belongs to
+        self._moving: list[str] = []
         self._outer_level = OuterLevel(state["outer_losses"])
         self.outer_data = OuterData(
             source, module.device, seed=self._seed, consumed=state["consumed"], rank=ranks.rank, world_size=ranks.count
@@ -87,10 +90,11 @@ class HyperStepper:
         """
         outer_batch = self._prepared(self.outer_data.peek())
         # a rate may be zero at the beginning only
-        self._moving = moving(self._trainer.optimizers, self._module.inner_parameters(), at_any_rate=True)
+        self._moving = self._names_of_moving(at_any_rate=True)
         with self._session(), differentiable(self._hyperparameters):
-            value, outputs = self._losses.inner(batch).evaluate()
-            inner = _require_finite(self._losses.inner(batch).combine(value), "inner_loss")
+            inner_loss = self._losses.inner(batch)
+            value, outputs = inner_loss.evaluate()
+            inner = _require_finite(inner_loss.combine(value), "inner_loss")
             outer = OuterGradient.of(self._losses.outer(outer_batch).over(self._weights), self._hyperparameters)
             self._outer_level.begin(min(inner, _require_finite(outer.value, "outer_loss")))
             if self._curvature == "auto":
@@ -152,19 +156,24 @@ class HyperStepper:
             "seed": self._seed,
             "consumed": self.outer_data.consumed,
             "x0": self._x0,
-            "x0_moving": torch.tensor(self._x0_moving),
+            "x0_names": self._x0_names,
             "outer_losses": self._outer_level.accepted,
             "loss_scale": self._loss_scale,
         }
 
+    def _names_of_moving(self, *, at_any_rate: bool = False) -> list[str]:
+        weights = dict(self._module.named_inner_parameters())
+        return list(compress(weights, moving(self._trainer.optimizers, weights.values(), at_any_rate=at_any_rate)))
+
     @property
     def _weights(self) -> list[Tensor]:
-        """The weights that training moves, chosen by position: a session exchanges sharded ones for full copies."""
-        return [weight for weight, moves in zip(self._module.inner_parameters(), self._moving, strict=True) if moves]
+        """The weights that training moves, chosen by name: a session exchanges sharded ones for full copies."""
+        weights = dict(self._module.named_inner_parameters())
+        return [weights[name] for name in self._moving]
 
     def _solver_for_moving_weights(self) -> Solver:
         """Chooses the weights that move at present, and returns the solver with the update rule of their optimizer."""
-        self._moving = moving(self._trainer.optimizers, self._module.inner_parameters())
+        self._moving = self._names_of_moving()
         return self._solver.with_optimizer(UpdateRule.of(self._trainer.optimizers, self._weights))
 
     def _scaled_hypergradient(
@@ -189,7 +198,7 @@ class HyperStepper:
             self._hyperparameters,
             curvature=self._curvature,
             solver=solver,
-            x0=self._x0 if self._x0_moving == self._moving else None,  # else it belongs to other weights
+            x0=self._x0 if self._x0_names == self._moving else None,  # else it belongs to other weights
             allow_unused=True,
             diagnosed=diagnosed,
         )
@@ -206,7 +215,7 @@ class HyperStepper:
         if solution.status in (Status.NEGATIVE_CURVATURE, Status.DIVERGED):
             self._x0 = None  # the estimate may have grown along negative curvature
         elif solution.status is not Status.NONFINITE and (solution.products or solution.extra_products):
-            self._x0, self._x0_moving = (
+            self._x0, self._x0_names = (
                 solution.x,
                 self._moving,
             )  # after NaN, or without a product (flat outer loss), the earlier one stays

@@ -23,6 +23,7 @@ from lightning_ifthpo.runtime.fixed_batches import FixedBatches
 from lightning_ifthpo.runtime.loggers import log_figure, takes_figures
 from lightning_ifthpo.runtime.losses import ModuleLosses, trainable
 from lightning_ifthpo.runtime.requirements import check_observed, check_precision
+from lightning_ifthpo.runtime.verification import trusted_operator
 from lightning_ifthpo.spectrum import SpectrumTracker, spectral_density
 from lightning_ifthpo.spectrum.tracking import Method
 
@@ -116,6 +117,7 @@ class SharpnessMonitor(PeriodicCallback):
         self.unconverged = 0
         self._tracker = SpectrumTracker(self.method, k=self.top_k, max_iterations=self.max_iterations, rtol=self.rtol)
         self._examples: FixedBatches | None = None
+        self._kind = self.curvature
         self._pictured_epoch = -1
 
     @property
@@ -247,7 +249,11 @@ class SharpnessMonitor(PeriodicCallback):
         if edge is not None and edge.metric is not None and self.preconditioned is False:
             edge = None  # it is the edge of the preconditioned curvature
         # the default seed draws the same dropout masks each time, so that measurements can be compared
-        with self._losses.session(self.curvature):
+        with self._losses.session(self._kind):
+            if not self._losses.is_verified:
+                _, self._kind = trusted_operator(
+                    self._losses, self._losses.inner(batch), self._kind, "SharpnessMonitor"
+                )
             if self._examples is None:
                 operator = self._curvature_of(batch)
             else:
@@ -258,7 +264,7 @@ class SharpnessMonitor(PeriodicCallback):
 
     def _curvature_of(self, batch: Any) -> CurvatureOperator:
         loss = self._losses.inner(batch)
-        return curvature_operator(self.curvature, loss, loss.parameters)
+        return curvature_operator(self._kind, loss, loss.parameters)
 
     def _check_optimizers(self, trainer: L.Trainer) -> None:
         unknown = {type(optimizer).__name__ for optimizer in trainer.optimizers if not has_edge(optimizer)}

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lightning_ifthpo.core.consistency import follows_its_gradient
 from lightning_ifthpo.core.loss import Loss
-from lightning_ifthpo.step_size.consistency import follows_its_gradient
 from tests.helpers.device import DEVICE, randn
 
 X, Y = randn(64, 20, seed=0, dtype=torch.float32), torch.arange(64, device=DEVICE) % 5
