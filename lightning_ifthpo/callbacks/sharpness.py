@@ -249,11 +249,11 @@ class SharpnessMonitor(PeriodicCallback):
         if edge is not None and edge.metric is not None and self.preconditioned is False:
             edge = None  # it is the edge of the preconditioned curvature
         # the default seed draws the same dropout masks each time, so that measurements can be compared
+        if not self._losses.is_verified:
+            with self._losses.session(self._kind):
+                loss = self._losses.inner(batch)
+                _, self._kind = trusted_operator(self._losses, loss, self._kind, "SharpnessMonitor")
         with self._losses.session(self._kind):
-            if not self._losses.is_verified:
-                _, self._kind = trusted_operator(
-                    self._losses, self._losses.inner(batch), self._kind, "SharpnessMonitor"
-                )
             if self._examples is None:
                 operator = self._curvature_of(batch)
             else:

@@ -56,11 +56,23 @@ class ModuleState:
         self._restorers: list[Callable[[], object]] = []  # run in reverse: contents first, attributes last
         self._tensors: list[TensorState] = []
         self._exchanged: list[tuple[MutableMapping[str, Any], str, Tensor | Rewindable]] = []
+        self._flags: list[bool] = []
         self._bound: list[tuple[MutableMapping[str, Any], str, Any, Any]] = []
         self._add(module)
 
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Starts the block from this state, on copies that stay bound until the next evaluation or `restore`."""
+        self.rewind()
+        self.exchange()
+        try:
+            yield
+        finally:
+            self.restore_flags()
+
     def exchange(self) -> None:
         """Binds copies in place of buffers and other tensors that no derivative is taken of: a graph may keep them."""
+        self._flags = [state.tensor.requires_grad for state in self._tensors]
         copies: dict[int, Any] = {}  # a buffer may be shared
         for namespace, name, value in self._exchanged:
             if id(value) not in copies:
@@ -70,6 +82,12 @@ class ModuleState:
                     copies[id(value)] = value if value.requires_grad else lazy_copy(value)
             self._bound.append((namespace, name, namespace[name], copies[id(value)]))
             namespace[name] = copies[id(value)]
+
+    def restore_flags(self) -> None:
+        """Restores `requires_grad` as it was before the evaluation: hyperparameters require gradients for a while."""
+        for state, flag in zip(self._tensors, self._flags, strict=True):
+            if state.tensor.requires_grad is not flag and state.tensor.is_leaf:
+                state.tensor.requires_grad_(flag)
 
     def rewind(self) -> None:
         """Returns to the state between two evaluations: tensors that require a gradient stay as they are."""
@@ -210,6 +228,7 @@ def modules_rewound() -> Iterator[None]:
     finally:
         handle.remove()
         for state in reversed(states):
+            state.restore_flags()
             state.rewind()
 
 

@@ -12,9 +12,9 @@ from lightning_ifthpo.core.graph import SecondDerivativeError, custom_functions,
 from lightning_ifthpo.core.loss import Loss
 from lightning_ifthpo.core.random_state import Stream, generator_of
 from lightning_ifthpo.core.step_length import natural_step, relative_step
-from lightning_ifthpo.curvature.base import CurvatureOperator
-from lightning_ifthpo.curvature.finite_difference import FiniteDifferenceOperator
+from lightning_ifthpo.curvature.base import CurvatureOperator, LossOperator
 from lightning_ifthpo.curvature.hessian import HessianOperator
+from lightning_ifthpo.curvature.kinds import Curvature, curvature_operator
 
 # Scale of one of the two vectors. Hooks that clip gradients do not change the products of short vectors.
 _SCALE = 1e4
@@ -27,38 +27,47 @@ class AsymmetricCurvatureError(SecondDerivativeError):
     """Products with the curvature of a loss are not symmetric: its gradient is not that of a function."""
 
 
-def verify_derivatives(operator: CurvatureOperator, loss: Loss) -> Tensor:
-    """Returns the gradient of a loss, [n]; raises SecondDerivativeError if its derivatives cannot be trusted.
+def verified_operator(
+    curvature: Curvature, loss: Loss, custom: Sequence[str] = (), *, tolerance: float | None = None
+) -> LossOperator:
+    """Returns the curvature operator of a loss; raises SecondDerivativeError if its products cannot be trusted.
 
-    Two properties are checked that hold for every loss, also where its gradient jumps, as with ReLU:
-    - `backward` gives the gradient that `torch.autograd.grad` gives. They differ if weights are used inside a function
-      that runs a backward pass of its own.
-    - Products are symmetric and linear: u·A(sv)/s = v·Au for two random vectors and a scale s. They are not if a hook
-      or a backward pass of the user's own changes gradients, or if torch computes a second derivative wrongly.
-
-    If the loss contains functions with a backward pass of the user's own, a product with the Hessian is also compared
-    with differences of gradients, unless these jump.
+    Products must be symmetric and linear: u·A(sv)/s = v·Au for two random vectors and a scale s. This holds for every
+    loss, also where its gradient jumps, as with ReLU. It fails if a hook or a backward pass of the user's own changes
+    gradients, or if torch computes a second derivative wrongly. If the loss contains custom functions, a product with
+    the Hessian is also compared with differences of gradients, unless these jump. Finite differences are not checked.
 
     Args:
-        operator: Curvature of the loss. Finite differences are not tested for symmetry.
+        curvature: Name of the curvature, as in `curvature_operator`.
         loss: The loss, with parameters w, together [n].
+        custom: Names of the custom functions in its graph, as `check_complete` returns them.
+        tolerance: Largest relative asymmetry; None for 10 √eps of the dtype of the parameters.
 
     Raises:
         AsymmetricCurvatureError: If products are not symmetric, or not linear.
-        SecondDerivativeError: If a derivative is left out or wrong for another reason.
+        SecondDerivativeError: If a second derivative is left out or wrong for another reason.
 
-    Cost: 1.7 gradients and two products. Custom functions cost one product and six gradients more.
+    Cost: two products. Custom functions cost one product and six gradients more, and a second operator.
     """
-    gradient, custom = check_complete(loss)
-    if not isinstance(operator, FiniteDifferenceOperator):
-        check_symmetric(operator, loss.name)
-        if custom:
-            check_custom(loss, custom)
-    return gradient
+    operator = curvature_operator(curvature, loss, loss.parameters)
+    if curvature == "finite_difference":
+        return operator
+    check_symmetric(operator, loss.name, tolerance)
+    if not custom or tolerance is not None:
+        return operator
+    check_custom(loss, custom)
+    return curvature_operator(curvature, loss, loss.parameters)  # moving the weights has spoiled the graph of the first
 
 
 def check_complete(loss: Loss) -> tuple[Tensor, list[str]]:
-    """Returns the gradient of a loss and the names of custom functions; an error if `backward` gives another one."""
+    """Returns the gradient of a loss, [n], and the names of the custom functions in its graph.
+
+    Raises:
+        SecondDerivativeError: If `backward` gives another gradient than `torch.autograd.grad`, because weights are used
+            inside a function that runs a backward pass of its own.
+
+    Cost: 1.7 gradients.
+    """
     value, _ = loss.evaluate()
     weights = [weight for weight in loss.parameters if weight.requires_grad]
     space = loss.over(weights).space

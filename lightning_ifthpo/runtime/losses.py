@@ -121,12 +121,11 @@ class ModuleLosses:
 
     def _evaluate_once(self, loss: Callable[[Any], Tensor], trains: _Condition, batch: Any) -> Tensor:
         assert self._state is not None, "evaluate a loss inside a session"
-        self._state.rewind()
-        self._state.exchange()  # until the next evaluation, as the modes
-        for submodule, mode in self._modes.items():
-            submodule.training = mode and trains(submodule)
-        with nullcontext() if self._leaves_out_autocast else self._trainer.precision_plugin.forward_context():
-            return loss(copied(batch))
+        with self._state.evaluation():
+            for submodule, mode in self._modes.items():
+                submodule.training = mode and trains(submodule)
+            with nullcontext() if self._leaves_out_autocast else self._trainer.precision_plugin.forward_context():
+                return loss(copied(batch))
 
 
 def trainable(module: Any) -> list[nn.Parameter]:

@@ -8,12 +8,12 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from lightning_ifthpo.core.graph import SecondDerivativeError
 from lightning_ifthpo.core.loss import Loss
-from lightning_ifthpo.curvature import curvature_operator, mark_outputs
+from lightning_ifthpo.curvature import mark_outputs
 from lightning_ifthpo.curvature.verification import (
     AsymmetricCurvatureError,
     check_complete,
     check_symmetric,
-    verify_derivatives,
+    verified_operator,
 )
 from tests.helpers.brought import InNumpy, InTorch, Once, OwnCheckpoint, Reversed
 from tests.helpers.device import WHERE, randn
@@ -52,7 +52,8 @@ def loss_of(net, forward=None):
 
 
 def verify(curvature, loss):
-    verify_derivatives(curvature_operator(curvature, loss, loss.parameters), loss)
+    _, custom = check_complete(loss)
+    return verified_operator(curvature, loss, custom)
 
 
 CURVATURES = ["hessian", "gauss_newton", "gradient_outer_product", "finite_difference"]
@@ -75,7 +76,8 @@ HEALTHY = {
 @pytest.mark.parametrize("curvature", CURVATURES)
 @pytest.mark.parametrize("name", HEALTHY)
 def test_healthy_networks_are_not_suspected(name, curvature, dtype):
-    verify(curvature, loss_of(network(*HEALTHY[name], dtype=dtype)))
+    operator = verify(curvature, loss_of(network(*HEALTHY[name], dtype=dtype)))
+    assert bool(operator.matvec(torch.ones(operator.size, dtype=dtype, device=operator.device)).isfinite().all())
 
 
 FAULTS = {
