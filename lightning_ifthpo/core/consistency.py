@@ -10,9 +10,9 @@ from torch import Tensor
 from lightning_ifthpo.core.loss import Loss
 from lightning_ifthpo.core.step_length import relative_step, step_along
 
-# Relative difference of the slopes that is a fault, before rounding. In seven healthy networks with ReLU and BatchNorm in
-# float32 it was at most .08 over the first step and .03 over the second. It was .11 with a gradient reversal, and .6 to 3
-# with detached parts, straight-through estimators and hooks that scale.
+# Relative difference of the slopes that is a fault, before rounding. In seven healthy networks with ReLU and BatchNorm
+# in float32 it was at most .08 over the first step and .03 over the second. It was .11 with a gradient reversal, and .6
+# to 3 with detached parts, straight-through estimators and hooks that scale.
 _TOLERANCE = 0.05
 # Estimated rounding of the losses over their change, for the two steps. The estimate was up to ten times too small.
 _RESOLUTIONS = (1e-3, 5e-3)

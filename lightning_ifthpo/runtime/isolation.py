@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import lightning as L
@@ -63,15 +64,11 @@ def _without_backward_hooks(module: nn.Module) -> Iterator[None]:
 
     The attributes are private. torch has no public list of hooks.
     """
+    of_parameters = [(p._backward_hooks, p._post_accumulate_grad_hooks) for p in module.parameters()]
+    of_modules = [(submodule._backward_hooks, submodule._backward_pre_hooks) for submodule in module.modules()]
     with ExitStack() as stack:
-        for parameter in module.parameters():
-            for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-                if hooks := getattr(parameter, name):
-                    stack.callback(setattr, parameter, name, hooks)
-                    setattr(parameter, name, None)
-        for submodule in module.modules():
-            for hooks in (submodule._backward_hooks, submodule._backward_pre_hooks):
-                if hooks:
-                    stack.callback(hooks.update, hooks.copy())
-                    hooks.clear()
+        for hooks in chain.from_iterable([*of_parameters, *of_modules]):
+            if hooks:
+                stack.callback(hooks.update, hooks.copy())
+                hooks.clear()
         yield
