@@ -64,8 +64,8 @@ def _without_backward_hooks(module: nn.Module) -> Iterator[None]:
 
     The attributes are private. torch has no public list of hooks.
     """
-    of_parameters = [(p._backward_hooks, p._post_accumulate_grad_hooks) for p in module.parameters()]
-    of_modules = [(submodule._backward_hooks, submodule._backward_pre_hooks) for submodule in module.modules()]
+    of_parameters: list[Any] = [(p._backward_hooks, p._post_accumulate_grad_hooks) for p in module.parameters()]
+    of_modules: list[Any] = [(m._backward_hooks, m._backward_pre_hooks) for m in module.modules()]
     with ExitStack() as stack:
         for hooks in chain.from_iterable([*of_parameters, *of_modules]):
             if hooks:
