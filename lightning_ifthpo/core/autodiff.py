@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +30,30 @@ def vjp(
     if not pairs or not variables:
         return [None] * len(inputs)
     ys, us = zip(*pairs, strict=True)
-    gradients = torch.autograd.grad(ys, variables, us, retain_graph=True, create_graph=create_graph, allow_unused=True)
+    with without_hooks(variables):
+        gradients = torch.autograd.grad(
+            ys, variables, us, retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
     remaining = iter(gradients)
     return [next(remaining) if tensor.requires_grad else None for tensor in inputs]
+
+
+@contextmanager
+def without_hooks(tensors: Iterable[Any]) -> Iterator[None]:
+    """Removes hooks on gradients of tensors or modules inside the block: they would act on products too.
+
+    The attributes are private, because torch has no public list of hooks.
+    """
+    names = ("_backward_hooks", "_backward_pre_hooks", "_post_accumulate_grad_hooks")
+    found = [hooks for tensor in tensors for name in names if (hooks := getattr(tensor, name, None))]
+    copies = [hooks.copy() for hooks in found]
+    for hooks in found:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, copy in zip(found, copies, strict=True):
+            hooks.update(copy)
 
 
 @contextmanager

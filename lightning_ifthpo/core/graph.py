@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -75,20 +76,32 @@ def second_derivatives_of(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def twice_differentiable_checkpoints() -> Iterator[None]:
-    """Makes re-entrant activation checkpoints non-reentrant inside the block.
+def twice_differentiable_functions() -> Iterator[None]:
+    """Replaces functions of torch that spoil second derivatives inside the block.
 
-    A re-entrant checkpoint hides the weights inside it from `torch.autograd.grad`: their derivatives would be zero.
+    A re-entrant checkpoint hides the weights inside it from `torch.autograd.grad`; it becomes a non-reentrant one. The
+    second derivative of the fused `_weight_norm` is wrong (in torch 2.6 and 2.14); it becomes several operations.
     """
-
-    def apply(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
-        if any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
-        with torch.no_grad():  # a re-entrant checkpoint gives no gradient then
-            return function(*args)
-
-    CheckpointFunction.apply = apply
+    CheckpointFunction.apply = _checkpoint
+    fused = torch._weight_norm
+    torch._weight_norm = _OLD_WEIGHT_NORM._weight_norm = _weight_norm
     try:
         yield
     finally:
         del CheckpointFunction.apply
+        torch._weight_norm = _OLD_WEIGHT_NORM._weight_norm = fused
+
+
+_OLD_WEIGHT_NORM: Any = importlib.import_module("torch.nn.utils.weight_norm")
+"""The module, which torch.nn.utils hides behind a function of the same name."""
+
+
+def _checkpoint(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
+    if any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+    with torch.no_grad():  # a re-entrant checkpoint gives no gradient then
+        return function(*args)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))

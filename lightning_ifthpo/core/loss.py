@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_ifthpo.core.autodiff import vjp, zeros_for_none
-from lightning_ifthpo.core.graph import check_differentiable, twice_differentiable_checkpoints
+from lightning_ifthpo.core.graph import check_differentiable, twice_differentiable_functions
 from lightning_ifthpo.core.marking import recording_outputs
 from lightning_ifthpo.core.module_state import modules_rewound
 from lightning_ifthpo.core.random_state import RandomState
@@ -97,7 +97,7 @@ class Loss:
         """
         random_numbers = nullcontext() if self._random_state is None else self._random_state.replayed()
         self.fix_random_numbers()
-        with random_numbers, modules_rewound(), twice_differentiable_checkpoints(), recording_outputs() as marked:
+        with random_numbers, modules_rewound(), twice_differentiable_functions(), recording_outputs() as marked:
             returned = self.function()
         value, outputs = _checked(returned, self.name, graph)
         for factor in (self.share, self.scale):

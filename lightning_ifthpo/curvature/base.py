@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.core.graph import second_derivatives_of
+from lightning_ifthpo.core.graph import custom_functions, second_derivatives_of
 from lightning_ifthpo.core.loss import Loss, LossGraph
 
 
@@ -80,6 +80,11 @@ class LossOperator(CurvatureOperator):
     def gradient(self) -> Tensor:
         """∂L/∂w, [n], detached."""
         return self._loss.combine(self._own_gradient())
+
+    @property
+    def custom_functions(self) -> list[str]:
+        """Names of the `torch.autograd.Function`s in the loss, whose second derivatives may be wrong."""
+        return custom_functions([self._own_loss()])
 
     def mixed_product(self, v: Tensor, hyperparameters: Sequence[Tensor]) -> list[Tensor | None]:
         """Returns (∂²L/∂w∂λᵀ)ᵀ v for v: [n], shaped like the hyperparameters; `None` where it is zero by structure.

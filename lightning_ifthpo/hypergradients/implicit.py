@@ -13,6 +13,7 @@ from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
 from lightning_ifthpo.core.space import check_real
 from lightning_ifthpo.curvature.base import LossOperator
 from lightning_ifthpo.curvature.kinds import Curvature, curvature_operator
+from lightning_ifthpo.curvature.verification import verified_operator
 from lightning_ifthpo.hypergradients.diagnosis import Setting
 from lightning_ifthpo.hypergradients.result import Hypergradient, OuterGradient, combine
 from lightning_ifthpo.solvers import ConjugateGradient, Solver
@@ -55,6 +56,7 @@ def implicit_hypergradient(
     Raises:
         ValueError: If a loss is not scalar or is detached, or a hyperparameter influences neither loss.
         TypeError: If a hyperparameter is not a real floating-point tensor.
+        SecondDerivativeError: If a second derivative of the inner loss is missing or wrong, and torch does not say so.
 
     Cost: one gradient of each loss, one differentiable gradient, the solver's products and one mixed product. Over
     several processes, one collective for each product and three more.
@@ -74,6 +76,8 @@ def implicit_hypergradient(
     with differentiable(hyperparameters):
         outer_gradient = OuterGradient.of(outer, hyperparameters)
         operator = curvature_operator(curvature, inner, parameters)
+        if not inner.is_verified and (custom := operator.custom_functions):
+            operator = verified_operator(curvature, inner, custom)
         solution = solver.solve(operator, outer_gradient.v, x0)
         mixed = _mixed_product(operator, solution.x, hyperparameters)
         setting = Setting(inner, outer_gradient, operator, solver, curvature)

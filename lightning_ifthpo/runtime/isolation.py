@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from itertools import chain
 from typing import Any
 
 import lightning as L
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_ifthpo.core.autodiff import without_hooks
 from lightning_ifthpo.core.module_state import ModuleState, restored
 from lightning_ifthpo.core.random_state import Stream, derive_seed, isolated
 from lightning_ifthpo.runtime.silence import do_nothing, silenced
@@ -29,7 +29,7 @@ def undisturbed(trainer: L.Trainer, module: L.LightningModule, seed: int, step: 
         own_seed = derive_seed(Stream.LOSSES, seed=seed, step=step, rank=trainer.global_rank)
         stack.enter_context(isolated(module.device, own_seed))
         stack.enter_context(_mute(trainer, module))
-        stack.enter_context(_without_backward_hooks(module))
+        stack.enter_context(without_hooks([*module.parameters(), *module.modules()]))
         yield stack.enter_context(restored(module))
 
 
@@ -55,20 +55,4 @@ def _mute(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
             stack.callback(vars(module).pop, name)
             setattr(owner, name, do_nothing)
             vars(module)[name] = do_nothing
-        yield
-
-
-@contextmanager
-def _without_backward_hooks(module: nn.Module) -> Iterator[None]:
-    """Removes hooks on gradients inside the block: they would act on products too, as if on a gradient.
-
-    The attributes are private. torch has no public list of hooks.
-    """
-    of_parameters: list[Any] = [(p._backward_hooks, p._post_accumulate_grad_hooks) for p in module.parameters()]
-    of_modules: list[Any] = [(m._backward_hooks, m._backward_pre_hooks) for m in module.modules()]
-    with ExitStack() as stack:
-        for hooks in chain.from_iterable([*of_parameters, *of_modules]):
-            if hooks:
-                stack.callback(hooks.update, hooks.copy())
-                hooks.clear()
         yield

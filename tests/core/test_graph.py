@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import roi_align
 
@@ -13,10 +14,15 @@ from lightning_ifthpo.core.graph import (
     custom_functions,
     nodes,
     second_derivatives_of,
-    twice_differentiable_checkpoints,
+    twice_differentiable_functions,
 )
 from lightning_ifthpo.core.loss import Loss
-from lightning_ifthpo.curvature import GaussNewtonOperator, HessianOperator, mark_outputs
+from lightning_ifthpo.curvature import (
+    FiniteDifferenceOperator,
+    GaussNewtonOperator,
+    HessianOperator,
+    mark_outputs,
+)
 from tests.helpers.brought import Once
 from tests.helpers.device import randn
 
@@ -124,15 +130,53 @@ def test_weights_inside_a_reentrant_checkpoint_take_part(forward, operator):
     assert torch.allclose(products[2], products[0], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("normalize", [parametrizations.weight_norm, nn.utils.weight_norm], ids=["new", "old"])
+@pytest.mark.parametrize("dim", [0, 1, -1, None])
+def test_weight_norm_has_a_right_second_derivative(normalize, dim):
+    """That of torch's fused function is asymmetric."""
+    net = nn.Sequential(normalize(nn.Linear(4, 5), dim=dim), nn.Tanh(), nn.Linear(5, 1)).double()
+    x = torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    loss, weights = (lambda: net(x).square().sum()), list(net.parameters())
+    exact, differences = (op(loss, weights).to_dense() for op in (HessianOperator, FiniteDifferenceOperator))
+    assert torch.allclose(exact, exact.T, atol=1e-12)
+    assert torch.allclose(exact, differences, atol=1e-6)
+
+
+class Clipped:
+    """A network whose gradients are changed by hooks on weights."""
+
+    def __init__(self, hook):
+        self.net = layers()
+        for weight in self.net.parameters():
+            weight.register_hook(hook)
+
+
+@pytest.mark.parametrize("operator", [HessianOperator, GaussNewtonOperator, FiniteDifferenceOperator])
+def test_hooks_on_weights_do_not_act_on_products(operator):
+    x, y, seen = torch.randn(16, 4, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 3, []
+    clipped = Clipped(lambda gradient: (seen.append(1), gradient.clamp(-1e-3, 1e-3))[1]).net
+    products = [
+        operator(lambda net=net: F.cross_entropy(mark_outputs(net(x)), y), list(net.parameters())).matvec(
+            torch.ones(67)
+        )
+        for net in (layers(), clipped)
+    ]
+    assert torch.equal(*products)
+    assert not seen
+    F.cross_entropy(clipped(x), y).backward()
+    assert len(seen) == 4
+
+
 def test_a_reentrant_checkpoint_of_constants_gives_no_gradient_as_in_training():
     net, x = layers(), torch.ones(2, 4)
-    with twice_differentiable_checkpoints():
+    with twice_differentiable_functions():
         output = checkpoint(net, x, use_reentrant=True)
     assert not output.requires_grad
 
 
 def test_checkpoints_are_reentrant_again_after_the_block():
     x = torch.ones(2, requires_grad=True)
-    with twice_differentiable_checkpoints():
+    with twice_differentiable_functions():
         assert custom_functions([checkpoint(torch.tanh, x, use_reentrant=True)]) == []
     assert custom_functions([checkpoint(torch.tanh, x, use_reentrant=True)]) == ["CheckpointFunction"]
