@@ -39,8 +39,10 @@ class FiniteDifferenceOperator(LossOperator):
     Murray, Saunders and Wright (1983) choose intervals. Expect a relative error of 1e-4 in float32 and 1e-9 in float64.
     Where no step length works, as for ReLU networks in float32, the first product warns.
 
+    Weights without a gradient, such as frozen ones or the padding of an embedding, do not move.
+
     Cost: two gradients for a product, and one extra copy of the parameters; for the first product one gradient more,
-    and two more for each change of the step length, at most nine.
+    two more for each change of the step length, at most nine, and two more if there are weights without a gradient.
 
     Args:
         loss: Callable without arguments that returns the scalar loss, or (loss, outputs); or a `Loss`.
@@ -58,6 +60,7 @@ class FiniteDifferenceOperator(LossOperator):
         self._loss.fix_random_numbers()
         self._factor: float | None = None  # of the step length, once it is known
         self._error = 0.0  # its estimated error, relative to the first product
+        self._unseen: Tensor | None = None  # weights without a gradient, [n]; None before there are any
 
     def slope_and_curvature(self, v: Tensor, *, step: float = 0.0) -> tuple[Tensor, Tensor]:
         """Returns ∇L·v and vᵀHv, scalars, for v: [n].
@@ -99,6 +102,7 @@ class FiniteDifferenceOperator(LossOperator):
         self, v: Tensor, inputs: Sequence[Tensor], step: float = 0.0
     ) -> tuple[_Gradients, _Gradients, float]:
         """Returns ∂L/∂inputs at w + εv and at w − εv, and 1 / 2ε."""
+        v = v if self._unseen is None else v.masked_fill(self._unseen, 0.0)
         if not bool(v.any()):
             return [None] * len(inputs), [None] * len(inputs), 0.0
         space, (loss, gradient) = self._loss.space, self._at_weights
@@ -115,6 +119,10 @@ class FiniteDifferenceOperator(LossOperator):
             if chosen is None or (step and self._drowns(chosen)):
                 chosen = self._calibrated(pair, 1.0 / (natural * norm(v)))
         count = len(space.tensors)
+        unseen = self._without_gradient(chosen) & (v != 0.0)
+        if bool(unseen.any()):
+            self._unseen = unseen if self._unseen is None else unseen | self._unseen
+            return self._gradients(v, inputs, step)
         return chosen.ahead[count:], chosen.behind[count:], 1.0 / (2.0 * unit * chosen.factor)
 
     def _calibrated(self, pair: Callable[[float], _Pair], longest: float) -> _Pair:
@@ -136,6 +144,17 @@ class FiniteDifferenceOperator(LossOperator):
             return tried
         self._factor = best.factor
         return best
+
+    def _without_gradient(self, pair: _Pair) -> Tensor:
+        """Returns which weights have no gradient at w and on either side, [n].
+
+        Moving them may change the loss all the same, as with frozen weights, or the row of `padding_idx` of an
+        embedding. Their rows of H are zero, and so are their columns.
+        """
+        space, zero = self._loss.space, self._at_weights[1] == 0.0
+        for gradients in (pair.ahead, pair.behind):
+            zero &= space.flatten(gradients[: len(space.tensors)]) == 0.0
+        return zero
 
     def _drowns(self, pair: _Pair) -> bool:
         """Returns whether rounding takes half of the digits of a difference, or more."""

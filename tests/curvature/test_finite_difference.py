@@ -191,3 +191,23 @@ def test_sparse_gradients_count_as_dense_ones():
     wanted = torch.zeros(30, 4, **FLOAT64)
     wanted[:8] = 6 * weight.detach()[:8]
     assert relative_error(got, wanted.reshape(-1)) < 1e-8
+
+
+@pytest.mark.parametrize("first", ["all", "others"])
+def test_weights_without_a_gradient_do_not_move(first):
+    """torch gives the padding of an embedding no gradient, but the loss depends on it; frozen weights alike."""
+    table = torch.nn.Embedding(5, 3, padding_idx=0).double()
+    torch.nn.init.normal_(table.weight, generator=torch.Generator().manual_seed(0))
+    frozen = torch.ones(3, dtype=torch.float64)
+    index = torch.tensor([[0, 1], [2, 0], [3, 3]])
+
+    def loss():
+        return (table(index).sum(1) * frozen).tanh().square().sum()
+
+    weights = [table.weight, frozen]
+    operator = FiniteDifferenceOperator(loss, weights)
+    if first == "others":  # the first product does not show the padding
+        operator.matvec(torch.cat([torch.zeros(3), torch.ones(12), torch.zeros(3)]).double())
+    dense = operator.to_dense()
+    assert torch.allclose(dense, HessianOperator(loss, weights).to_dense(), atol=1e-7)
+    assert not dense[:3].any()
