@@ -14,8 +14,9 @@ from lightning_ifthpo.core.step_length import relative_step, step_along
 # in float32 it was at most .08 over the first step and .03 over the second. It was .11 with a gradient reversal, and .6
 # to 3 with detached parts, straight-through estimators and hooks that scale.
 _TOLERANCE = 0.05
-# Estimated rounding of the losses over their change, for the two steps. The estimate was up to ten times too small.
-_RESOLUTIONS = (1e-3, 5e-3)
+# Estimated rounding of the losses over their change, for each step. Short steps cross no kinks of deep ReLU networks. On
+# long ones rounding matters less, for which the estimate was ten times too small in deep networks with BatchNorm.
+_RESOLUTIONS = (1e-3, 1e-4, 5e-3, 1e-5, 1e-6)
 _UNDERESTIMATE = 10.0
 
 
@@ -24,14 +25,14 @@ def follows_its_gradient(loss: Loss, gradient: Tensor | None = None) -> bool:
 
     It is not where a part of the loss is detached, such as the advantage of a policy gradient or the target of temporal
     differences, nor where a backward pass is not the derivative, such as that of a straight-through estimator or of a
-    gradient reversal. Steps are as short as rounding allows, because kinks of deep ReLU networks change slopes over
-    longer ones.
+    gradient reversal. Several steps are tried, and one that agrees is enough: kinks and rounding spoil some of them, a
+    fault spoils all.
 
     Args:
         loss: The loss, with parameters w, together [n].
         gradient: Its gradient, [n], if it is known.
 
-    Cost: one gradient unless it is known, and three forward passes, five if the slopes differ.
+    Cost: one gradient unless it is known, and three forward passes, eleven if the slopes differ.
     """
     gradient = loss.gradient() if gradient is None else gradient
     slope = float(gradient @ gradient)

@@ -46,6 +46,15 @@ def custom_functions(tensors: Sequence[Tensor | None]) -> list[str]:
     return sorted(name.removesuffix("Backward") for name in found)
 
 
+# Operations whose derivative jumps, by the names of their nodes.
+_KINKS = re.compile("[Rr]elu|Elu|Threshold|Hard|Max|Min|Abs|Clamp|L1|Median|Sort|Topk|Kth|Round|Sign|Floor|Where")
+
+
+def is_smooth(tensors: Sequence[Tensor | None]) -> bool:
+    """Returns whether the graph of tensors has no operation whose derivative jumps, as that of ReLU does."""
+    return not any(_KINKS.search(node.name()) for node in nodes(tensors))
+
+
 def check_differentiable(gradients: Sequence[Tensor | None], loss: Tensor, name: str) -> None:
     """Raises SecondDerivativeError if a backward pass that can be differentiated only once leads to the gradients.
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_ifthpo.core.autodiff import vjp
-from lightning_ifthpo.core.graph import SecondDerivativeError, custom_functions, nodes
+from lightning_ifthpo.core.consistency import follows_its_gradient
+from lightning_ifthpo.core.graph import SecondDerivativeError, custom_functions, is_smooth, nodes
 from lightning_ifthpo.core.loss import Loss
 from lightning_ifthpo.core.random_state import Stream, generator_of
+from lightning_ifthpo.core.space import ParameterSpace
 from lightning_ifthpo.core.step_length import natural_step, relative_step
 from lightning_ifthpo.curvature.base import CurvatureOperator, LossOperator
 from lightning_ifthpo.curvature.hessian import HessianOperator
@@ -20,47 +23,30 @@ from lightning_ifthpo.curvature.kinds import Curvature, curvature_operator
 _SCALE = 1e4
 # Largest relative distance of two differences of gradients that agree. In float32 those of smooth networks are exact to
 # 1e-3.
-_AGREEMENT = 0.05
+_AGREEMENT = 0.01
 
 
 class AsymmetricCurvatureError(SecondDerivativeError):
     """Products with the curvature of a loss are not symmetric: its gradient is not that of a function."""
 
 
-def verified_operator(
-    curvature: Curvature, loss: Loss, custom: Sequence[str] = (), *, tolerance: float | None = None
-) -> LossOperator:
-    """Returns the curvature operator of a loss; raises SecondDerivativeError if its products cannot be trusted.
+@dataclass(frozen=True)
+class Structure:
+    """What one evaluation of a loss shows.
 
-    Products must be symmetric and linear: u·A(sv)/s = v·Au for two random vectors and a scale s. This holds for every
-    loss, also where its gradient jumps, as with ReLU. It fails if a hook or a backward pass of the user's own changes
-    gradients, or if torch computes a second derivative wrongly. If the loss contains custom functions, a product with
-    the Hessian is also compared with differences of gradients, unless these jump. Finite differences are not checked.
-
-    Args:
-        curvature: Name of the curvature, as in `curvature_operator`.
-        loss: The loss, with parameters w, together [n].
-        custom: Names of the custom functions in its graph, as `check_complete` returns them.
-        tolerance: Largest relative asymmetry; None for 10 √eps of the dtype of the parameters.
-
-    Raises:
-        AsymmetricCurvatureError: If products are not symmetric, or not linear.
-        SecondDerivativeError: If a second derivative is left out or wrong for another reason.
-
-    Cost: two products. Custom functions cost one product and six gradients more, and a second operator.
+    Attributes:
+        gradient: ∂L/∂w, [n].
+        custom: Names of the custom functions in the graph.
+        is_smooth: Whether the gradient has no jumps, as with ReLU.
     """
-    operator = curvature_operator(curvature, loss, loss.parameters)
-    if curvature == "finite_difference":
-        return operator
-    check_symmetric(operator, loss.name, tolerance)
-    if not custom or tolerance is not None:
-        return operator
-    check_custom(loss, custom)
-    return curvature_operator(curvature, loss, loss.parameters)  # moving the weights has spoiled the graph of the first
+
+    gradient: Tensor
+    custom: Sequence[str] = ()
+    is_smooth: bool = False
 
 
-def check_complete(loss: Loss) -> tuple[Tensor, list[str]]:
-    """Returns the gradient of a loss, [n], and the names of the custom functions in its graph.
+def check_complete(loss: Loss) -> Structure:
+    """Returns the structure of a loss.
 
     Raises:
         SecondDerivativeError: If `backward` gives another gradient than `torch.autograd.grad`, because weights are used
@@ -69,24 +55,67 @@ def check_complete(loss: Loss) -> tuple[Tensor, list[str]]:
     Cost: 1.7 gradients.
     """
     value, _ = loss.evaluate()
-    weights = [weight for weight in loss.parameters if weight.requires_grad]
-    space = loss.over(weights).space
-    found = loss.combine(space.flatten(vjp([value], weights)))
-    expected = loss.combine(space.flatten(_gradients_by_backward(value, weights)))
-    custom = custom_functions([value])
+    found = loss.combine(loss.space.flatten(vjp([value], loss.parameters)))
+    expected = loss.combine(loss.space.flatten(_gradients_by_backward(value, loss.parameters)))
+    structure = Structure(found, custom_functions([value]), is_smooth([value]))
     if _differ(found, expected, torch.finfo(found.dtype).eps ** 0.5):  # sums in another order differ by some eps
         raise SecondDerivativeError(
             f"{loss.name} uses weights inside a function that runs a backward pass of its own, where "
-            f"torch.autograd.grad does not find them{_named(custom)}",
+            f"torch.autograd.grad does not find them{_named(structure.custom)}",
             "use another kind of activation checkpointing",
         )
-    return found, custom
+    return structure
+
+
+def verified_operator(
+    curvature: Curvature, loss: Loss, structure: Structure, *, tolerance: float | None = None
+) -> tuple[LossOperator, bool]:
+    """Returns the curvature operator of a loss, and whether the loss follows its gradient (`follows_its_gradient`).
+
+    For the Hessian of a smooth loss a product must equal a difference of gradients. Otherwise products must be
+    symmetric and linear: u·A(sv)/s = v·Au for two random vectors and a scale s. This holds for every loss, also where
+    its gradient jumps, as with ReLU. It fails if a hook or a backward pass of the user's own changes gradients, or if
+    torch computes a second derivative wrongly. Products of losses with custom functions are also compared with
+    differences, unless these jump. Finite differences themselves are not checked.
+
+    Args:
+        curvature: Name of the curvature, as in `curvature_operator`.
+        loss: The loss, with parameters w, together [n].
+        structure: The result of `check_complete`.
+        tolerance: Largest relative asymmetry in low precision, where nothing else can be checked; None in float32.
+
+    Raises:
+        AsymmetricCurvatureError: If products are not symmetric, or not linear.
+        SecondDerivativeError: If a second derivative is left out or wrong for another reason.
+
+    Cost: one product and two gradients for the Hessian of a smooth loss, else two products and three forward passes.
+    What differs, and custom functions, cost up to one operator, two products and seven gradients more.
+    """
+    comparable = curvature == "hessian" and structure.is_smooth and tolerance is None
+    follows = comparable or tolerance is not None or follows_its_gradient(loss, structure.gradient)
+    # before there is an operator, whose graph does not survive that weights move
+    difference = _difference(loss, _probes(loss.space)[0], structure.gradient) if comparable else None
+    operator = curvature_operator(curvature, loss, loss.parameters)
+    if curvature == "finite_difference":
+        return operator, follows
+    if difference is not None and not _differ(operator.matvec(_probes(loss.space)[0]), difference, 2 * _AGREEMENT):
+        return operator, True
+    check_symmetric(operator, loss.name, tolerance)
+    if tolerance is not None or not (comparable or structure.custom):
+        return operator, follows
+    if _differs_from_differences(loss):
+        if structure.custom:
+            raise SecondDerivativeError(
+                f"second derivatives of {loss.name} differ from differences of its gradients{_named(structure.custom)}",
+                "give these functions a backward pass made of torch operations, or use curvature='finite_difference'",
+            )
+        follows = False
+    return curvature_operator(curvature, loss, loss.parameters), follows
 
 
 def check_symmetric(operator: CurvatureOperator, name: str, tolerance: float | None = None) -> None:
     """Raises AsymmetricCurvatureError unless products are symmetric and linear."""
-    generator = generator_of(Stream.VERIFICATION)
-    u, v = torch.randn(2, operator.size, generator=generator, dtype=torch.float64).to(operator.device, operator.dtype)
+    u, v = _probes(operator)
     image_u, image_v = operator.matvec(u), operator.matvec(_SCALE * v) / _SCALE
     left, right = float(v @ image_u), float(u @ image_v)
     # u and v are random, so that both numbers have the size of the Frobenius norm of A.
@@ -101,18 +130,19 @@ def check_symmetric(operator: CurvatureOperator, name: str, tolerance: float | N
         )
 
 
-def check_custom(loss: Loss, custom: Sequence[str]) -> None:
-    """Raises SecondDerivativeError if a product differs from differences of gradients, and these do not jump."""
-    generator = generator_of(Stream.VERIFICATION)
-    v = torch.randn(loss.space.size, generator=generator, dtype=torch.float64).to(loss.space.device, loss.space.dtype)
+def _differs_from_differences(loss: Loss) -> bool:
+    """Returns whether a product with the Hessian differs from differences of gradients that agree with each other."""
+    v = _probes(loss.space)[0]
     operator = HessianOperator(loss, loss.parameters)
     product, gradient = operator.matvec(v), operator.gradient
     coarse, fine = (_difference(loss, v, gradient, shortening) for shortening in (1.0, 0.25))
-    if not _differ(coarse, fine, _AGREEMENT) and _differ(product, fine, 2 * _AGREEMENT):
-        raise SecondDerivativeError(
-            f"second derivatives of {loss.name} differ from differences of its gradients{_named(custom)}",
-            "give these functions a backward pass made of torch operations, or use curvature='finite_difference'",
-        )
+    return not _differ(coarse, fine, _AGREEMENT) and _differ(product, fine, 2 * _AGREEMENT)
+
+
+def _probes(space: ParameterSpace | CurvatureOperator) -> Tensor:
+    """Returns two normal vectors, [2, n], always the same."""
+    numbers = torch.randn(2, space.size, generator=generator_of(Stream.VERIFICATION), dtype=torch.float64)
+    return numbers.to(space.device, space.dtype)
 
 
 def _gradients_by_backward(value: Tensor, weights: Sequence[Tensor]) -> list[Tensor | None]:
@@ -129,7 +159,7 @@ def _gradients_by_backward(value: Tensor, weights: Sequence[Tensor]) -> list[Ten
             leaf.grad = grad
 
 
-def _difference(loss: Loss, v: Tensor, gradient: Tensor, shortening: float) -> Tensor:
+def _difference(loss: Loss, v: Tensor, gradient: Tensor, shortening: float = 1.0) -> Tensor:
     """Returns Hv by differences of gradients."""
     space = loss.space
     step = shortening * relative_step(space.dtype) * natural_step(v, space.values, gradient, float(loss.value()))

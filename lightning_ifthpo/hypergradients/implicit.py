@@ -13,7 +13,7 @@ from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
 from lightning_ifthpo.core.space import check_real
 from lightning_ifthpo.curvature.base import LossOperator
 from lightning_ifthpo.curvature.kinds import Curvature, curvature_operator
-from lightning_ifthpo.curvature.verification import verified_operator
+from lightning_ifthpo.curvature.verification import Structure, verified_operator
 from lightning_ifthpo.hypergradients.diagnosis import Setting
 from lightning_ifthpo.hypergradients.result import Hypergradient, OuterGradient, combine
 from lightning_ifthpo.solvers import ConjugateGradient, Solver
@@ -77,7 +77,7 @@ def implicit_hypergradient(
         outer_gradient = OuterGradient.of(outer, hyperparameters)
         operator = curvature_operator(curvature, inner, parameters)
         if not inner.is_verified and (custom := operator.custom_functions):
-            operator = verified_operator(curvature, inner, custom)
+            operator, _ = verified_operator(curvature, inner, Structure(operator.gradient, custom))
         solution = solver.solve(operator, outer_gradient.v, x0)
         mixed = _mixed_product(operator, solution.x, hyperparameters)
         setting = Setting(inner, outer_gradient, operator, solver, curvature)

@@ -7,7 +7,6 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.memory import is_oom_error
 
-from lightning_ifthpo.core.consistency import follows_its_gradient
 from lightning_ifthpo.core.graph import SecondDerivativeError
 from lightning_ifthpo.core.loss import Loss
 from lightning_ifthpo.curvature.base import LossOperator
@@ -42,17 +41,12 @@ def trusted_operator(losses: ModuleLosses, loss: Loss, curvature: Any, user: str
         SecondDerivativeError: If finite differences cannot replace the curvature: in half precision, because the
             gradient is not that of a function, or because `torch.autograd.grad` does not find all of it.
 
-    Cost: 1.7 gradients, two forward passes and two products; see `verified_operator` for custom functions.
+    Cost: 1.7 gradients, and see `verified_operator`.
     """
-    gradient, custom = check_complete(loss)
-    if not losses.has_low_precision and not follows_its_gradient(loss, gradient):
-        rank_zero_warn(
-            f"{user}: {loss.name} does not change along its gradient as the gradient says, as where a part of it is "
-            "detached or a backward pass is not the derivative. Its curvature takes that part for constant"
-        )
+    structure = check_complete(loss)
     try:
         tolerance = _HALF if losses.has_low_precision else None
-        operator = verified_operator(curvature, loss, custom, tolerance=tolerance)
+        operator, follows = verified_operator(curvature, loss, structure, tolerance=tolerance)
     except (RuntimeError, AttributeError, TypeError) as error:  # a hook may not be made for products
         if curvature == "finite_difference" or is_oom_error(error) or losses.has_low_precision:
             raise
@@ -64,7 +58,12 @@ def trusted_operator(losses: ModuleLosses, loss: Loss, curvature: Any, user: str
             "where gradients jump, as with ReLU"
         )
         curvature = "finite_difference"
-        operator = curvature_operator(curvature, loss, loss.parameters)
+        operator, follows = verified_operator(curvature, loss, structure)
+    if not follows:
+        rank_zero_warn(
+            f"{user}: {loss.name} does not change along its gradient as the gradient says, as where a part of it is "
+            "detached or a backward pass is not the derivative. Its curvature takes that part for constant"
+        )
     losses.is_verified = True
     return operator, curvature
 

@@ -119,4 +119,4 @@ def test_a_gradient_that_is_known_is_used():
     loss = Loss(lambda: calls.append("forward") or (w**2).sum(), [w])
     assert follows_its_gradient(loss, 2.0 * torch.ones(3, device=DEVICE))
     assert not follows_its_gradient(loss, torch.ones(3, device=DEVICE))
-    assert len(calls) == 3 + 5
+    assert len(calls) == 3 + 11

@@ -58,6 +58,7 @@ class InPlace(Plain):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:SharpnessMonitor. inner_loss does not change along its gradient")
 def test_what_a_training_step_does_in_place_is_undone():
     states = []
     for callbacks in ([monitor(rtol=0.1)], []):

@@ -52,8 +52,9 @@ def loss_of(net, forward=None):
 
 
 def verify(curvature, loss):
-    _, custom = check_complete(loss)
-    return verified_operator(curvature, loss, custom)
+    operator, follows = verified_operator(curvature, loss, check_complete(loss))
+    assert follows
+    return operator
 
 
 CURVATURES = ["hessian", "gauss_newton", "gradient_outer_product", "finite_difference"]
@@ -66,7 +67,6 @@ HEALTHY = {
     "dropout": [nn.Dropout(0.5), nn.Tanh()],
     "frozen layer": [nn.Linear(8, 8).requires_grad_(False), nn.Tanh()],
     "weight norm": [weight_norm(nn.Linear(8, 8)), nn.Tanh()],
-    "spectral norm": [spectral_norm(nn.Linear(8, 8)), nn.Tanh()],
     "custom function": [Apply(InTorch.apply)],
     "hook that looks on": [Apply(hooked(lambda gradient: None))],
     "nothing": [],
@@ -78,6 +78,23 @@ HEALTHY = {
 @pytest.mark.parametrize("name", HEALTHY)
 def test_healthy_networks_are_not_suspected(name, curvature, dtype):
     operator = verify(curvature, loss_of(network(*HEALTHY[name], dtype=dtype)))
+    assert bool(operator.matvec(torch.ones(operator.size, dtype=dtype, device=operator.device)).isfinite().all())
+
+
+PARTLY_CONSTANT = {
+    "spectral norm, whose singular vectors torch detaches": [spectral_norm(nn.Linear(8, 8)), nn.Tanh()],
+    "straight-through estimator": [Apply(lambda x: x + (x.sign() - x).detach())],
+    "stopped branch": [nn.Tanh(), Apply(lambda x: x * x.detach())],
+    "hook that scales": [nn.Tanh(), Apply(hooked(lambda gradient: 0.1 * gradient)), nn.Tanh()],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", PARTLY_CONSTANT)
+def test_losses_that_do_not_follow_their_gradient_are_told_apart(name, dtype):
+    loss = loss_of(network(*PARTLY_CONSTANT[name], dtype=dtype))
+    operator, follows = verified_operator("hessian", loss, check_complete(loss))
+    assert not follows
     assert bool(operator.matvec(torch.ones(operator.size, dtype=dtype, device=operator.device)).isfinite().all())
 
 

@@ -194,11 +194,15 @@ def test_a_hypergradient_is_that_of_differences_of_gradients(name, record_proper
 
     plain = Run.of(make, None, precision="64-true")
     member = plain.module.problem
-    callback = IFTHypergradient(2, curvature="hessian", solver=MinimumResidual(max_iterations=2))
+    solver = MinimumResidual(max_iterations=2)
+    callback = IFTHypergradient(2, curvature="hessian", solver=solver, on_failure="use")  # also a doubtful outer loss
     run = Run.of(make, callback, precision="64-true")
     outcome = ended(plain, run, may_be_refused=member.may_be_refused)
+    said = run.warnings - plain.warnings
+    if any("does not change along its gradient" in message for message in said):
+        assert member.may_be_refused, said
+        outcome = "said to take a part for constant"
     if outcome == "answered":
-        said = run.warnings - plain.warnings
         wrong = compared(run, by_differences=any("difference" in message for message in said))
         assert not wrong, wrong
     record_property("outcome", outcome)
