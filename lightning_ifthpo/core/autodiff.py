@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lightning_ifthpo.core.functions import twice_differentiable_functions
+
 
 def vjp(
     outputs: Sequence[Tensor | None],
@@ -30,7 +32,7 @@ def vjp(
     if not pairs or not variables:
         return [None] * len(inputs)
     ys, us = zip(*pairs, strict=True)
-    with without_hooks(variables):
+    with twice_differentiable_functions(), without_hooks(variables):
         gradients = torch.autograd.grad(
             ys, variables, us, retain_graph=True, create_graph=create_graph, allow_unused=True
         )

@@ -14,13 +14,13 @@ from lightning_ifthpo.core.step_length import relative_step, step_along
 # in float32 it was at most .08 over the first step and .03 over the second. It was .11 with a gradient reversal, and .6
 # to 3 with detached parts, straight-through estimators and hooks that scale.
 _TOLERANCE = 0.05
-# Estimated rounding of the losses over their change, for each step. Short steps cross no kinks of deep ReLU networks. On
-# long ones rounding matters less, for which the estimate was ten times too small in deep networks with BatchNorm.
+# Estimated rounding of the losses over their change, for each step. Short steps cross no kinks of deep ReLU networks. In
+# deep networks with BatchNorm the estimate of rounding was ten times too small, and it matters less on long steps.
 _RESOLUTIONS = (1e-3, 1e-4, 5e-3, 1e-5, 1e-6)
 _UNDERESTIMATE = 10.0
 
 
-def follows_its_gradient(loss: Loss, gradient: Tensor | None = None) -> bool:
+def follows_its_gradient(loss: Loss, gradient: Tensor | None = None, here: Tensor | None = None) -> bool:
     """Returns whether the slope of a loss along its gradient, by its values, is the squared length of the gradient.
 
     It is not where a part of the loss is detached, such as the advantage of a policy gradient or the target of temporal
@@ -31,8 +31,9 @@ def follows_its_gradient(loss: Loss, gradient: Tensor | None = None) -> bool:
     Args:
         loss: The loss, with parameters w, together [n].
         gradient: Its gradient, [n], if it is known.
+        here: Its value, a scalar, if it is known.
 
-    Cost: one gradient unless it is known, and three forward passes, eleven if the slopes differ.
+    Cost: one gradient and a forward pass unless they are known, and two forward passes, ten if the slopes differ.
     """
     gradient = loss.gradient() if gradient is None else gradient
     slope = float(gradient @ gradient)
@@ -47,7 +48,8 @@ def follows_its_gradient(loss: Loss, gradient: Tensor | None = None) -> bool:
             return float(loss.combine(at(alpha)))
 
         # A loss is a sum of many rounded terms: some units in the last place of its value.
-        rounding = 8.0 * torch.finfo(dtype).eps * abs(value(0.0)) / slope
+        size = abs(value(0.0)) if here is None else abs(float(here))
+        rounding = 8.0 * torch.finfo(dtype).eps * size / slope
         for resolution in _RESOLUTIONS:
             step = min(longest, rounding / resolution) or longest
             error = abs((value(step) - value(-step)) / (2.0 * step) - slope) / slope

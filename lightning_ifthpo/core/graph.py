@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
-from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 
 class SecondDerivativeError(RuntimeError):
@@ -82,35 +78,3 @@ def second_derivatives_of(name: str) -> Iterator[None]:
         if isinstance(error, SecondDerivativeError) or not _REFUSALS.search(str(error)):
             raise
         raise SecondDerivativeError(f"{name} has no second derivative ({str(error).splitlines()[0]})") from error
-
-
-@contextmanager
-def twice_differentiable_functions() -> Iterator[None]:
-    """Replaces functions of torch that spoil second derivatives inside the block.
-
-    A re-entrant checkpoint hides the weights inside it from `torch.autograd.grad`; it becomes a non-reentrant one. The
-    second derivative of the fused `_weight_norm` is wrong (in torch 2.6 and 2.14); it becomes several operations.
-    """
-    CheckpointFunction.apply = _checkpoint
-    fused = torch._weight_norm
-    torch._weight_norm = _OLD_WEIGHT_NORM._weight_norm = _weight_norm
-    try:
-        yield
-    finally:
-        del CheckpointFunction.apply
-        torch._weight_norm = _OLD_WEIGHT_NORM._weight_norm = fused
-
-
-_OLD_WEIGHT_NORM: Any = importlib.import_module("torch.nn.utils.weight_norm")
-"""The module, which torch.nn.utils hides behind a function of the same name."""
-
-
-def _checkpoint(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
-    if any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
-    with torch.no_grad():  # a re-entrant checkpoint gives no gradient then
-        return function(*args)
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))

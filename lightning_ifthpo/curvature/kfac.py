@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lightning_ifthpo.core.autodiff import vjp, zeros_for_none
+from lightning_ifthpo.core.functions import keeping_hooks
 from lightning_ifthpo.core.loss import Loss, LossFunction, LossGraph, as_loss
 from lightning_ifthpo.curvature.base import InvertibleOperator, LossOperator
 from lightning_ifthpo.curvature.outputs import checked_outputs
@@ -138,7 +139,8 @@ class _SquaredError(nn.Module):
         them again in the backward pass, and an error would leave them on the layers.
         """
         try:
-            _, outputs = self._loss.evaluate()
+            with keeping_hooks():  # by which curvlinops reads the gradients of layers
+                _, outputs = self._loss.evaluate()
         finally:
             for hooks, own in self._hooks:
                 for added in hooks.keys() - own:

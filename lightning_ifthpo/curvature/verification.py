@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_ifthpo.core.autodiff import vjp
 from lightning_ifthpo.core.consistency import follows_its_gradient
+from lightning_ifthpo.core.functions import twice_differentiable_functions
 from lightning_ifthpo.core.graph import SecondDerivativeError, custom_functions, is_smooth, nodes
 from lightning_ifthpo.core.loss import Loss
 from lightning_ifthpo.core.random_state import Stream, generator_of
@@ -35,11 +36,13 @@ class Structure:
     """What one evaluation of a loss shows.
 
     Attributes:
+        value: L on the global batch, detached.
         gradient: ∂L/∂w, [n].
         custom: Names of the custom functions in the graph.
         is_smooth: Whether the gradient has no jumps, as with ReLU.
     """
 
+    value: Tensor
     gradient: Tensor
     custom: Sequence[str] = ()
     is_smooth: bool = False
@@ -57,7 +60,7 @@ def check_complete(loss: Loss) -> Structure:
     value, _ = loss.evaluate()
     found = loss.combine(loss.space.flatten(vjp([value], loss.parameters)))
     expected = loss.combine(loss.space.flatten(_gradients_by_backward(value, loss.parameters)))
-    structure = Structure(found, custom_functions([value]), is_smooth([value]))
+    structure = Structure(loss.combine(value), found, custom_functions([value]), is_smooth([value]))
     if _differ(found, expected, torch.finfo(found.dtype).eps ** 0.5):  # sums in another order differ by some eps
         raise SecondDerivativeError(
             f"{loss.name} uses weights inside a function that runs a backward pass of its own, where "
@@ -72,7 +75,8 @@ def verified_operator(
 ) -> tuple[LossOperator, bool]:
     """Returns the curvature operator of a loss, and whether the loss follows its gradient (`follows_its_gradient`).
 
-    For the Hessian of a smooth loss a product must equal a difference of gradients. Otherwise products must be
+    A product with the Hessian must equal a difference of gradients, if the loss is smooth, or in float64, where steps
+    are so short that they cross few kinks. Otherwise products must be
     symmetric and linear: u·A(sv)/s = v·Au for two random vectors and a scale s. This holds for every loss, also where
     its gradient jumps, as with ReLU. It fails if a hook or a backward pass of the user's own changes gradients, or if
     torch computes a second derivative wrongly. Products of losses with custom functions are also compared with
@@ -88,22 +92,24 @@ def verified_operator(
         AsymmetricCurvatureError: If products are not symmetric, or not linear.
         SecondDerivativeError: If a second derivative is left out or wrong for another reason.
 
-    Cost: one product and two gradients for the Hessian of a smooth loss, else two products and three forward passes.
+    Cost: two forward passes; and one product and two gradients for the Hessian of a smooth loss, else two products.
     What differs, and custom functions, cost up to one operator, two products and seven gradients more.
     """
-    comparable = curvature == "hessian" and structure.is_smooth and tolerance is None
-    follows = comparable or tolerance is not None or follows_its_gradient(loss, structure.gradient)
+    precise = structure.is_smooth or loss.space.dtype is torch.float64
+    comparable = curvature == "hessian" and precise and tolerance is None
     # before there is an operator, whose graph does not survive that weights move
-    difference = _difference(loss, _probes(loss.space)[0], structure.gradient) if comparable else None
+    follows = tolerance is not None or follows_its_gradient(loss, structure.gradient, structure.value)
+    v = _probe(loss.space, structure.gradient)
+    difference = _difference(loss, v, structure) if comparable else None
     operator = curvature_operator(curvature, loss, loss.parameters)
     if curvature == "finite_difference":
         return operator, follows
-    if difference is not None and not _differ(operator.matvec(_probes(loss.space)[0]), difference, 2 * _AGREEMENT):
-        return operator, True
+    if difference is not None and not _differ(operator.matvec(v), difference, 2 * _AGREEMENT):
+        return operator, follows
     check_symmetric(operator, loss.name, tolerance)
     if tolerance is not None or not (comparable or structure.custom):
         return operator, follows
-    if _differs_from_differences(loss):
+    if _differs_from_differences(loss, structure):
         if structure.custom:
             raise SecondDerivativeError(
                 f"second derivatives of {loss.name} differ from differences of its gradients{_named(structure.custom)}",
@@ -130,13 +136,17 @@ def check_symmetric(operator: CurvatureOperator, name: str, tolerance: float | N
         )
 
 
-def _differs_from_differences(loss: Loss) -> bool:
+def _differs_from_differences(loss: Loss, structure: Structure) -> bool:
     """Returns whether a product with the Hessian differs from differences of gradients that agree with each other."""
-    v = _probes(loss.space)[0]
-    operator = HessianOperator(loss, loss.parameters)
-    product, gradient = operator.matvec(v), operator.gradient
-    coarse, fine = (_difference(loss, v, gradient, shortening) for shortening in (1.0, 0.25))
+    v = _probe(loss.space, structure.gradient)
+    product = HessianOperator(loss, loss.parameters).matvec(v)
+    coarse, fine = (_difference(loss, v, structure, shortening) for shortening in (1.0, 0.25))
     return not _differ(coarse, fine, _AGREEMENT) and _differ(product, fine, 2 * _AGREEMENT)
+
+
+def _probe(space: ParameterSpace, gradient: Tensor) -> Tensor:
+    """Returns a random vector, [n], that leaves weights alone without a gradient, as finite differences do."""
+    return _probes(space)[0].masked_fill(gradient == 0.0, 0.0)
 
 
 def _probes(space: ParameterSpace | CurvatureOperator) -> Tensor:
@@ -152,17 +162,21 @@ def _gradients_by_backward(value: Tensor, weights: Sequence[Tensor]) -> list[Ten
     try:
         for leaf in leaves:
             leaf.grad = None
-        value.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        with twice_differentiable_functions():  # as in the forward pass, which checkpoints repeat
+            value.backward(retain_graph=True)  # type: ignore[no-untyped-call]
         return [weight.grad for weight in weights]
     finally:
         for leaf, grad in before.items():
             leaf.grad = grad
 
 
-def _difference(loss: Loss, v: Tensor, gradient: Tensor, shortening: float = 1.0) -> Tensor:
+def _difference(loss: Loss, v: Tensor, structure: Structure, shortening: float = 1.0) -> Tensor:
     """Returns Hv by differences of gradients."""
     space = loss.space
-    step = shortening * relative_step(space.dtype) * natural_step(v, space.values, gradient, float(loss.value()))
+    if not bool(v.any()):
+        return torch.zeros_like(v)
+    natural = natural_step(v, space.values, structure.gradient, float(structure.value))
+    step = shortening * relative_step(space.dtype) * natural
     with loss.along(space.split(step * v)) as at:
         ahead, behind = (space.flatten(vjp([at(sign)], space.tensors)) for sign in (1.0, -1.0))
     difference: Tensor = loss.combine(ahead - behind) / (2.0 * step)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_ifthpo.core.autodiff import vjp
+from lightning_ifthpo.core.consistency import follows_its_gradient
 from lightning_ifthpo.core.loss import Loss
 from lightning_ifthpo.curvature.base import LossOperator
 from lightning_ifthpo.hypergradients.result import Hypergradient, OuterGradient
@@ -38,15 +39,16 @@ class Setting:
     def diagnosis(self, result: Hypergradient) -> str:
         """Returns what is wrong with a result and what to do; "" if nothing is known to be wrong.
 
-        Cost: nothing for a solve that succeeded, unless the outer gradient is zero; else at most 62 products and a
-        gradient.
+        Cost: two forward passes of the inner loss for a solve that succeeded, unless it is verified; else at most 62
+        products and a gradient.
         """
         if result.status is Status.NONFINITE:
             found = self._not_finite(result)
         elif not bool(self.outer.v.any()):
             found = self.unknown_weights() or Cause.ZERO_RIGHT_HAND_SIDE.describe()
         elif result.status.succeeded:
-            found = self._unused(result) or self._not_at_minimum(result) or self._no_influence(result)
+            found = self._unused(result) or self._no_influence(result) or self._not_its_gradient()
+            found = found or self._not_at_minimum(result)
         else:
             found = self._no_curvature() or self.unknown_weights()
         return found or diagnose(
@@ -106,6 +108,12 @@ class Setting:
         )
         numbers += f"the outer loss of {loss:.3g} by {change:.2g}"
         return Cause.NOT_AT_MINIMUM.describe(settings_of(self._system, self.solver, self.curvature), numbers=numbers)
+
+    def _not_its_gradient(self) -> str:
+        """Returns that the inner loss does not follow its gradient; in a fit that was checked on the first batch."""
+        if self.inner.is_verified or follows_its_gradient(self.inner, self.operator.gradient, self.operator.loss):
+            return ""
+        return Cause.NOT_ITS_GRADIENT.describe()
 
     def _no_curvature(self) -> str:
         """Returns that the inner loss is linear in the weights, and so has no minimum. One product."""

@@ -109,6 +109,12 @@ class Cause(Enum):
         Remedy("train the weights on this loss, batch and hyperparameters until the gradient is small"),
         Remedy("use damping='horizon' or Amortized() for weights that are still trained", unless=("Amortized",)),
     )
+    NOT_ITS_GRADIENT = (
+        "the inner loss does not change along its gradient as the gradient says",
+        "a part of it is detached or a backward pass is not the derivative, and curvature takes that part for constant",
+        Remedy("make the loss one whose gradient weights follow"),
+        Remedy("trust the result only if that part does not matter"),
+    )
     NO_INFLUENCE = (
         "{name} does not influence the gradient of the inner loss, nor the outer loss",
         "implicit differentiation cannot tune it",

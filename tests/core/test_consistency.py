@@ -105,7 +105,7 @@ def test_it_costs_one_gradient_and_three_forward_passes():
     def loss():
         calls.append("forward")
         square = w**2
-        square.register_hook(lambda gradient: calls.append("gradient"))
+        square.grad_fn.register_hook(lambda *_: calls.append("gradient"))
         return square.sum()
 
     follows_its_gradient(Loss(loss, [w]))
@@ -120,3 +120,5 @@ def test_a_gradient_that_is_known_is_used():
     assert follows_its_gradient(loss, 2.0 * torch.ones(3, device=DEVICE))
     assert not follows_its_gradient(loss, torch.ones(3, device=DEVICE))
     assert len(calls) == 3 + 11
+    assert follows_its_gradient(loss, 2.0 * torch.ones(3, device=DEVICE), torch.tensor(3.0))
+    assert len(calls) == 3 + 11 + 2

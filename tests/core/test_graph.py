@@ -8,13 +8,13 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import roi_align
 
+from lightning_ifthpo.core.functions import twice_differentiable_functions
 from lightning_ifthpo.core.graph import (
     SecondDerivativeError,
     check_differentiable,
     custom_functions,
     nodes,
     second_derivatives_of,
-    twice_differentiable_functions,
 )
 from lightning_ifthpo.core.loss import Loss
 from lightning_ifthpo.curvature import (

