@@ -19,9 +19,9 @@ from lightning_ifthpo.curvature.base import LossOperator
 # Step lengths to try at the first product, over cbrt(eps) times the weights. The last ones are for tensors in units a
 # thousand and a million times as small as those of the largest tensor.
 _FACTORS = (1.0, 0.1, 1e-3, 1e-6)
-# Squared asymmetry of the gradients around w that says that the product is noise. The asymmetry of smooth networks was
-# .001 to .15, that of ReLU networks in float32, where a step crosses kinks, .5 to 1; errors were 50 % to 4,000 % then.
-_NOISE = 0.25
+# Asymmetry of the gradients around w that says that the product is noise. The asymmetry of smooth networks was .001 to
+# .15, that of ReLU networks in float32, where a step crosses kinks, .5 to 1; errors were 50 % to 4,000 % then.
+_NOISE = 0.5
 _UNRELIABLE = (
     "finite differences in {dtype} are not reliable here: the gradients ahead and behind are not symmetric "
     "(asymmetry {asymmetry:.2g}, expected less than 0.1), because a step crosses kinks, as of ReLU, or drowns in "
@@ -37,7 +37,7 @@ class FiniteDifferenceOperator(LossOperator):
     ε‖v‖ is cbrt(machine epsilon) · ‖w‖, over the weights that the loss uses; see `natural_step`. The first product
     shortens it, for all products, if the gradients ahead and behind are not symmetric around that at w, as Gill,
     Murray, Saunders and Wright (1983) choose intervals. Expect a relative error of 1e-4 in float32 and 1e-9 in float64.
-    Where no step length works, as for ReLU networks in float32, the first product warns.
+    Where no step length works, as for ReLU networks in float32, a product warns, once.
 
     Weights without a gradient, such as frozen ones or the padding of an embedding, do not move.
 
@@ -59,7 +59,8 @@ class FiniteDifferenceOperator(LossOperator):
         super().__init__(as_loss(loss, parameters))
         self._loss.fix_random_numbers()
         self._factor: float | None = None  # of the step length, once it is known
-        self._error = 0.0  # its estimated error, relative to the first product
+        self._largest = 0.0  # change of the gradient over the distance that the weights moved, so far
+        self._has_warned = False
         self._unseen: Tensor | None = None  # weights without a gradient, [n]; None before there are any
 
     def slope_and_curvature(self, v: Tensor, *, step: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -91,9 +92,6 @@ class FiniteDifferenceOperator(LossOperator):
 
     def _own_mixed_product(self, v: Tensor, hyperparameters: Sequence[Tensor]) -> list[Tensor | None]:
         ahead, behind, inverse_width = self._gradients(v, hyperparameters)
-        if self._error > _NOISE:
-            warnings.warn(_UNRELIABLE.format(dtype=self.dtype, asymmetry=self._error**0.5), stacklevel=2)
-            self._error = 0.0  # once
         known = [a is not None or b is not None for a, b in zip(ahead, behind, strict=True)]
         pairs = zip(zeros_for_none(ahead, hyperparameters), zeros_for_none(behind, hyperparameters), strict=True)
         return [(a - b) * inverse_width if any_known else None for any_known, (a, b) in zip(known, pairs, strict=True)]
@@ -118,18 +116,20 @@ class FiniteDifferenceOperator(LossOperator):
             chosen = pair(factor) if factor else None
             if chosen is None or (step and self._drowns(chosen)):
                 chosen = self._calibrated(pair, 1.0 / (natural * norm(v)))
-        count = len(space.tensors)
         unseen = self._without_gradient(chosen) & (v != 0.0)
         if bool(unseen.any()):
             self._unseen = unseen if self._unseen is None else unseen | self._unseen
             return self._gradients(v, inputs, step)
+        if not step:
+            self._warn_of_noise(chosen, unit * norm(v))
+        count = len(space.tensors)
         return chosen.ahead[count:], chosen.behind[count:], 1.0 / (2.0 * unit * chosen.factor)
 
     def _calibrated(self, pair: Callable[[float], _Pair], longest: float) -> _Pair:
         """Returns a pair of gradients at a step length that suits the loss, and keeps that length for all products."""
         eps = torch.finfo(self.dtype).eps
-        best, factors, self._error = None, list(_FACTORS), math.inf
-        while factors and self._error > eps ** (1 / 3):  # 6e-6 in float64, 5e-3 in float32: far from the optimum
+        best, factors, least = None, list(_FACTORS), math.inf
+        while factors and least > eps ** (1 / 3):  # 6e-6 in float64, 5e-3 in float32: far from the optimum
             tried = pair(factors.pop(0))
             change, asymmetry, size = self._norms(tried)
             if change <= eps**0.5 * size:  # rounding takes half of the digits, or more: a shorter step is no better
@@ -137,13 +137,21 @@ class FiniteDifferenceOperator(LossOperator):
             if change <= 100.0 * eps * size:
                 continue  # rounding alone
             error = (asymmetry / change) ** 2 + eps * size / change  # truncation and rounding
-            if error < self._error:
-                best, self._error = tried, error
+            if error < least:
+                best, least = tried, error
         if best is None:  # the product is zero, which says nothing of the step length
-            self._error = 0.0
             return tried
         self._factor = best.factor
         return best
+
+    def _warn_of_noise(self, pair: _Pair, length: float) -> None:
+        """Warns once of gradients that are not symmetric around w, compared with the largest change so far."""
+        change, asymmetry, _ = (number / (length * pair.factor) for number in self._norms(pair))
+        self._largest = max(self._largest, change)
+        if asymmetry > _NOISE * self._largest and not self._has_warned:
+            self._has_warned = True
+            relative = asymmetry / self._largest
+            warnings.warn(_UNRELIABLE.format(dtype=self.dtype, asymmetry=relative), stacklevel=2)
 
     def _without_gradient(self, pair: _Pair) -> Tensor:
         """Returns which weights have no gradient at w and on either side, [n].

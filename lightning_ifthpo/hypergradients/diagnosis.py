@@ -47,8 +47,8 @@ class Setting:
         elif not bool(self.outer.v.any()):
             found = self.unknown_weights() or Cause.ZERO_RIGHT_HAND_SIDE.describe()
         elif result.status.succeeded:
-            found = self._unused(result) or self._no_influence(result) or self._not_its_gradient()
-            found = found or self._not_at_minimum(result)
+            found = self._unused(result) or self._not_its_gradient()
+            found = found or self._not_at_minimum(result) or self._no_influence(result)
         else:
             found = self._no_curvature() or self.unknown_weights()
         return found or diagnose(
