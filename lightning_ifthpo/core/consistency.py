@@ -14,8 +14,8 @@ from lightning_ifthpo.core.step_length import relative_step, step_along
 # in float32 it was at most .08 over the first step and .03 over the second. It was .11 with a gradient reversal, and .6
 # to 3 with detached parts, straight-through estimators and hooks that scale.
 _TOLERANCE = 0.05
-# Estimated rounding of the losses over their change, for each step. Short steps cross no kinks of deep ReLU networks. In
-# deep networks with BatchNorm the estimate of rounding was ten times too small, and it matters less on long steps.
+# Estimated rounding of the losses over their change, for each step. Short steps cross no kinks of deep ReLU networks.
+# With BatchNorm the estimate of rounding was ten times too small, and rounding matters less on long steps.
 _RESOLUTIONS = (1e-3, 1e-4, 5e-3, 1e-5, 1e-6)
 _UNDERESTIMATE = 10.0
 
