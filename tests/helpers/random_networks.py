@@ -86,12 +86,16 @@ class Attention(nn.Module):
 
 
 class HardSigmoid(nn.Module):
-    """torch's has no second derivative; the plain one is the same function, with 1/6 rounded to float32 as there."""
+    """torch's has no second derivative; the plain one is the same, with a slope of 1/6 rounded to float32 as there."""
 
     plain = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu6(x + 3) * torch.tensor(1 / 6).item() if self.plain else F.hardsigmoid(x)
+        if not self.plain:
+            return F.hardsigmoid(x)
+        clamped = F.relu6(x + 3)
+        sixth = torch.tensor(1 / 6).item() * clamped
+        return (clamped / 6).detach() + sixth - sixth.detach()
 
 
 class WeightNorm(nn.Module):

@@ -161,6 +161,8 @@ def check_run(description: Description, callback: L.Callback, check: Callable[[R
     said = run.warnings - plain.warnings
     differing = disturbed(plain, run, but_weights=isinstance(callback, ExactGeN))
     assert not differing, differing
+    if any("finite differences in" in message and "are not reliable" in message for message in said):
+        return "refused"  # with inputs that choose a row by a threshold, the loss jumps
     if run.metrics.get("sharpness/failures") or run.metrics.get("hypergrad/skipped"):
         assert said, "failed without a warning"
         assert description.may_be_refused or any(reason in str(said) for reason in HONEST), f"failed: {said}"
