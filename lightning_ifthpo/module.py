@@ -24,9 +24,8 @@ class BilevelLightningModule:
 
     Define `outer_loss(batch)`, and either `inner_loss(batch)` or `training_step`. By default `training_step` logs and
     returns `inner_loss`, and `validation_step` `outer_loss`. The losses must return a scalar tensor, and may use
-    dropout, BatchNorm, metrics and `self.log`. When the callback evaluates them, it undoes side effects on the module:
-    rebound attributes, tensors changed in place, appended lists. It cannot undo others (a file, a list in a list, a
-    hook's own memory).
+    dropout, BatchNorm, metrics and `self.log`. When the callback evaluates them, it undoes side effects on the module,
+    see `lightning_ifthpo.core.module_state.ModuleState`. It cannot undo others (a file, a global variable).
 
     >>> import lightning as L
     >>> class Ridge(BilevelLightningModule, L.LightningModule):

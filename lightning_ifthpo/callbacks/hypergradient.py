@@ -104,6 +104,7 @@ class IFTHypergradient(PeriodicCallback):
         self._has_warned_of_unfrozen = False
         self._optimizer_states: list[dict[str, Any]] = []
         self._is_tested = False
+        self._has_remarked = False
 
     @property
     def state_key(self) -> str:
@@ -257,9 +258,16 @@ class IFTHypergradient(PeriodicCallback):
         self.skipped += 1
         self._warn_once(f"{reason}. It is skipped; further ones are not reported, but counted in hypergrad/skipped")
 
+    def _remark(self, diagnosis: str) -> None:
+        """Warns once of what is wrong with a result although its solve succeeded."""
+        if diagnosis and not self._has_remarked:
+            self._has_remarked = True
+            rank_zero_warn(f"hyper step {self._active_stepper.steps}: {diagnosis}")
+
     def _accepts(self, result: Hypergradient, doubt: str) -> bool:
         """Returns whether to use a result, and reports a failed solve, or a doubt about the outer loss."""
         if result.status.succeeded and not doubt:
+            self._remark(result.diagnosis)
             return True
         reason = f"hyper step {self._active_stepper.steps} "
         reason += f"is doubtful: {doubt}" if doubt else f"ended with status {result.status.value!r}: {result.diagnosis}"

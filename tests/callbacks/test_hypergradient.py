@@ -268,3 +268,17 @@ def test_it_serves_pytorch_lightning_too():
     trainer.fit(module, loader(), loader(seed=2))
     assert module.decay.decays()[0].item() != pytest.approx(0.01, rel=1e-3)
     assert set(dtypes) == {torch.float32}
+
+
+def test_an_outer_loss_that_does_not_depend_on_the_weights_is_reported_once():
+    class Alone(Classifier):
+        def outer_loss(self, batch):
+            return sum(decay.square().sum() for decay in self.hyperparameters())
+
+    with pytest.warns(
+        UserWarning, match="hyper step 1: zero right-hand side: the outer loss does not depend"
+    ) as caught:
+        _, trainer, _ = trained([IFTHypergradient(1)], Alone)
+    assert len([warning for warning in caught if "zero right-hand side" in str(warning.message)]) == 1
+    assert float(trainer.callback_metrics["hypergrad/skipped"]) == 0
+    assert float(trainer.callback_metrics["hypergrad/direct_norm"]) > 0

@@ -1,6 +1,6 @@
-"""Prints the situations of tests/helpers/situations.py and what is said of them, as Markdown.
+"""Prints docs/diagnoses.md: every diagnosis, and what is said of the situations of tests/helpers/situations.py.
 
-python -m tests.helpers.diagnosis_table
+python -m tests.helpers.diagnosis_table > docs/diagnoses.md
 """
 
 from __future__ import annotations
@@ -52,11 +52,26 @@ def causes() -> str:
     return "\n".join(rows)
 
 
+def page() -> str:
+    """Returns the page of the documentation."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        parts = [
+            "# Diagnoses",
+            "Why a hypergradient is missing or wrong, in words. A diagnosis fills in the numbers, and leaves out remedies "
+            "that are in use already. Made by `python -m tests.helpers.diagnosis_table`.",
+            causes(),
+            "## Situations with a known fault",
+            table(faulty()),
+            "## Healthy situations",
+            table(healthy()),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
 def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-    for part in (causes(), table(faulty()), table(healthy())):
-        print(part, end="\n\n")
+    print(page(), end="")
 
 
 if __name__ == "__main__":

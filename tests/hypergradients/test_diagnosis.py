@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,12 @@ from tests.helpers.situations import Situation, faulty, healthy, softmax
 def test_the_diagnosis_names_the_true_cause(situation):
     diagnosis, succeeded = situation.run()
     assert diagnosis_table.is_right(situation, diagnosis, succeeded), diagnosis
+
+
+@pytest.mark.slow
+def test_the_page_of_the_documentation_is_what_is_said_now():
+    page = Path(__file__).parents[2] / "docs" / "diagnoses.md"
+    assert page.read_text(encoding="utf-8") == diagnosis_table.page()
 
 
 def test_the_battery_is_large_and_knows_every_cause():
