@@ -24,6 +24,7 @@ from lightning_ifthpo.runtime.outer_data import find_outer_data
 from lightning_ifthpo.runtime.precision import CurvaturePrecision
 from lightning_ifthpo.runtime.requirements import check_module, check_precision
 from lightning_ifthpo.solvers import Amortized, Solver, Status
+from lightning_ifthpo.solvers.causes import Cause
 
 
 class IFTHypergradient(PeriodicCallback):
@@ -259,8 +260,9 @@ class IFTHypergradient(PeriodicCallback):
         self._warn_once(f"{reason}. It is skipped; further ones are not reported, but counted in hypergrad/skipped")
 
     def _remark(self, diagnosis: str) -> None:
-        """Warns once of what is wrong with a result although its solve succeeded."""
-        if diagnosis and not self._has_remarked:
+        """Warns once if nothing can be tuned although the solve succeeded; residuals of a fit say little."""
+        telling = (Cause.ZERO_RIGHT_HAND_SIDE, Cause.NO_INFLUENCE)
+        if not self._has_remarked and any(cause.words in diagnosis for cause in telling):
             self._has_remarked = True
             rank_zero_warn(f"hyper step {self._active_stepper.steps}: {diagnosis}")
 

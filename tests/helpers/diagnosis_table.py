@@ -58,8 +58,8 @@ def page() -> str:
         warnings.simplefilter("ignore")
         parts = [
             "# Diagnoses",
-            "Why a hypergradient is missing or wrong, in words. A diagnosis fills in the numbers, and leaves out remedies "
-            "that are in use already. Made by `python -m tests.helpers.diagnosis_table`.",
+            "Why a hypergradient is missing or wrong, in words. A diagnosis fills in the numbers, and leaves out "
+            "remedies that are in use already. Made by `python -m tests.helpers.diagnosis_table`.",
             causes(),
             "## Situations with a known fault",
             table(faulty()),
