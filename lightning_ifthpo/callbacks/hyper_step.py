@@ -92,15 +92,13 @@ class HyperStepper:
         # a rate may be zero at the beginning only
         self._moving = self._names_of_moving(at_any_rate=True)
         with self._session(), differentiable(self._hyperparameters):
-            inner_loss = self._losses.inner(batch)
-            value, outputs = inner_loss.evaluate()
-            inner = _require_finite(inner_loss.combine(value), "inner_loss")
             outer = OuterGradient.of(self._losses.outer(outer_batch).over(self._weights), self._hyperparameters)
-            self._outer_level.begin(min(inner, _require_finite(outer.value, "outer_loss")))
-            if self._curvature == "auto":
-                self._curvature = "gauss_newton" if outputs else "hessian"
+            if not bool(outer.value.isfinite()):
+                value = float(outer.value)
+                raise ValueError(f"outer_loss is {value} on the first batch; check the data and the initial weights")
             loss = self._losses.inner(batch, scale=self._loss_scale).over(self._weights)
             operator, self._curvature = trusted_operator(self._losses, loss, self._curvature, "IFTHypergradient")
+            self._outer_level.begin(min(abs(float(operator.loss)), abs(float(outer.value))))
             mixed = operator.mixed_product(outer.v, self._hyperparameters)
         pairs = zip(outer.direct, mixed, strict=True)
         self._check_influence({index for index, pair in enumerate(pairs) if pair == (None, None)})
@@ -233,10 +231,3 @@ class HyperStepper:
         for name in names:
             if name not in used:
                 raise ValueError(Cause.NO_INFLUENCE.describe(name=f"hyperparameter {name!r}"))
-
-
-def _require_finite(value: Tensor, name: str) -> float:
-    """Returns the size of a loss; raises ValueError unless it is finite."""
-    if not bool(value.isfinite()):
-        raise ValueError(f"{name} is {float(value)} on the first batch; check the data and the initial weights")
-    return abs(float(value))

@@ -260,9 +260,8 @@ class IFTHypergradient(PeriodicCallback):
         self._warn_once(f"{reason}. It is skipped; further ones are not reported, but counted in hypergrad/skipped")
 
     def _remark(self, diagnosis: str) -> None:
-        """Warns once if nothing can be tuned although the solve succeeded; residuals of a fit say little."""
-        telling = (Cause.ZERO_RIGHT_HAND_SIDE, Cause.NO_INFLUENCE)
-        if not self._has_remarked and any(cause.words in diagnosis for cause in telling):
+        """Warns once if the outer loss ignores the weights; other remarks on a solve that succeeded pass in a fit."""
+        if not self._has_remarked and Cause.ZERO_RIGHT_HAND_SIDE.words in diagnosis:
             self._has_remarked = True
             rank_zero_warn(f"hyper step {self._active_stepper.steps}: {diagnosis}")
 

@@ -38,12 +38,14 @@ class Structure:
     Attributes:
         value: L on the global batch, detached.
         gradient: ∂L/∂w, [n].
+        marks_outputs: Whether the loss returned or marked outputs.
         custom: Names of the custom functions in the graph.
         is_smooth: Whether the gradient has no jumps, as with ReLU.
     """
 
     value: Tensor
     gradient: Tensor
+    marks_outputs: bool = False
     custom: Sequence[str] = ()
     is_smooth: bool = False
 
@@ -57,10 +59,11 @@ def check_complete(loss: Loss) -> Structure:
 
     Cost: 1.7 gradients.
     """
-    value, _ = loss.evaluate()
+    value, outputs = loss.evaluate()
     found = loss.combine(loss.space.flatten(vjp([value], loss.parameters)))
     expected = loss.combine(loss.space.flatten(_gradients_by_backward(value, loss.parameters)))
-    structure = Structure(loss.combine(value), found, custom_functions([value]), is_smooth([value]))
+    functions, smooth = custom_functions([value]), is_smooth([value])
+    structure = Structure(loss.combine(value), found, bool(outputs), functions, smooth)
     if _differ(found, expected, torch.finfo(found.dtype).eps ** 0.5):  # sums in another order differ by some eps
         raise SecondDerivativeError(
             f"{loss.name} uses weights inside a function that runs a backward pass of its own, where "
@@ -92,7 +95,7 @@ def verified_operator(
         AsymmetricCurvatureError: If products are not symmetric, or not linear.
         SecondDerivativeError: If a second derivative is left out or wrong for another reason.
 
-    Cost: two forward passes; and one product and two gradients for the Hessian of a smooth loss, else two products.
+    Cost: two forward passes; and one product and one gradient for the Hessian of a smooth loss, else two products.
     What differs, and custom functions, cost up to one operator, two products and seven gradients more.
     """
     precise = structure.is_smooth or loss.space.dtype is torch.float64
@@ -100,7 +103,7 @@ def verified_operator(
     # before there is an operator, whose graph does not survive that weights move
     follows = tolerance is not None or follows_its_gradient(loss, structure.gradient, structure.value)
     v = _probe(loss.space, structure.gradient)
-    difference = _difference(loss, v, structure) if comparable else None
+    difference = _one_sided_difference(loss, v, structure) if comparable else None
     operator = curvature_operator(curvature, loss, loss.parameters)
     if curvature == "finite_difference":
         return operator, follows
@@ -170,13 +173,26 @@ def _gradients_by_backward(value: Tensor, weights: Sequence[Tensor]) -> list[Ten
             leaf.grad = grad
 
 
-def _difference(loss: Loss, v: Tensor, structure: Structure, shortening: float = 1.0) -> Tensor:
-    """Returns Hv by differences of gradients."""
+def _one_sided_difference(loss: Loss, v: Tensor, structure: Structure) -> Tensor:
+    """Returns Hv by a difference of two gradients, of which one is known; exact to some √eps for a smooth loss."""
     space = loss.space
+    step = torch.finfo(space.dtype).eps ** 0.5 * _natural_step(loss, v, structure)
+    with loss.along(space.split(step * v)) as at:
+        ahead = space.flatten(vjp([at(1.0)], space.tensors))
+    difference: Tensor = (loss.combine(ahead) - structure.gradient) / step
+    return difference
+
+
+def _natural_step(loss: Loss, v: Tensor, structure: Structure) -> float:
     if not bool(v.any()):
-        return torch.zeros_like(v)
-    natural = natural_step(v, space.values, structure.gradient, float(structure.value))
-    step = shortening * relative_step(space.dtype) * natural
+        return 1.0
+    return natural_step(v, loss.space.values, structure.gradient, float(structure.value))
+
+
+def _difference(loss: Loss, v: Tensor, structure: Structure, shortening: float) -> Tensor:
+    """Returns Hv by a difference of gradients on both sides."""
+    space = loss.space
+    step = shortening * relative_step(space.dtype) * _natural_step(loss, v, structure)
     with loss.along(space.split(step * v)) as at:
         ahead, behind = (space.flatten(vjp([at(sign)], space.tensors)) for sign in (1.0, -1.0))
     difference: Tensor = loss.combine(ahead - behind) / (2.0 * step)

@@ -77,7 +77,9 @@ def implicit_hypergradient(
         outer_gradient = OuterGradient.of(outer, hyperparameters)
         operator = curvature_operator(curvature, inner, parameters)
         if not inner.is_verified and (custom := operator.custom_functions):
-            operator, _ = verified_operator(curvature, inner, Structure(operator.loss, operator.gradient, custom))
+            operator, _ = verified_operator(
+                curvature, inner, Structure(operator.loss, operator.gradient, custom=custom)
+            )
         solution = solver.solve(operator, outer_gradient.v, x0)
         mixed = _mixed_product(operator, solution.x, hyperparameters)
         setting = Setting(inner, outer_gradient, operator, solver, curvature)

@@ -34,16 +34,22 @@ def trusted_operator(losses: ModuleLosses, loss: Loss, curvature: Any, user: str
     Args:
         losses: The losses of the module.
         loss: The inner loss on the first batch.
-        curvature: Name of the curvature.
+        curvature: Name of the curvature; "auto" takes Gauss–Newton if the loss marks outputs, else the Hessian.
         user: Name of the callback, for the warning.
 
     Raises:
+        ValueError: If the loss is not finite.
         SecondDerivativeError: If finite differences cannot replace the curvature: in half precision, because the
             gradient is not that of a function, or because `torch.autograd.grad` does not find all of it.
 
     Cost: 1.7 gradients, and see `verified_operator`.
     """
     structure = check_complete(loss)
+    if not bool(structure.value.isfinite()):
+        value = float(structure.value)
+        raise ValueError(f"{loss.name} is {value} on the first batch; check the data and the initial weights")
+    if curvature == "auto":
+        curvature = "gauss_newton" if structure.marks_outputs else "hessian"
     try:
         tolerance = _HALF if losses.has_low_precision else None
         operator, follows = verified_operator(curvature, loss, structure, tolerance=tolerance)
