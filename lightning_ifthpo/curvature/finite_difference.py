@@ -97,9 +97,9 @@ class FiniteDifferenceOperator(LossOperator):
         return [(a - b) * inverse_width if any_known else None for any_known, (a, b) in zip(known, pairs, strict=True)]
 
     def _gradients(
-        self, v: Tensor, inputs: Sequence[Tensor], step: float = 0.0
+        self, v: Tensor, inputs: Sequence[Tensor], step: float | None = None
     ) -> tuple[_Gradients, _Gradients, float]:
-        """Returns ∂L/∂inputs at w + εv and at w − εv, and 1 / 2ε."""
+        """Returns ∂L/∂inputs at w + εv and at w − εv, and 1 / 2ε. A look has a step, which may be zero."""
         v = v if self._unseen is None else v.masked_fill(self._unseen, 0.0)
         if not bool(v.any()):
             return [None] * len(inputs), [None] * len(inputs), 0.0
@@ -112,7 +112,7 @@ class FiniteDifferenceOperator(LossOperator):
                 ahead, behind = (vjp([at(sign * factor)], [*space.tensors, *inputs]) for sign in (1.0, -1.0))
                 return _Pair(factor, ahead, behind)
 
-            factor = step / unit or self._factor
+            factor = (step or 0.0) / unit or self._factor
             chosen = pair(factor) if factor else None
             if chosen is None or (step and self._drowns(chosen)):
                 chosen = self._calibrated(pair, 1.0 / (natural * norm(v)))
@@ -120,7 +120,7 @@ class FiniteDifferenceOperator(LossOperator):
         if bool(unseen.any()):
             self._unseen = unseen if self._unseen is None else unseen | self._unseen
             return self._gradients(v, inputs, step)
-        if not step:
+        if step is None:
             self._warn_of_noise(chosen, unit * norm(v))
         count = len(space.tensors)
         return chosen.ahead[count:], chosen.behind[count:], 1.0 / (2.0 * unit * chosen.factor)
