@@ -18,7 +18,7 @@ def lazy_copy(tensor: Tensor) -> Tensor:
     allocate (a mapped file, shared memory, a NumPy array) is copied at once.
     """
     source = tensor.detach()
-    if source.layout is torch.strided and source.device.type in ("cpu", "cuda") and source.nbytes >= _LARGE:
+    if _has_plain_memory(source) and source.device.type in ("cpu", "cuda") and source.nbytes >= _LARGE:
         try:
             # Private: torch has no public name for copy on write.
             return source._lazy_clone()
@@ -31,15 +31,23 @@ class TensorState:
     """Contents, `.grad` and `requires_grad` of a tensor when the object is made, and the way back to them.
 
     Contents are written back only where they have changed: never into an expanded tensor or a read-only mapped file.
+
+    Args:
+        tensor: The tensor.
+        keeps_weights: Whether the contents are needed of a tensor that requires a gradient.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, *, keeps_weights: bool = True) -> None:
         self.tensor = tensor
         self._memory = tensor.data  # the same memory, which `tensor.data = other` would exchange
         self._entries = _without_repetitions(self._memory)
-        # Weights stay where they are: others may know the place in memory, such as captured CUDA graphs.
-        self._copy = self._entries.clone() if tensor.requires_grad else lazy_copy(self._entries)
         self._requires_grad = tensor.requires_grad
+        self._copy = self._entries
+        if keeps_weights or not tensor.requires_grad:
+            # Weights stay where they are: others may know the place in memory, such as captured CUDA graphs.
+            self._copy = self._entries.clone() if tensor.requires_grad else lazy_copy(self._entries)
+        self._version = tensor._version
+        self._is_lazy = _is_shared(self._entries)
         self._grad = tensor.grad if tensor.is_leaf else None
         self._grad_state = None if self._grad is None else TensorState(self._grad)
 
@@ -50,35 +58,57 @@ class TensorState:
         self.tensor.data = self._memory
         if self.tensor.is_leaf:
             self.tensor.requires_grad_(self._requires_grad)
-        self.restore_grad()
-
-    def restore_visibly(self) -> None:
-        """Restores the contents so that a graph that has kept the changed ones raises an error."""
-        self.tensor.data = self._memory
-        if not self._is_unchanged():
-            with torch.no_grad():
-                _without_repetitions(self.tensor).copy_(self._copy)
-
-    def restore_grad(self) -> None:
-        """Restores `.grad`, and its contents."""
-        if self.tensor.is_leaf and self.tensor.grad is not self._grad:
             self.tensor.grad = self._grad
         if self._grad_state is not None:
             self._grad_state.restore()
 
+    def rewind(self) -> None:
+        """Restores contents and `.grad` between two evaluations; weights that somebody moves stay as they are.
+
+        A graph that has kept changed contents raises an error. What was written behind the version counter, to a small
+        tensor, is left to `restore`: reading all contents would take longer than the evaluation.
+        """
+        if not self.tensor.requires_grad and self._was_touched():
+            self.tensor.data = self._memory
+            if not self._is_unchanged():
+                with torch.no_grad():
+                    _without_repetitions(self.tensor).copy_(self._copy)
+            self._version = self.tensor._version
+        if self._grad is not None or (self.tensor.is_leaf and self.tensor.grad is not None):
+            self.tensor.grad = self._grad
+            if self._grad_state is not None:
+                self._grad_state.rewind()
+
+    def _was_touched(self) -> bool:
+        if self._is_lazy:
+            return not _is_shared(self._entries)
+        # `data_ptr` of a tensor without memory of its own, such as a sparse one, raises
+        moved = _has_plain_memory(self._memory) and self.tensor.data_ptr() != self._memory.data_ptr()
+        return moved or self.tensor._version != self._version
+
     def _is_unchanged(self) -> bool:
-        # Private: torch gives a tensor memory of its own at the first write, and nothing public says that it did.
-        if self._entries.layout is not torch.strided:
-            return False
-        shared: bool = torch._C._is_cow_tensor(self._entries)  # type: ignore[attr-defined]
-        return shared or torch.equal(_as_integers(self._entries), _as_integers(self._copy))
+        if self._copy is self._entries or _is_shared(self._entries):
+            return True
+        # On an accelerator a comparison waits for the device; memory that must not be written to is on the CPU.
+        plain = self._entries.device.type == "cpu" and _has_plain_memory(self._entries)
+        return plain and torch.equal(_as_integers(self._entries), _as_integers(self._copy))
 
 
 def has_state(tensor: Tensor) -> bool:
     """Returns whether a tensor has memory that may change: not on meta devices, in inference mode or inside `vmap`."""
-    if is_lazy(tensor) or tensor.is_meta or tensor.is_inference():
+    if is_lazy(tensor) or tensor.is_meta or tensor.is_inference() or tensor.is_nested:
         return False
     return torch.func.debug_unwrap(tensor) is tensor
+
+
+def _is_shared(tensor: Tensor) -> bool:
+    """Returns whether a tensor still shares its memory with a lazy copy."""
+    # Private: torch gives a tensor memory of its own at the first write, and nothing public says that it did.
+    return _has_plain_memory(tensor) and torch._C._is_cow_tensor(tensor)  # type: ignore[attr-defined]
+
+
+def _has_plain_memory(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_quantized
 
 
 def _as_integers(tensor: Tensor) -> Tensor:
@@ -89,7 +119,7 @@ def _as_integers(tensor: Tensor) -> Tensor:
 
 def _without_repetitions(tensor: Tensor) -> Tensor:
     """Returns a tensor without the repetitions that `expand` makes, which are all the same place in memory."""
-    if tensor.layout is torch.strided:
+    if _has_plain_memory(tensor):
         for dimension, stride in enumerate(tensor.stride()):
             if stride == 0 and tensor.shape[dimension] > 1:
                 tensor = tensor.narrow(dimension, 0, 1)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
+import array
+import copyreg
 import io
-import random
-import sys
 import types
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,13 +20,18 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lightning_ifthpo.core.copies import TensorState, has_state, lazy_copy
+from lightning_ifthpo.core.restoring import (
+    generator_restorer,
+    has_own_attributes,
+    hook_dicts,
+    is_from_library,
+    refill,
+    restore_attributes,
+)
 from lightning_ifthpo.core.rewindable import Rewindable
 
-# Objects of these packages are not looked into, nor those of classes that inherit from them: a Trainer, an optimizer or
-# a data set leads to everything else.
-_LIBRARIES = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "numpy", "threading", "logging"}
-_NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
-_LONG = 10_000  # entries; a longer list is copied as a whole, but nothing inside it
+_LONG = 256  # entries; longer lists hold data, and are copied as a whole, but nothing inside them
+_LARGE_ARRAY = 2**24  # bytes; larger NumPy arrays hold data, and are left alone
 
 _inside_restored: ContextVar[bool] = ContextVar("_inside_restored", default=False)
 
@@ -53,6 +57,7 @@ class ModuleState:
         self._looks_into_hooks = hooks
         self._hooks: list[Callable[[], object]] = []
         self._seen: set[int] = set()
+        self._rewindables: dict[int, Rewindable] = {}
         self._restorers: list[Callable[[], object]] = []  # run in reverse: contents first, attributes last
         self._tensors: list[TensorState] = []
         self._exchanged: list[tuple[MutableMapping[str, Any], str, Tensor | Rewindable]] = []
@@ -93,9 +98,7 @@ class ModuleState:
         """Returns to the state between two evaluations: tensors that require a gradient stay as they are."""
         self._restore_objects()
         for state in self._tensors:
-            if not state.tensor.requires_grad:
-                state.restore_visibly()
-            state.restore_grad()
+            state.rewind()
 
     def restore(self) -> None:
         """Returns to the state, bit for bit."""
@@ -124,20 +127,50 @@ class ModuleState:
             self._add_module(value)
         elif isinstance(value, Tensor):
             if has_state(value):
-                self._tensors.append(TensorState(value))
+                self._tensors.append(TensorState(value, keeps_weights=self._looks_into_hooks))
         elif isinstance(value, (list, dict, set, deque)):
-            self._restorers.append(partial(_refill, value, value.copy()))
-            self._add_all(value)
+            self._add_container(value)
         elif isinstance(value, tuple):
             self._add_all(value)
+        elif isinstance(value, np.ndarray):
+            if value.nbytes <= _LARGE_ARRAY and value.flags.writeable:
+                self._restorers.append(partial(np.copyto, value, value.copy()))
+        elif isinstance(value, (bytearray, array.array)):
+            self._restorers.append(partial(value.__setitem__, slice(None), value[:]))
+        elif isinstance(value, partial):
+            self._add_all([value.func, value.args, value.keywords])
         elif isinstance(value, types.FunctionType):
             self._add_closure(value)
         elif isinstance(value, types.MethodType):
             self._add(value.__self__)
-        elif (restore := _generator_restorer(value)) is not None:
+        elif (restore := generator_restorer(value)) is not None:
             self._restorers.append(restore)
-        elif _has_own_attributes(value.__class__):
-            self._add_attributes(vars(value))
+        elif has_own_attributes(value.__class__):
+            self._add_slots(value)
+            if hasattr(value, "__dict__"):
+                self._add_attributes(vars(value))
+
+    def _add_container(self, container: Any) -> None:
+        self._restorers.append(partial(refill, container, container.copy()))
+        if len(container) <= _LONG:
+            if isinstance(container, (list, dict)):
+                for place, value in list(container.items() if isinstance(container, dict) else enumerate(container)):
+                    self._add_iterator(container, place, value)
+            self._add_all(container)
+
+    def _add_slots(self, value: Any) -> None:
+        for name in copyreg._slotnames(type(value)):  # type: ignore[attr-defined]
+            if hasattr(value, name):
+                self._restorers.append(partial(setattr, value, name, getattr(value, name)))
+                self._add(getattr(value, name))
+
+    def _add_iterator(self, namespace: Any, name: Any, value: Any) -> bool:
+        """Lets evaluations read ahead of an iterator; returns whether the value is one of Python's own or of torch."""
+        if not isinstance(value, Iterator) or isinstance(value, io.IOBase) or has_own_attributes(type(value)):
+            return False
+        source = value if isinstance(value, Rewindable) else self._rewindables.setdefault(id(value), Rewindable(value))
+        self._exchanged.append((namespace, name, source))
+        return True
 
     def _add_all(self, values: Any) -> None:
         if len(values) <= _LONG:
@@ -150,35 +183,46 @@ class ModuleState:
             self._add(tensor)
         for child in module.children():
             self._add(child)
+        # inside torch.func.functional_call, which puts its parameters and buffers back by itself
+        exchanged = any(not isinstance(parameter, nn.Parameter | None) for parameter in parameters)
+        if type(module).__module__.startswith("torch.nn.modules.") and not exchanged and not any(hook_dicts(module)):
+            self._add_layer(module)
+            return
         if isinstance(module, torch.jit.ScriptModule):  # its attributes live in C++
             return
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             self._exchange(module._buffers, name, buffer)
-        # inside torch.func.functional_call, which puts its parameters and buffers back by itself
-        if any(not isinstance(parameter, nn.Parameter | None) for parameter in parameters):
+        if exchanged:
             self._seen |= {id(module._parameters), id(module._buffers)}
-        for name, hooks in vars(module).items():
-            if name.startswith("_") and "hooks" in name and isinstance(hooks, dict):
-                # restored at the end only, because a library may hook layers for a few evaluations
-                self._hooks.append(partial(_refill, hooks, hooks.copy()))
-                self._seen.add(id(hooks))
-                if self._looks_into_hooks:
-                    self._add_all(hooks)
+        for hooks in hook_dicts(module):
+            # restored at the end only, because a library may hook layers for a few evaluations
+            self._hooks.append(partial(refill, hooks, hooks.copy()))
+            self._seen.add(id(hooks))
+            if self._looks_into_hooks:
+                self._add_all(hooks)
         self._add_attributes(vars(module))
 
+    def _add_layer(self, layer: nn.Module) -> None:
+        """Adds one of torch's own layers, whose attributes are options that no forward pass changes, without hooks."""
+        attributes = vars(layer)
+        self._restorers.append(partial(restore_attributes, attributes, attributes.copy()))
+        for name in ("_parameters", "_buffers", "_modules"):
+            self._restorers.append(partial(refill, attributes[name], attributes[name].copy()))
+        for hooks in hook_dicts(layer):
+            self._hooks.append(hooks.clear)
+        for name, buffer in layer.named_buffers(recurse=False, remove_duplicate=False):
+            self._exchange(layer._buffers, name, buffer)
+
     def _add_attributes(self, attributes: dict[str, Any]) -> None:
-        self._restorers.append(partial(_restore_attributes, attributes, attributes.copy()))
+        self._restorers.append(partial(restore_attributes, attributes, attributes.copy()))
         for name, value in attributes.items():
-            if isinstance(value, Iterator) and not isinstance(value, io.IOBase):
-                source = value if isinstance(value, Rewindable) else Rewindable(value)
-                self._exchanged.append((attributes, name, source))
-            else:
+            if not self._add_iterator(attributes, name, value):
                 self._add(value)
                 if isinstance(value, Tensor):
                     self._exchange(attributes, name, value)
 
     def _add_closure(self, function: types.FunctionType) -> None:
-        if function.__closure__ and not _is_from_library(function.__module__):
+        if function.__closure__ and not is_from_library(function.__module__):
             for cell in function.__closure__:
                 if cell != types.CellType():  # an empty cell has no contents yet
                     self._restorers.append(partial(setattr, cell, "cell_contents", cell.cell_contents))
@@ -230,41 +274,3 @@ def modules_rewound() -> Iterator[None]:
         for state in reversed(states):
             state.restore_flags()
             state.rewind()
-
-
-def _restore_attributes(attributes: dict[str, Any], before: dict[str, Any]) -> None:
-    attributes.update(before)  # an interruption never leaves a module without attributes
-    for name in attributes.keys() - before.keys():
-        del attributes[name]
-
-
-def _refill(container: Any, contents: Any) -> None:
-    if container or contents:  # most are the empty dicts of hooks
-        container.clear()
-        (container.extend if isinstance(container, (list, deque)) else container.update)(contents)
-
-
-def _generator_restorer(value: Any) -> Callable[[], object] | None:
-    """Returns the function that restores a random generator; None for other objects."""
-    if isinstance(value, torch.Generator):
-        return partial(value.set_state, value.get_state())
-    if isinstance(value, random.Random):
-        return partial(value.setstate, value.getstate())
-    if isinstance(value, np.random.Generator):
-        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
-    if isinstance(value, np.random.RandomState):
-        return partial(value.set_state, value.get_state())
-    return None
-
-
-@lru_cache(maxsize=1024)
-def _has_own_attributes(kind: type) -> bool:
-    """Returns whether objects of a class are looked into: not those of libraries."""
-    if kind in _NAMESPACES:
-        return True
-    own = kind.__module__.split(".")[0] not in sys.stdlib_module_names
-    return own and kind.__dictoffset__ != 0 and not any(_is_from_library(base.__module__) for base in kind.__mro__)
-
-
-def _is_from_library(module: str | None) -> bool:
-    return (module or "").split(".")[0] in _LIBRARIES

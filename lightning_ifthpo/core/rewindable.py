@@ -23,6 +23,8 @@ class Rewindable(Iterator[Any]):
         return self.read_ahead.popleft() if self.read_ahead else next(self.source)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "source":  # while a copy is being made
+            raise AttributeError(name)
         return getattr(self.source, name)
 
     def ahead(self) -> Iterator[Any]:

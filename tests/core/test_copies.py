@@ -101,7 +101,7 @@ def test_what_cannot_be_written_to_is_left_alone(name):
     tensor = READ_ONLY[name]()
     state, before = TensorState(tensor), tensor.clone()
     state.restore()
-    state.restore_visibly()
+    state.rewind()
     assert torch.equal(tensor, before)
 
 
@@ -111,7 +111,7 @@ def test_a_read_only_mapped_file_is_not_written_to(tmp_path):
     mapped = torch.from_numpy(np.load(tmp_path / "array.npy", mmap_mode="r"))
     state = TensorState(mapped)
     state.restore()  # writing would end the process
-    state.restore_visibly()
+    state.rewind()
     assert mapped[0] == 1.0
 
 
@@ -163,7 +163,7 @@ def test_a_graph_that_has_kept_changed_values_raises_an_error():
     state = TensorState(factor)
     factor.add_(1.0)
     loss = (x * factor).sum()
-    state.restore_visibly()
+    state.rewind()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 

@@ -1,0 +1,82 @@
+"""The way back for single objects: namespaces, containers and random generators."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import types
+from collections import deque
+from collections.abc import Callable
+from functools import lru_cache, partial
+from operator import is_
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lightning_ifthpo.core.rewindable import Rewindable
+
+# Objects of these packages are not looked into, nor those of classes that inherit from them: a Trainer, an optimizer or
+# a data set leads to everything else.
+_LIBRARIES = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "numpy", "threading", "logging"}
+_NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
+
+
+def hook_dicts(module: nn.Module) -> list[dict[int, Any]]:
+    """Returns the dicts of hooks of a module; their names are private to torch."""
+    return [value for name, value in vars(module).items() if "_hooks" in name and isinstance(value, dict)]
+
+
+def restore_attributes(attributes: dict[str, Any], before: dict[str, Any]) -> None:
+    """Gives a namespace its earlier entries again."""
+    if _is_same(attributes, before):
+        return
+    attributes.update(before)  # an interruption never leaves a module without attributes
+    for name in attributes.keys() - before.keys():
+        del attributes[name]
+
+
+def refill(container: Any, contents: Any) -> None:
+    """Gives a list, dict, set or deque its earlier contents again."""
+    if _is_same(container, contents):
+        return
+    container.clear()
+    (container.extend if isinstance(container, (list, deque)) else container.update)(contents)
+
+
+def _is_same(container: Any, contents: Any) -> bool:
+    """Returns whether a container has the same entries in the same order; most are the empty dicts of hooks."""
+    if len(container) != len(contents):
+        return False
+    if isinstance(container, dict) and not all(map(is_, container.values(), contents.values())):
+        return False
+    return all(map(is_, container, contents))
+
+
+def generator_restorer(value: Any) -> Callable[[], object] | None:
+    """Returns the function that restores a random generator; None for other objects."""
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, random.Random):
+        return partial(value.setstate, value.getstate())
+    if isinstance(value, np.random.Generator):
+        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    if isinstance(value, np.random.RandomState):
+        return partial(value.set_state, value.get_state())
+    return None
+
+
+@lru_cache(maxsize=1024)
+def has_own_attributes(kind: type) -> bool:
+    """Returns whether objects of a class are looked into: not those of libraries."""
+    if kind in _NAMESPACES:
+        return True
+    own = kind.__module__.split(".")[0] not in sys.stdlib_module_names and kind is not Rewindable
+    return own and not any(is_from_library(base.__module__) for base in kind.__mro__)
+
+
+def is_from_library(module: str | None) -> bool:
+    """Returns whether a module belongs to a library whose objects are not looked into."""
+    return (module or "").split(".")[0] in _LIBRARIES
