@@ -114,7 +114,9 @@ class BilevelLightningModule:
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Completes a checkpoint without hyperparameters, such as one of the plain class, by the present values."""
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
-        loaded: dict[str, Any] = checkpoint["state_dict"]
+        loaded: dict[str, Any] | None = checkpoint.get("state_dict")
+        if loaded is None:  # a sharded checkpoint loads its tensors by itself
+            return
         own: dict[str, Any] = self.state_dict()  # type: ignore[attr-defined]
         missing = {
             key: value

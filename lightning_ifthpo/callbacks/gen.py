@@ -116,7 +116,9 @@ class ExactGeN(L.Callback):
             loss = self._losses.inner(batch if scheduler.is_pending else copied(batch))
             if not self._losses.is_verified:
                 scheduler.curvature = self._settled_curvature(loss)
-            scheduler.probe(loss, partial(self._losses.session, scheduler.curvature, step=scheduler.last_epoch))
+            # the first look takes a gradient too, which a compiled graph would not keep
+            kind = scheduler.curvature if scheduler.looks else "finite_difference"
+            scheduler.probe(loss, partial(self._losses.session, kind, step=scheduler.last_epoch))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

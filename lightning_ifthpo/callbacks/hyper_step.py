@@ -71,12 +71,13 @@ class HyperStepper:
             seed = ranks.broadcast_int(torch.initial_seed() % 2**31)
             loss_scale = first_loss_scale(trainer, precision)
             state = {"steps": 0, "seed": seed, "consumed": 0, "x0": None, "loss_scale": loss_scale}
-            state |= {"x0_names": [], "outer_losses": []}
+            state |= {"x0_names": [], "outer_losses": [], "curvature": curvature}
         self.steps, self._seed, self._loss_scale = state["steps"], state["seed"], state["loss_scale"]
         self._x0: Tensor | None = None if state["x0"] is None else state["x0"].to(module.device)
         self._x0_names: list[str] = state["x0_names"]  # of the weights that x0 belongs to
         self._moving: list[str] = []
         self._outer_level = OuterLevel(state["outer_losses"])
+        self._curvature = state["curvature"]
         self.outer_data = OuterData(
             source, module.device, seed=self._seed, consumed=state["consumed"], rank=ranks.rank, world_size=ranks.count
         )
@@ -156,6 +157,7 @@ class HyperStepper:
             "x0": self._x0,
             "x0_names": self._x0_names,
             "outer_losses": self._outer_level.accepted,
+            "curvature": self._curvature,
             "loss_scale": self._loss_scale,
         }
 
@@ -206,6 +208,8 @@ class HyperStepper:
         try:
             return float(self._losses.outer_by_batch_statistics(outer_batch).value())
         except ValueError:
+            if self.ranks.count > 1:  # the others wait for this process
+                raise
             return math.nan
 
     def _remember(self, solution: SolveResult) -> None:
@@ -213,10 +217,8 @@ class HyperStepper:
         if solution.status in (Status.NEGATIVE_CURVATURE, Status.DIVERGED):
             self._x0 = None  # the estimate may have grown along negative curvature
         elif solution.status is not Status.NONFINITE and (solution.products or solution.extra_products):
-            self._x0, self._x0_names = (
-                solution.x,
-                self._moving,
-            )  # after NaN, or without a product (flat outer loss), the earlier one stays
+            # after NaN, or without a product (flat outer loss), the earlier one stays
+            self._x0, self._x0_names = solution.x, self._moving
 
     def _session(self) -> AbstractContextManager[None]:
         return self._losses.session(self._curvature, seed=self._seed, step=self.steps)

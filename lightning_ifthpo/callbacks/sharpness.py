@@ -135,6 +135,7 @@ class SharpnessMonitor(PeriodicCallback):
             "cadence": self._cadence.state_dict(),
             "tracker": self._tracker.state_dict(),
             "pictured_epoch": self._pictured_epoch,
+            "kind": self._kind,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -143,6 +144,7 @@ class SharpnessMonitor(PeriodicCallback):
         self._cadence.load_state_dict(state_dict["cadence"])
         self._tracker.load_state_dict(state_dict["tracker"])
         self._pictured_epoch = state_dict["pictured_epoch"]
+        self._kind = state_dict["kind"]
         self._metrics = state_dict["metrics"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -249,10 +251,6 @@ class SharpnessMonitor(PeriodicCallback):
         if edge is not None and edge.metric is not None and self.preconditioned is False:
             edge = None  # it is the edge of the preconditioned curvature
         # the default seed draws the same dropout masks each time, so that measurements can be compared
-        if not self._losses.is_verified:
-            with self._losses.session(self._kind):
-                loss = self._losses.inner(batch)
-                _, self._kind = trusted_operator(self._losses, loss, self._kind, "SharpnessMonitor")
         with self._losses.session(self._kind):
             if self._examples is None:
                 operator = self._curvature_of(batch)
@@ -264,6 +262,9 @@ class SharpnessMonitor(PeriodicCallback):
 
     def _curvature_of(self, batch: Any) -> CurvatureOperator:
         loss = self._losses.inner(batch)
+        if not self._losses.is_verified:
+            operator, self._kind = trusted_operator(self._losses, loss, self._kind, "SharpnessMonitor")
+            return operator
         return curvature_operator(self._kind, loss, loss.parameters)
 
     def _check_optimizers(self, trainer: L.Trainer) -> None:

@@ -25,12 +25,15 @@ from lightning_ifthpo.core.restoring import (
     has_own_attributes,
     hook_dicts,
     is_from_library,
+    is_plain_layer,
     refill,
     restore_attributes,
 )
 from lightning_ifthpo.core.rewindable import Rewindable
 
-_LONG = 256  # entries; longer lists hold data, and are copied as a whole, but nothing inside them
+# Entries of a list, dict, set or deque. Longer ones hold data: nothing inside them is looked into, and the longest are
+# left alone, because comparing a million entries takes longer than a small evaluation.
+_LONG, _LONGEST = 256, 100_000
 _LARGE_ARRAY = 2**24  # bytes; larger NumPy arrays hold data, and are left alone
 
 _inside_restored: ContextVar[bool] = ContextVar("_inside_restored", default=False)
@@ -111,7 +114,8 @@ class ModuleState:
     def _restore_objects(self) -> None:
         while self._bound:
             namespace, name, value, copy = self._bound.pop()
-            if namespace.get(name) is copy:
+            # a list is refilled below
+            if isinstance(namespace, dict) and namespace.get(name) is copy:
                 namespace[name] = value
         for restore in reversed(self._restorers):
             restore()
@@ -151,7 +155,8 @@ class ModuleState:
                 self._add_attributes(vars(value))
 
     def _add_container(self, container: Any) -> None:
-        self._restorers.append(partial(refill, container, container.copy()))
+        if len(container) <= _LONGEST:
+            self._restorers.append(partial(refill, container, container.copy()))
         if len(container) <= _LONG:
             if isinstance(container, (list, dict)):
                 for place, value in list(container.items() if isinstance(container, dict) else enumerate(container)):
@@ -185,7 +190,7 @@ class ModuleState:
             self._add(child)
         # inside torch.func.functional_call, which puts its parameters and buffers back by itself
         exchanged = any(not isinstance(parameter, nn.Parameter | None) for parameter in parameters)
-        if type(module).__module__.startswith("torch.nn.modules.") and not exchanged and not any(hook_dicts(module)):
+        if not exchanged and is_plain_layer(module):
             self._add_layer(module)
             return
         if isinstance(module, torch.jit.ScriptModule):  # its attributes live in C++

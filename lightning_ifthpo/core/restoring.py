@@ -21,12 +21,21 @@ from lightning_ifthpo.core.rewindable import Rewindable
 # Objects of these packages are not looked into, nor those of classes that inherit from them: a Trainer, an optimizer or
 # a data set leads to everything else.
 _LIBRARIES = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "numpy", "threading", "logging"}
+_OPTIONS = (bool, int, float, str, tuple, type(None), torch.dtype, torch.device, types.BuiltinFunctionType)
+_OF_TORCH = frozenset(vars(nn.Module()))
 _NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
 
 
 def hook_dicts(module: nn.Module) -> list[dict[int, Any]]:
     """Returns the dicts of hooks of a module; their names are private to torch."""
     return [value for name, value in vars(module).items() if "_hooks" in name and isinstance(value, dict)]
+
+
+def is_plain_layer(module: nn.Module) -> bool:
+    """Returns whether a module is one of torch's own layers, without hooks and with options alone as attributes."""
+    if not type(module).__module__.startswith("torch.nn.modules.") or any(hook_dicts(module)):
+        return False
+    return all(isinstance(value, _OPTIONS) for name, value in vars(module).items() if name not in _OF_TORCH)
 
 
 def restore_attributes(attributes: dict[str, Any], before: dict[str, Any]) -> None:

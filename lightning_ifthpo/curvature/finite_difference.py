@@ -170,12 +170,16 @@ class FiniteDifferenceOperator(LossOperator):
         return bool(change <= torch.finfo(self.dtype).eps ** 0.5 * size)
 
     def _norms(self, pair: _Pair) -> list[float]:
-        """Returns norms on the global batch: half the change of the gradient over the step, its asymmetry, its size."""
+        """Returns norms: half the change of the gradient over the step, its asymmetry, its size.
+
+        They are those of this process, without a collective, because processes may take other branches.
+        """
         space = self._loss.space
         here = self._at_weights[1]
         ahead, behind = (space.flatten(gradients[: len(space.tensors)]) for gradients in (pair.ahead, pair.behind))
         vectors = [(ahead - behind) / 2, (ahead - here + behind - here) / 2, here.abs() + ahead.abs()]
-        return self._loss.combine(torch.stack([torch.linalg.vector_norm(vector) for vector in vectors])).tolist()
+        norms: list[float] = torch.stack([torch.linalg.vector_norm(vector) for vector in vectors]).tolist()
+        return norms
 
 
 _Gradients: TypeAlias = list[Tensor | None]

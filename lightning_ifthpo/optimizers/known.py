@@ -115,7 +115,8 @@ def moving(optimizers: Iterable[Optimizer], parameters: Iterable[Tensor], *, at_
     count as moving; without an optimizer that holds one, all that require a gradient.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    rates = {id(parameter): float(group["lr"]) for group in groups for parameter in group["params"]}
+    pairs = [(float(group["lr"]), group["params"]) for group in groups]
+    rates = {id(parameter): rate for rate, parameters_of_group in pairs for parameter in parameters_of_group}
     trained = [(parameter.requires_grad, rates.get(id(parameter))) for parameter in parameters]
     moved = [required and bool(rate) and not at_any_rate for required, rate in trained]
     held = [required and rate is not None for required, rate in trained]

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.memory import is_oom_error
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
@@ -19,18 +20,28 @@ from lightning_ifthpo.training_loss import is_stub
 def copied(batch: Any) -> Any:
     """Returns a copy of a batch with its own containers, tensors and objects.
 
-    Objects that cannot be copied (`copy.deepcopy`) are shared.
+    What cannot be copied inside an object, such as a lock, is shared.
     """
     return apply_to_collection(batch, object, _copied_leaf, wrong_dtype=(Mapping, list, tuple), allow_frozen=True)
 
 
 def _copied_leaf(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.clone()
+        clone = value.clone()
+        if type(value) is not Tensor and getattr(value, "__dict__", None):  # a subclass may have attributes
+            vars(clone).update(copied(vars(value)))
+        return clone
     try:
         return copy.deepcopy(value)
-    except Exception:  # a class may raise anything here
+    except Exception as error:  # a class may raise anything here
+        if is_oom_error(error):
+            raise
+    try:
+        shallow = copy.copy(value)
+        vars(shallow).update(copied(vars(value)))
+    except Exception:
         return value
+    return shallow
 
 
 def prepared(trainer: L.Trainer, module: L.LightningModule, batch: Any, seed: int, step: int = 0) -> Any:

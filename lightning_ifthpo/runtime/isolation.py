@@ -35,10 +35,10 @@ def undisturbed(trainer: L.Trainer, module: L.LightningModule, seed: int, step: 
 
 @contextmanager
 def twice_differentiable(module: nn.Module) -> Iterator[None]:
-    """Chooses kernels with a second derivative: no compiled graphs, no fused attention, no cuDNN recurrence."""
+    """Chooses kernels with a second derivative: no fused attention, no cuDNN recurrence."""
     recurrent = any(isinstance(submodule, nn.RNNBase) for submodule in module.modules())
     without_cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
-    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), without_cudnn:
+    with sdpa_kernel(SDPBackend.MATH), without_cudnn:
         yield
 
 
@@ -52,7 +52,8 @@ def _mute(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
             # Lightning's own class, `lightning` or `pytorch_lightning`
             owner: Any = next(kind for kind in type(module).__mro__ if is_stub(vars(kind).get(name, is_stub)))
             stack.callback(setattr, owner, name, vars(owner)[name])
-            stack.callback(vars(module).pop, name)
+            own = vars(module)
+            stack.callback(*((own.__setitem__, name, own[name]) if name in own else (own.pop, name)))
             setattr(owner, name, do_nothing)
-            vars(module)[name] = do_nothing
+            own[name] = do_nothing
         yield

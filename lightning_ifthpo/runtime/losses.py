@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -73,6 +74,8 @@ class ModuleLosses:
             self._state = stack.enter_context(undisturbed(self._trainer, self._module, seed, step))
             stack.callback(setattr, self, "_state", None)
             stack.enter_context(gradients_on())
+            if curvature != "three_point":  # compiled graphs cannot be differentiated twice, nor kept
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             if curvature not in BY_DIFFERENCES:
                 stack.enter_context(twice_differentiable(self._module))
             self._modes = {submodule: submodule.training for submodule in self._module.modules()}
@@ -112,7 +115,11 @@ class ModuleLosses:
                 raise
             reason = str(error).splitlines()[0]
         self._leaves_out_autocast = False
-        value = self._evaluate_once(loss, trains, batch)
+        try:
+            value = self._evaluate_once(loss, trains, batch)
+        except RuntimeError:
+            self._leaves_out_autocast = True
+            raise
         rank_zero_warn(
             "losses are differentiated under autocast, in the precision of training, because they fail in float32: "
             f"{reason}"

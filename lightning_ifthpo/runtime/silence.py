@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import PurePath
 from typing import Any
 
@@ -32,19 +32,34 @@ class _Silent:
         vars(self)["_original"] = original
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._original(), name)
-        if isinstance(value, _DATA):
-            return value
-        return do_nothing if callable(value) else _Silent(lambda: value)
+        return _stand_in(getattr(self._original(), name))
 
     def __setattr__(self, name: str, value: Any) -> None:
         pass
 
     def __getitem__(self, key: Any) -> Any:
-        return _Silent(lambda: self._original()[key])
+        return _stand_in(self._original()[key])
 
     def __setitem__(self, key: Any, value: Any) -> None:
         pass
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(_stand_in, list(self._original()))
+
+    def __len__(self) -> int:
+        return len(self._original())
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._original()
+
+    def __bool__(self) -> bool:
+        return bool(self._original())
+
+
+def _stand_in(value: Any) -> Any:
+    if isinstance(value, _DATA):
+        return value
+    return do_nothing if callable(value) else _Silent(lambda: value)
 
 
 def do_nothing(*_: Any, **__: Any) -> None:

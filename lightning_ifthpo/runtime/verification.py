@@ -21,6 +21,8 @@ from lightning_ifthpo.runtime.losses import ModuleLosses
 
 # 10 √eps of bfloat16: under autocast the operator's dtype does not show the precision of its products.
 _HALF = 0.9
+# Kernels that are not deterministic change a loss by some of float32's eps, and never by this much.
+_SAME = 1e-3
 # Differences of gradients of a smooth network are symmetric to 1e-3 in float32.
 _SYMMETRIC = 0.05
 
@@ -50,6 +52,13 @@ def trusted_operator(losses: ModuleLosses, loss: Loss, curvature: Any, user: str
         raise ValueError(f"{loss.name} is {value} on the first batch; check the data and the initial weights")
     if curvature == "auto":
         curvature = "gauss_newton" if structure.marks_outputs else "hessian"
+    again = float(loss.value())
+    if abs(again - float(structure.value)) > _SAME * abs(again):
+        rank_zero_warn(
+            f"{user}: {loss.name} is not the same function twice: {float(structure.value):.6g} and {again:.6g} for the "
+            "same weights, batch and random numbers. It reads something that an evaluation changes and that cannot be "
+            "put back, such as a global variable, a file or a generator outside of the module"
+        )
     try:
         tolerance = _HALF if losses.has_low_precision else None
         operator, follows = verified_operator(curvature, loss, structure, tolerance=tolerance)

@@ -142,10 +142,11 @@ class ConjugateGradient(_Krylov):
             curvature, length, gain, new_squared, new_slope = torch.stack(
                 [along, *map(_squared, (direction, image, new_residual)), new_residual @ conditioned]
             ).tolist()
-            stiffest = max(stiffest, math.sqrt(gain / length))
+            ratio = math.sqrt(gain / length) if length else math.nan  # a direction of zero has underflowed
+            stiffest = max(stiffest, ratio)
             # rounding of A times this step would change the residual by a hundredth of b
-            too_long = slope * stiffest * eps > 1e-2 * abs(curvature) / math.sqrt(length)
-            status = _curvature_status(curvature / length, math.sqrt(gain / length), stiffest, x.dtype, too_long)
+            too_long = slope * stiffest * eps > 1e-2 * abs(curvature) / (math.sqrt(length) or 1.0)
+            status = _curvature_status(curvature / length if length else ratio, ratio, stiffest, x.dtype, too_long)
             if status is Status.MAX_ITERATIONS:
                 x, squared = best, least
             if status is not Status.COMPLETE:

@@ -1,6 +1,7 @@
 """What a module is put back to, and what evaluations find."""
 
 import copy
+import functools
 import itertools
 import random
 from collections import deque
@@ -58,7 +59,7 @@ class InPlace(Plain):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
-@pytest.mark.filterwarnings("ignore:SharpnessMonitor. inner_loss does not change along its gradient")
+@pytest.mark.filterwarnings("ignore:SharpnessMonitor. inner_loss (does not change along|is not the same function)")
 def test_what_a_training_step_does_in_place_is_undone():
     states = []
     for callbacks in ([monitor(rtol=0.1)], []):
@@ -69,6 +70,13 @@ def test_what_a_training_step_does_in_place_is_undone():
         states.append(module.state())
         assert float(trainer.callback_metrics.get("sharpness/failures", 0)) == 0
     assert same(*states)
+
+
+class Slotted:
+    __slots__ = ("items", "total")
+
+    def __init__(self):
+        self.items, self.total = [], 0
 
 
 class Meter:
@@ -99,6 +107,8 @@ class Stateful(nn.Module):
         self.nested, self.pair = {"list": [[1]]}, ([1], torch.zeros(2))
         self.meter, self.teacher = Meter(), [nn.Linear(2, 2).requires_grad_(False)]
         self.hook_memory = remember(self.layer)
+        self.array, self.bytes, self.slotted = np.zeros(3), bytearray(2), Slotted()
+        self.partial, self.streams = functools.partial(list.append, []), [iter(range(3))]
         self.stream, self.letters = iter(range(9)), (letter for letter in "abc")
 
 
@@ -130,6 +140,12 @@ CHANGES = {
     "tensor of an object": lambda module: module.meter.average.add_(1.0),
     "module in a list": lambda module: module.teacher[0].weight.mul_(2.0),
     "memory of a hook": lambda module: module.layer(torch.zeros(1, 2)),
+    "NumPy array": lambda module: module.array.__setitem__(0, 1.0),
+    "bytes": lambda module: module.bytes.__setitem__(0, 1),
+    "slot": lambda module: setattr(module.slotted, "total", 1),
+    "list in a slot": lambda module: module.slotted.items.append(1),
+    "argument of a partial function": lambda module: module.partial(1),
+    "iterator in a list": lambda module: next(module.streams[0]),
     "gradient": lambda module: module.layer(torch.ones(1, 2)).sum().backward(),
     "iterator": lambda module: next(module.stream),
     "running generator": lambda module: next(module.letters),
@@ -149,7 +165,10 @@ def contents(module):
     values = list(module.items), dict(module.table), set(module.names), list(module.queue), module.number
     tensors += [module.pair[1], module.meter.average, module.teacher[0].weight]
     generators = module.python.getstate(), module.numpy.bit_generator.state, str(module.old_numpy.get_state())
-    inside = copy.deepcopy((module.nested, module.pair[0], module.meter.total, module.meter.values))
+    others = list(module.array), list(module.bytes), module.slotted.total, list(module.slotted.items)
+    inside = copy.deepcopy(
+        (others, list(module.partial.args[0]), module.nested, module.pair[0], module.meter.total, module.meter.values)
+    )
     gradients = [p.grad for p in module.parameters()]
     memory = module.hook_memory()
     return [tensor.clone() for tensor in tensors], names, flags, values, generators, inside, gradients, memory
@@ -157,7 +176,7 @@ def contents(module):
 
 def rest(module):
     """What its iterators yield from here."""
-    return [next(module.stream), next(module.stream), next(module.letters)]
+    return [next(module.stream), next(module.stream), next(module.letters), next(module.streams[0])]
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -171,7 +190,7 @@ def test_each_kind_of_change_is_undone(name):
         state.exchange()
         CHANGES[name](module)
     assert same(contents(module), before)
-    assert rest(module) == [0, 1, "a"]
+    assert rest(module) == [0, 1, "a", 0]
 
 
 @pytest.mark.parametrize("name", ["buffer in place", "list", "mode"])
@@ -306,3 +325,48 @@ def test_a_compiled_module_does_not_warn():
     module = torch.compile(nn.Linear(2, 2), backend="eager")
     with modules_rewound():
         module(torch.ones(1, 2))
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_a_quantized_buffer_is_kept():
+    module = nn.Module()
+    module.register_buffer("q", torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8))
+    with restored(module) as state, state.evaluation():
+        module.q.dequantize()
+    assert module.q.dequantize().tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_long_lists_are_left_alone():
+    module = nn.Module()
+    module.data = [[1]] * 1000
+    with restored(module):
+        module.data[0].append(2)
+        module.data.append([3])
+    assert len(module.data) == 1000
+    assert module.data[0] == [1, 2]
+
+
+def test_attributes_that_somebody_has_put_on_a_layer_are_restored():
+    layer = nn.Linear(2, 2)
+    layer.seen = []
+    with restored(layer):
+        layer.seen.append(1)
+        layer.calls = 1
+    assert layer.seen == []
+    assert not hasattr(layer, "calls")
+
+
+def test_an_iterator_under_two_names_stays_one():
+    module = nn.Module()
+    module.one = module.other = iter(range(9))
+    with restored(module) as state, state.evaluation():
+        assert (next(module.one), next(module.other)) == (0, 1)
+    assert (next(module.one), next(module.other)) == (0, 1)
+
+
+def test_a_module_with_an_iterator_that_was_read_ahead_can_be_copied():
+    module = nn.Module()
+    module.stream = iter([1, 2, 3])
+    with restored(module) as state, state.evaluation():
+        next(module.stream)
+    assert list(copy.deepcopy(module).stream) == [1, 2, 3]

@@ -86,9 +86,27 @@ def test_batches_of_any_class_are_copied(make, read):
     assert type(copy) is type(batch)
 
 
-def test_what_cannot_be_copied_is_shared():
+def test_what_cannot_be_copied_is_shared_and_the_rest_is_copied():
     lock = threading.Lock()
     assert copied([lock, torch.ones(1)])[0] is lock
+    batch = Graph(torch.ones(2, requires_grad=True) * 1.0)  # a tensor with a graph, which deepcopy refuses
+    batch.lock = lock
+    copy = copied(batch)
+    copy.x.data.zero_()
+    assert batch.x.tolist() == [1.0, 1.0]
+    assert copy.lock is lock
+
+
+class Labelled(Tensor):
+    """A tensor with an attribute."""
+
+
+def test_attributes_of_tensors_are_kept():
+    x = torch.ones(2).as_subclass(Labelled)
+    x.y = torch.zeros(1)
+    copy = copied([x])[0]
+    copy.y.add_(1.0)
+    assert (type(copy), x.y.item(), copy.y.item()) == (Labelled, 0.0, 1.0)
 
 
 class Doubling(Classifier):

@@ -7,7 +7,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 
-from lightning_ifthpo import IFTHypergradient
+from lightning_ifthpo import ExactGeN, IFTHypergradient
 from lightning_ifthpo.hyperparameters import WeightDecay
 from lightning_ifthpo.runtime.isolation import twice_differentiable, undisturbed
 from tests.helpers.monitored import Plain, fit, monitor
@@ -192,3 +192,27 @@ def test_recurrent_modules_leave_cudnn_alone(module):
     with twice_differentiable(module):
         assert torch.backends.cudnn.enabled == (before and not isinstance(module, nn.LSTM))
     assert torch.backends.cudnn.enabled == before
+
+
+def test_a_method_that_the_user_has_put_on_the_module_stays():
+    def action(trainer, module):
+        module.log = own = lambda *arguments, **options: None
+        with undisturbed(trainer, module, seed=0):
+            assert module.log is not own
+        assert module.log is own
+        del module.log
+
+    during_training(action)
+
+
+@pytest.mark.parametrize("curvature", ["auto", "finite_difference", "hessian"])
+def test_learning_rates_of_compiled_modules(curvature):
+    """The first look takes a gradient, which the compiled graph would not keep."""
+    trained([ExactGeN(1, curvature=curvature)], CompiledSmooth, max_epochs=1)
+
+
+class CompiledSmooth(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.compile(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), backend="aot_eager")
+        self.decay = WeightDecay(self.net, initial=0.01)

@@ -85,7 +85,10 @@ def test_all_methods_of_a_logger_and_its_experiment_do_nothing():
     stand_in.experiment.label = "x"
     stand_in.experiment.config.update(lr=2.0)
     assert stand_in.experiment.directory == Path("runs")
-    assert stand_in.experiment.config["lr"]
+    assert stand_in.experiment.config["lr"] == 1.0
+    assert "lr" in stand_in.experiment.config
+    assert list(stand_in.experiment.config) == ["lr"]
+    assert (len(stand_in.experiment.config), bool(stand_in.experiment.table)) == (1, False)
     assert (logger.written, logger.run.table, logger.run.config) == ([], {}, {"lr": 1.0})
     assert not hasattr(logger.run, "label")
     assert (stand_in.name, stand_in.version) == ("own", 3)
