@@ -98,7 +98,8 @@ def has_state(tensor: Tensor) -> bool:
     """Returns whether a tensor has memory that may change: not on meta devices, in inference mode or inside `vmap`."""
     if is_lazy(tensor) or tensor.is_meta or tensor.is_inference() or tensor.is_nested:
         return False
-    return torch.func.debug_unwrap(tensor) is tensor
+    # Private: the public torch.func.debug_unwrap is newer than torch 2.6.
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _is_shared(tensor: Tensor) -> bool:
