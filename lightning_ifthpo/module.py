@@ -105,11 +105,11 @@ class BilevelLightningModule:
         return (parameter for _, parameter in self.named_inner_parameters())
 
     def unfreeze(self) -> Self:
-        """Unfreezes the weights, as Lightning does; hyperparameters stay frozen."""
-        result = super().unfreeze()  # type: ignore[misc]
+        """Unfreezes the weights, as Lightning does, and returns the module; hyperparameters stay frozen."""
+        super().unfreeze()  # type: ignore[misc]
         for hyperparameter in self.hyperparameters():
             hyperparameter.requires_grad_(False)
-        return result  # type: ignore[no-any-return]
+        return self
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Completes a checkpoint without hyperparameters, such as one of the plain class, by the present values."""

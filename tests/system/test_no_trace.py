@@ -15,6 +15,7 @@ from tests.helpers.trainers import Classifier, Recorder, classification_data, lo
 pytestmark = [
     pytest.mark.filterwarnings("ignore:hyper step .* ended with status"),
     pytest.mark.filterwarnings("ignore:.*number of training batches"),
+    pytest.mark.filterwarnings("ignore:finite differences in .* are not reliable"),
 ]
 
 
