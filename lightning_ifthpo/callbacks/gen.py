@@ -117,7 +117,9 @@ class ExactGeN(L.Callback):
             if not self._losses.is_verified:
                 scheduler.curvature = self._settled_curvature(loss)
             # the first look takes a gradient too, which a compiled graph would not keep
-            kind = scheduler.curvature if scheduler.looks else "finite_difference"
+            kind: str = scheduler.curvature
+            if kind == "three_point" and not scheduler.looks:
+                kind = "finite_difference"
             scheduler.probe(loss, partial(self._losses.session, kind, step=scheduler.last_epoch))
 
     def on_train_batch_end(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -100,7 +101,8 @@ def _check(optimizer: Any, module: Any) -> None:
             )
         tensor.grad = None
     try:
-        optimizer.step()  # does nothing without gradients
+        # does nothing without gradients; a copy has no hooks, which would see a step that is none
+        copy.deepcopy(optimizer).step()
     except Exception as error:
         if "closure" in str(error):
             raise ValueError(

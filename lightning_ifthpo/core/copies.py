@@ -65,8 +65,8 @@ class TensorState:
     def rewind(self) -> None:
         """Restores contents and `.grad` between two evaluations; weights that somebody moves stay as they are.
 
-        A graph that has kept changed contents raises an error. What was written behind the version counter, to a small
-        tensor, is left to `restore`: reading all contents would take longer than the evaluation.
+        A graph that has kept changed contents raises an error. On an accelerator, what was written behind the version
+        counter is left to `restore`, because comparing contents would wait for the device.
         """
         if not self.tensor.requires_grad and self._was_touched():
             self.tensor.data = self._memory
@@ -82,6 +82,8 @@ class TensorState:
     def _was_touched(self) -> bool:
         if self._is_lazy:
             return not _is_shared(self._entries)
+        if self._entries.device.type == "cpu":
+            return True
         # `data_ptr` of a tensor without memory of its own, such as a sparse one, raises
         moved = _has_plain_memory(self._memory) and self.tensor.data_ptr() != self._memory.data_ptr()
         return moved or self.tensor._version != self._version
