@@ -204,7 +204,10 @@ def test_a_hypergradient_is_that_of_differences_of_gradients(name, record_proper
         outcome = "said to take a part for constant"
     if outcome == "answered":
         wrong = compared(run, by_differences=any("difference" in message for message in said))
-        assert not wrong, wrong
+        if wrong and any("Differences are noisy where gradients jump" in message for message in said):
+            outcome = "said to be noisy"  # kinks, which a step of the package crosses
+        else:
+            assert not wrong, wrong
     record_property("outcome", outcome)
 
 
