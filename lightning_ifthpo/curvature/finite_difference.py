@@ -110,7 +110,7 @@ class FiniteDifferenceOperator(LossOperator):
 
             def pair(factor: float) -> _Pair:
                 ahead, behind = (vjp([at(sign * factor)], [*space.tensors, *inputs]) for sign in (1.0, -1.0))
-                return _Pair(factor, ahead, behind)
+                return _Pair(factor, ahead, behind, *self._norms(ahead, behind))
 
             factor = (step or 0.0) / unit or self._factor
             chosen = pair(factor) if factor else None
@@ -131,12 +131,12 @@ class FiniteDifferenceOperator(LossOperator):
         best, factors, least = None, list(_FACTORS), math.inf
         while factors and least > eps ** (1 / 3):  # 6e-6 in float64, 5e-3 in float32: far from the optimum
             tried = pair(factors.pop(0))
-            change, asymmetry, size = self._norms(tried)
-            if change <= eps**0.5 * size:  # rounding takes half of the digits, or more: a shorter step is no better
+            if self._drowns(tried):  # a shorter step is no better
                 factors = [longest] if tried.factor == 1.0 < longest else []
-            if change <= 100.0 * eps * size:
+            if tried.change <= 100.0 * eps * tried.size:
                 continue  # rounding alone
-            error = (asymmetry / change) ** 2 + eps * size / change  # truncation and rounding
+            # truncation and rounding
+            error = (tried.asymmetry / tried.change) ** 2 + eps * tried.size / tried.change
             if error < least:
                 best, least = tried, error
         if best is None:  # the product is zero, which says nothing of the step length
@@ -146,7 +146,7 @@ class FiniteDifferenceOperator(LossOperator):
 
     def _warn_of_noise(self, pair: _Pair, length: float) -> None:
         """Warns once of gradients that are not symmetric around w, compared with the largest change so far."""
-        change, asymmetry, _ = (number / (length * pair.factor) for number in self._norms(pair))
+        change, asymmetry = (number / (length * pair.factor) for number in (pair.change, pair.asymmetry))
         self._largest = max(self._largest, change)
         if asymmetry > _NOISE * self._largest and not self._has_warned:
             self._has_warned = True
@@ -166,18 +166,17 @@ class FiniteDifferenceOperator(LossOperator):
 
     def _drowns(self, pair: _Pair) -> bool:
         """Returns whether rounding takes half of the digits of a difference, or more."""
-        change, _, size = self._norms(pair)
-        return bool(change <= torch.finfo(self.dtype).eps ** 0.5 * size)
+        return bool(pair.change <= torch.finfo(self.dtype).eps ** 0.5 * pair.size)
 
-    def _norms(self, pair: _Pair) -> list[float]:
+    def _norms(self, ahead: _Gradients, behind: _Gradients) -> list[float]:
         """Returns norms: half the change of the gradient over the step, its asymmetry, its size.
 
         They are those of this process, without a collective, because processes may take other branches.
         """
         space = self._loss.space
         here = self._at_weights[1]
-        ahead, behind = (space.flatten(gradients[: len(space.tensors)]) for gradients in (pair.ahead, pair.behind))
-        vectors = [(ahead - behind) / 2, (ahead - here + behind - here) / 2, here.abs() + ahead.abs()]
+        one, other = (space.flatten(gradients[: len(space.tensors)]) for gradients in (ahead, behind))
+        vectors = [(one - other) / 2, (one - here + other - here) / 2, here.abs() + one.abs()]
         norms: list[float] = torch.stack([torch.linalg.vector_norm(vector) for vector in vectors]).tolist()
         return norms
 
@@ -186,8 +185,14 @@ _Gradients: TypeAlias = list[Tensor | None]
 
 
 class _Pair(NamedTuple):
-    """Gradients on either side of the weights, and the factor of the step length."""
+    """Gradients on either side of the weights, the factor of the step length, and norms of the gradients.
+
+    The norms are half the change of the gradient over the step, its asymmetry around the weights, and its size.
+    """
 
     factor: float
     ahead: _Gradients
     behind: _Gradients
+    change: float
+    asymmetry: float
+    size: float
