@@ -19,7 +19,7 @@ from lightning_ifthpo.solvers.system import LinearSystem
 
 
 @dataclass(frozen=True)
-class Setting:
+class Computation:
     """What a hypergradient was computed from.
 
     Attributes:
@@ -58,6 +58,10 @@ class Setting:
     @property
     def _system(self) -> LinearSystem:
         return LinearSystem(self.operator) if self.solver.needs_optimizer else self.solver.system(self.operator)
+
+    @property
+    def _settings(self) -> set[str]:
+        return settings_of(self._system, self.solver, self.curvature)
 
     def _not_finite(self, result: Hypergradient) -> str:
         """Returns the first term that is not finite, in the order in which they are computed; "" before the solve."""
@@ -105,9 +109,9 @@ class Setting:
             return ""
         numbers = (
             f"‖∇L‖ = {float(torch.linalg.vector_norm(gradient)):.2g}, and a Newton step to the minimum would change "
+            f"the outer loss of {loss:.3g} by {change:.2g}"
         )
-        numbers += f"the outer loss of {loss:.3g} by {change:.2g}"
-        return Cause.NOT_AT_MINIMUM.describe(settings_of(self._system, self.solver, self.curvature), numbers=numbers)
+        return Cause.NOT_AT_MINIMUM.describe(self._settings, numbers=numbers)
 
     def _not_its_gradient(self) -> str:
         """Returns that the inner loss does not follow its gradient; in a fit that was checked on the first batch."""
@@ -122,7 +126,7 @@ class Setting:
         if bool(self.operator.matvec(ones).any()) or bool(self.operator.matvec(self.outer.v).any()) or not gradient > 0:
             return ""
         numbers = f"‖∇L‖ = {float(gradient):.2g}, and no curvature: it has no minimum"
-        return Cause.NOT_AT_MINIMUM.describe(settings_of(self._system, self.solver, self.curvature), numbers=numbers)
+        return Cause.NOT_AT_MINIMUM.describe(self._settings, numbers=numbers)
 
     def unknown_weights(self) -> str:
         """Returns that the inner loss does not depend on weights that have a tenth of the right-hand side, or on any.
@@ -144,4 +148,4 @@ class Setting:
             )
         else:
             return ""
-        return Cause.UNKNOWN_WEIGHTS.describe(settings_of(self._system, self.solver, self.curvature), name=name)
+        return Cause.UNKNOWN_WEIGHTS.describe(self._settings, name=name)

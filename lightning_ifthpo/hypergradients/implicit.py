@@ -14,7 +14,7 @@ from lightning_ifthpo.core.space import check_real
 from lightning_ifthpo.curvature.base import LossOperator
 from lightning_ifthpo.curvature.kinds import Curvature, curvature_operator
 from lightning_ifthpo.curvature.verification import Structure, verified_operator
-from lightning_ifthpo.hypergradients.diagnosis import Setting
+from lightning_ifthpo.hypergradients.diagnosis import Computation
 from lightning_ifthpo.hypergradients.result import Hypergradient, OuterGradient, combine
 from lightning_ifthpo.solvers import ConjugateGradient, Solver
 
@@ -82,13 +82,13 @@ def implicit_hypergradient(
             )
         solution = solver.solve(operator, outer_gradient.v, x0)
         mixed = _mixed_product(operator, solution.x, hyperparameters)
-        setting = Setting(inner, outer_gradient, operator, solver, curvature)
+        computation = Computation(inner, outer_gradient, operator, solver, curvature)
         nothing = all(part is None for part in [*mixed, *outer_gradient.direct])
-        if nothing and not allow_unused and (unknown := setting.unknown_weights()):
+        if nothing and not allow_unused and (unknown := computation.unknown_weights()):
             raise ValueError(unknown)  # it is not the hyperparameters' fault
         result = combine(outer_gradient, hyperparameters, mixed, [operator.loss], solution, allow_unused)
         if diagnosed:
-            result = replace(result, diagnosis=setting.diagnosis(result))
+            result = replace(result, diagnosis=computation.diagnosis(result))
     return result
 
 
