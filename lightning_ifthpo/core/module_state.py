@@ -49,15 +49,14 @@ class ModuleState:
 
     Args:
         module: The module.
-        hooks: Include what hooks have kept.
+        complete: Also hold the contents of weights, which `rewind` does not need, and what hooks have kept.
 
     Cost: a walk over all attributes. A tensor is copied when something writes to it, or at once if it is a weight or
     small.
     """
 
-    def __init__(self, module: nn.Module, *, hooks: bool = True) -> None:
-        self.modules = frozenset(map(id, module.modules()))
-        self._looks_into_hooks = hooks
+    def __init__(self, module: nn.Module, *, complete: bool = True) -> None:
+        self._complete = complete
         self._hooks: list[Callable[[], object]] = []
         self._seen: set[int] = set()
         self._rewindables: dict[int, Rewindable] = {}
@@ -131,7 +130,7 @@ class ModuleState:
             self._add_module(value)
         elif isinstance(value, Tensor):
             if has_state(value):
-                self._tensors.append(TensorState(value, keeps_weights=self._looks_into_hooks))
+                self._tensors.append(TensorState(value, keeps_weights=self._complete))
         elif isinstance(value, (list, dict, set, deque)):
             self._add_container(value)
         elif isinstance(value, tuple):
@@ -203,7 +202,7 @@ class ModuleState:
             # restored at the end only, because a library may hook layers for a few evaluations
             self._hooks.append(partial(refill, hooks, hooks.copy()))
             self._seen.add(id(hooks))
-            if self._looks_into_hooks:
+            if self._complete:
                 self._add_all(hooks)
         self._add_attributes(vars(module))
 
@@ -265,8 +264,8 @@ def modules_rewound() -> Iterator[None]:
 
     def remember(module: nn.Module, _: Any) -> None:
         if id(module) not in known:
-            states.append(ModuleState(module, hooks=False))
-            known.update(states[-1].modules)
+            states.append(ModuleState(module, complete=False))
+            known.update(map(id, module.modules()))
             states[-1].exchange()
 
     handle = register_module_forward_pre_hook(remember)
