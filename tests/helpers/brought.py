@@ -10,35 +10,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-class Once(torch.autograd.Function):
-    """tanh, whose backward pass can be differentiated once."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.tanh()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return gradient * (1 - x.tanh().square())
-
-
-class InNumpy(torch.autograd.Function):
-    """tanh, whose backward pass leaves torch, so that its second derivative is lost."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.tanh()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return gradient * torch.from_numpy(1 - x.detach().cpu().tanh().square().numpy()).to(x)
-
-
 class InTorch(torch.autograd.Function):
     """tanh with a backward pass made of torch operations."""
 
@@ -51,6 +22,21 @@ class InTorch(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return gradient * (1 - x.tanh().square())
+
+
+class Once(InTorch):
+    """The same, whose backward pass can be differentiated once."""
+
+    backward = staticmethod(once_differentiable(InTorch.backward))
+
+
+class InNumpy(InTorch):
+    """The same, whose backward pass leaves torch, so that its second derivative is lost."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient * torch.from_numpy(1 - x.detach().cpu().tanh().square().numpy()).to(x)
 
 
 class Reversed(torch.autograd.Function):

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import hypothesis.strategies as st
 import lightning as L
@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from lightning_ifthpo import BilevelLightningModule
 from lightning_ifthpo.curvature import mark_outputs
 from tests.helpers.evidence import Resting, listen
+from tests.helpers.features import Example, Point
 
 WIDTH = 4  # of every layer, so that all of them can follow each other
 CLASSES = 3
@@ -284,17 +285,6 @@ REFUSABLE = {
 }
 
 # Batches
-
-
-class Point(NamedTuple):
-    x: Tensor
-    y: Tensor
-
-
-@dataclass
-class Example:
-    x: Tensor
-    y: Tensor
 
 
 class Graph:

@@ -300,6 +300,7 @@ def at(problem: Callable[..., Problem], *arguments: Any, solver: Solver, **optio
 def faulty() -> list[Situation]:
     """Returns the situations with a fault."""
     step, negative, singular = Cause.STEP_TOO_LONG, Cause.NEGATIVE_CURVATURE, Cause.SINGULAR
+    zeros_wanted: dict[str, Any] = {"solver": CG(), "allow_unused": True}
     slow, rounding, minimum = Cause.ILL_CONDITIONED, Cause.ROUNDING, Cause.NOT_AT_MINIMUM
     return [
         Situation("Neumann, step 50 × too long", at(softmax, solver=Neumann(terms=50, step_size=50.0)), step),
@@ -585,26 +586,12 @@ def faulty() -> list[Situation]:
         ),
         Situation(
             "the same, with zeros wanted",
-            at(
-                one_weight,
-                lambda w, lam: (w - 1.0).square().sum(),
-                norm_squared,
-                [1.0, 1.0],
-                solver=CG(),
-                allow_unused=True,
-            ),
+            at(one_weight, lambda w, lam: (w - 1.0).square().sum(), norm_squared, [1.0, 1.0], **zeros_wanted),
             Cause.NO_INFLUENCE,
         ),
         Situation(
             "a hyperparameter in the value, not in the gradient",
-            at(
-                one_weight,
-                lambda w, lam: (w - 1.0).square().sum() + lam,
-                norm_squared,
-                [1.0, 1.0],
-                solver=CG(),
-                allow_unused=True,
-            ),
+            at(one_weight, lambda w, lam: (w - 1.0).square().sum() + lam, norm_squared, [1.0, 1.0], **zeros_wanted),
             Cause.NO_INFLUENCE,
         ),
         Situation(

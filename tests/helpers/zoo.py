@@ -370,9 +370,12 @@ class MomentumContrast(Member):
             with torch.no_grad():
                 for slow, fast in zip(self.key.parameters(), self.query.parameters(), strict=True):
                     slow.mul_(0.9).add_(fast, alpha=0.1)
+        return self.contrast(x, remembers=self.training)
+
+    def contrast(self, x: Tensor, *, remembers: bool) -> Tensor:
         q, k = F.normalize(self.query(x), dim=1), F.normalize(self.key(x + 0.1), dim=1)
         logits = torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue.T.clone()], 1) / 0.2
-        if self.training:
+        if remembers:
             start = int(self.next)
             self.queue[start : start + EXAMPLES] = k
             self.next.fill_((start + EXAMPLES) % 12)
@@ -385,13 +388,7 @@ class FrozenQueue(MomentumContrast):
     may_be_refused = False
 
     def losses(self, batch: Any) -> Tensor:
-        x, _ = batch
-        q, k = F.normalize(self.query(x), dim=1), F.normalize(self.key(x + 0.1), dim=1)
-        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue.T.clone()], 1) / 0.2
-        start = int(self.next)
-        self.queue[start : start + EXAMPLES] = k
-        self.next.fill_((start + EXAMPLES) % 12)
-        return cross_entropy(logits, torch.zeros(EXAMPLES, dtype=torch.long))
+        return self.contrast(batch[0], remembers=True)
 
 
 class Siamese(Member):
