@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 # Bytes from which a copy is made only when somebody writes. A smaller copy takes less than 0.1 ms.
@@ -13,10 +13,16 @@ _LARGE = 2**20
 def lazy_copy(tensor: Tensor) -> Tensor:
     """Returns a detached copy of a tensor.
 
-    A large one shares the tensor's memory until one of the two is written to, by anything that asks torch for the
-    memory: an operation, `.data`, NumPy. The one that is written to moves to new memory. Memory that torch did not
-    allocate (a mapped file, shared memory, a NumPy array) is copied at once.
+    A large one on the CPU shares the tensor's memory until one of the two is written to, by anything that asks torch
+    for the memory: an operation, `.data`, NumPy. The one that is written to moves to new memory. Memory that torch did
+    not allocate (a mapped file, shared memory, a NumPy array) is copied at once. So is that of an accelerator, where
+    the kernels of `torch._foreach_*` write to shared memory (torch 2.11), and a copy takes little time.
     """
+    return _shared(tensor) if tensor.device.type == "cpu" else tensor.detach().clone()
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    """Returns a detached copy, which shares memory until one of the two is written to if that is possible."""
     source = tensor.detach()
     if _has_plain_memory(source) and source.device.type in ("cpu", "cuda") and source.nbytes >= _LARGE:
         try:
@@ -44,12 +50,18 @@ class TensorState:
         self._requires_grad = tensor.requires_grad
         self._copy = self._entries
         if keeps_weights or not tensor.requires_grad:
-            # Weights stay where they are: others may know the place in memory, such as captured CUDA graphs.
-            self._copy = self._entries.clone() if tensor.requires_grad else lazy_copy(self._entries)
+            self._copy = self._copied()
         self._version = tensor._version
         self._is_lazy = _is_shared(self._entries)
         self._grad = tensor.grad if tensor.is_leaf else None
         self._grad_state = None if self._grad is None else TensorState(self._grad)
+
+    def _copied(self) -> Tensor:
+        if self.tensor.requires_grad:
+            # Weights stay where they are: others may know the place in memory, such as captured CUDA graphs.
+            return self._entries.clone()
+        # A frozen backbone shares its memory on an accelerator, too: a second one might not fit.
+        return (_shared if isinstance(self.tensor, nn.Parameter) else lazy_copy)(self._entries)
 
     def restore(self) -> None:
         """Returns to the state; neither a graph nor the version counter sees it."""
@@ -67,7 +79,16 @@ class TensorState:
 
         A graph that has kept changed contents raises an error. On an accelerator, what was written behind the version
         counter is left to `restore`, because comparing contents would wait for the device.
+
+        Raises:
+            RuntimeError: If a kernel wrote to the memory that a frozen weight shares with its copy.
         """
+        if self._is_lazy and _is_shared(self._entries) and self.tensor._version != self._version:
+            raise RuntimeError(
+                f"a loss changes a frozen weight of shape {tuple(self.tensor.shape)} on {self.tensor.device} by a "
+                "function of torch._foreach, as torch.optim.swa_utils.AveragedModel does, and the change cannot be "
+                "undone there. Change such weights one by one, with Tensor.lerp_ or Tensor.copy_, or outside the loss"
+            )
         if not self.tensor.requires_grad and self._was_touched():
             self.tensor.data = self._memory
             if not self._is_unchanged():

@@ -1,11 +1,13 @@
 """Copies that are made when somebody writes."""
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from lightning_ifthpo.core.copies import TensorState, has_state, lazy_copy
 from tests.helpers.device import DEVICE
@@ -18,12 +20,12 @@ WRITES = {
     "view": lambda tensor: tensor[:1].zero_(),
     "index": lambda tensor: tensor.__setitem__(0, 7.0),
     "foreach": lambda tensor: torch._foreach_add_([tensor], 1.0),
+    "BatchNorm": lambda tensor: F.batch_norm(
+        torch.ones(2, len(tensor), device=DEVICE), tensor, torch.ones(len(tensor), device=DEVICE), training=True
+    ),
 }
 if DEVICE.type == "cpu":
     WRITES["NumPy"] = lambda tensor: tensor.numpy().__setitem__(0, 7.0)
-    WRITES["BatchNorm"] = lambda tensor: F.batch_norm(
-        torch.ones(2, len(tensor)), tensor, torch.ones(len(tensor)), training=True
-    )
 
 
 def large():
@@ -46,8 +48,23 @@ def test_an_original_does_not_see_what_is_written_to_the_copy():
     assert torch.equal(tensor, large())
 
 
+@pytest.mark.parametrize("kind", [torch.clone, lambda tensor: nn.Parameter(tensor, requires_grad=False)])
+@pytest.mark.parametrize("name", WRITES)
+def test_a_loss_that_changes_something_large_is_undone_or_refused(name, kind):
+    """On CUDA, foreach kernels write to memory that is shared until something is written to it."""
+    tensor = kind(large())
+    state = TensorState(tensor)
+    WRITES[name](tensor)
+    refused = DEVICE.type == "cuda" and name == "foreach" and isinstance(tensor, nn.Parameter)
+    with pytest.raises(RuntimeError, match=r"torch\._foreach") if refused else nullcontext():
+        state.rewind()
+    if not refused:
+        state.restore()
+        assert torch.equal(tensor, large())
+
+
 def test_a_large_copy_takes_no_memory_until_something_is_written():
-    tensor = large()
+    tensor = torch.arange(1.0, LARGE + 1.0)
     copy = lazy_copy(tensor)
     assert torch._C._is_cow_tensor(copy)
     assert float(tensor.sum() - copy.sum()) == 0.0  # reading shares
