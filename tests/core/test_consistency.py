@@ -78,6 +78,20 @@ HEALTHY = {
 }
 
 
+@pytest.mark.parametrize("std", [0.003, 0.001])
+@pytest.mark.parametrize("layers", [6, 12, 20])
+@pytest.mark.parametrize("seed", range(3))
+def test_batch_norm_behind_tiny_weights_is_healthy(std, layers, seed):
+    """Where no step is short enough in float32, because BatchNorm makes a small change of small weights large."""
+    torch.manual_seed(seed)
+    hidden = [module for _ in range(layers) for module in (nn.Linear(20, 20), nn.BatchNorm1d(20), nn.ReLU())]
+    net = nn.Sequential(*hidden, nn.Linear(20, 5)).to(DEVICE)
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=std)
+    assert follows_its_gradient(Loss(lambda: F.cross_entropy(net(X), Y), list(net.parameters())))
+
+
 @pytest.mark.parametrize("steps", [0, 100])
 @pytest.mark.parametrize("name", HEALTHY)
 def test_healthy_losses_follow_their_gradient(name, steps):
@@ -119,6 +133,7 @@ def test_a_gradient_that_is_known_is_used():
     loss = Loss(lambda: calls.append("forward") or (w**2).sum(), [w])
     assert follows_its_gradient(loss, 2.0 * torch.ones(3, device=DEVICE))
     assert not follows_its_gradient(loss, torch.ones(3, device=DEVICE))
-    assert len(calls) == 3 + 11
+    assert 3 + 5 <= len(calls) <= 3 + 13
+    before = len(calls)
     assert follows_its_gradient(loss, 2.0 * torch.ones(3, device=DEVICE), torch.tensor(3.0))
-    assert len(calls) == 3 + 11 + 2
+    assert len(calls) == before + 2
