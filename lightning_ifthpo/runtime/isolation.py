@@ -34,11 +34,14 @@ def undisturbed(trainer: L.Trainer, module: L.LightningModule, seed: int, step: 
 
 
 @contextmanager
-def twice_differentiable(module: nn.Module) -> Iterator[None]:
-    """Chooses kernels with a second derivative: no fused attention, no cuDNN recurrence."""
+def differentiable_kernels(module: nn.Module, *, twice: bool) -> Iterator[None]:
+    """Chooses kernels with a derivative also in eval mode, which cuDNN's recurrence lacks, and with a second one.
+
+    A second derivative is what fused attention lacks; `twice` says whether it is needed.
+    """
     recurrent = any(isinstance(submodule, nn.RNNBase) for submodule in module.modules())
     without_cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
-    with sdpa_kernel(SDPBackend.MATH), without_cudnn:
+    with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext(), without_cudnn:
         yield
 
 

@@ -18,7 +18,7 @@ from lightning_ifthpo.core.module_state import ModuleState
 from lightning_ifthpo.module import BilevelLightningModule
 from lightning_ifthpo.runtime.batches import copied
 from lightning_ifthpo.runtime.distributed import Ranks
-from lightning_ifthpo.runtime.isolation import twice_differentiable, undisturbed
+from lightning_ifthpo.runtime.isolation import differentiable_kernels, undisturbed
 from lightning_ifthpo.runtime.precision import CurvaturePrecision, has_half_weights, is_autocast, precision_of
 from lightning_ifthpo.runtime.sharding import unsharded
 from lightning_ifthpo.training_loss import training_loss
@@ -76,8 +76,8 @@ class ModuleLosses:
             stack.enter_context(gradients_on())
             if curvature != "three_point":  # compiled graphs cannot be differentiated twice, nor kept
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            if curvature not in BY_DIFFERENCES:
-                stack.enter_context(twice_differentiable(self._module))
+                twice = curvature not in BY_DIFFERENCES
+                stack.enter_context(differentiable_kernels(self._module, twice=twice))
             self._modes = {submodule: submodule.training for submodule in self._module.modules()}
             yield
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_ifthpo import ExactGeN, IFTHypergradient
 from lightning_ifthpo.hyperparameters import WeightDecay
-from lightning_ifthpo.runtime.isolation import twice_differentiable, undisturbed
+from lightning_ifthpo.runtime.isolation import differentiable_kernels, undisturbed
 from tests.helpers.monitored import Plain, fit, monitor
 from tests.helpers.trainers import Classifier, during_training, quiet_trainer, same, trained
 
@@ -103,7 +103,7 @@ def test_modules_made_in_the_first_forward_pass_are_made_by_training():
     class Lazy(Classifier):
         def inner_loss(self, batch):
             if not hasattr(self, "late"):
-                self.late = nn.Linear(4, 3)
+                self.late = nn.Linear(4, 3).to(self.device)
             return super().inner_loss(batch) + self.late(batch[0]).square().mean()
 
     def run(callbacks):
@@ -189,7 +189,7 @@ def test_what_is_logged_inside_goes_nowhere_and_random_numbers_come_from_the_see
 @pytest.mark.parametrize("module", [nn.LSTM(2, 2), nn.Linear(2, 2)], ids=["recurrent", "other"])
 def test_recurrent_modules_leave_cudnn_alone(module):
     before = torch.backends.cudnn.enabled
-    with twice_differentiable(module):
+    with differentiable_kernels(module, twice=True):
         assert torch.backends.cudnn.enabled == (before and not isinstance(module, nn.LSTM))
     assert torch.backends.cudnn.enabled == before
 

@@ -33,7 +33,7 @@ def test_curvature_precision(precision, exact, monkeypatch):
 def test_double_precision_reaches_tensors_made_in_the_loss():
     class Made(Classifier):
         def outer_loss(self, batch):
-            made = torch.zeros(3)
+            made = torch.zeros(3, device=self.device)
             assert made.dtype == torch.float64
             return F.cross_entropy(self.net(batch[0]) + made, batch[1])
 
