@@ -98,7 +98,9 @@ class HyperStepper:
                 value = float(outer.value)
                 raise ValueError(f"outer_loss is {value} on the first batch; check the data and the initial weights")
             loss = self._losses.inner(batch).over(self._weights)
-            operator, self._curvature = trusted_operator(self._losses, loss, self._curvature, "IFTHypergradient")
+            operator, self._curvature = trusted_operator(
+                self._losses, loss, self._curvature, "IFTHypergradient", self._hyperparameters
+            )
             self._outer_level.begin(min(abs(float(operator.loss)), abs(float(outer.value))))
             mixed = operator.mixed_product(outer.v, self._hyperparameters)
         pairs = zip(outer.direct, mixed, strict=True)

@@ -77,8 +77,10 @@ class Loss:
         self._random_state: RandomState | None = None
 
     def over(self, parameters: Sequence[Tensor]) -> Loss:
-        """Returns the same loss as a function of other parameters."""
-        return replace(self, parameters=parameters)
+        """Returns the same loss, with the same random numbers, as a function of other parameters."""
+        other = replace(self, parameters=parameters)
+        other._random_state = self._random_state
+        return other
 
     def own_share(self) -> Loss:
         """Returns this process's share as a loss of a single process."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class Structure:
         marks_outputs: Whether the loss returned or marked outputs.
         custom: Names of the custom functions in the graph.
         is_smooth: Whether the gradient has no jumps, as with ReLU.
+        slopes: This process's part of ∂L/∂t for each leaf tensor t in the graph, also for hyperparameters.
     """
 
     value: Tensor
@@ -48,6 +49,7 @@ class Structure:
     marks_outputs: bool = False
     custom: Sequence[str] = ()
     is_smooth: bool = False
+    slopes: Mapping[Tensor, Tensor | None] = field(default_factory=dict)
 
 
 def check_complete(loss: Loss) -> Structure:
@@ -61,9 +63,10 @@ def check_complete(loss: Loss) -> Structure:
     """
     value, outputs = loss.evaluate()
     found = loss.combine(loss.space.flatten(vjp([value], loss.parameters)))
-    expected = loss.combine(loss.space.flatten(_gradients_by_backward(value, loss.parameters)))
+    slopes = _gradients_by_backward(value, loss.parameters)
+    expected = loss.combine(loss.space.flatten(slopes[weight] for weight in loss.parameters))
     functions, smooth = custom_functions([value]), is_smooth([value])
-    structure = Structure(loss.combine(value), found, bool(outputs), functions, smooth)
+    structure = Structure(loss.combine(value), found, bool(outputs), functions, smooth, slopes)
     if _differ(found, expected, torch.finfo(found.dtype).eps ** 0.5):  # sums in another order differ by some eps
         raise SecondDerivativeError(
             f"{loss.name} uses weights inside a function that runs a backward pass of its own, where "
@@ -159,16 +162,19 @@ def _probes(space: ParameterSpace | CurvatureOperator) -> Tensor:
     return numbers.to(space.device, space.dtype)
 
 
-def _gradients_by_backward(value: Tensor, weights: Sequence[Tensor]) -> list[Tensor | None]:
-    """Returns what `backward` adds to `.grad` of the weights; leaves `.grad` of all tensors as it was."""
+def _gradients_by_backward(value: Tensor, weights: Sequence[Tensor]) -> dict[Tensor, Tensor | None]:
+    """Returns what `backward` adds to `.grad` of weights, which the graph may not show, and of all leaves that it does.
+
+    Leaves `.grad` of all tensors as it was.
+    """
     leaves = {*weights, *(node.variable for node in nodes([value]) if hasattr(node, "variable"))}
     before = {leaf: leaf.grad for leaf in leaves}
     try:
-        for leaf in leaves:
+        for leaf in before:
             leaf.grad = None
         with twice_differentiable_functions():  # as in the forward pass, which checkpoints repeat
             value.backward(retain_graph=True)  # type: ignore[no-untyped-call]
-        return [weight.grad for weight in weights]
+        return {leaf: leaf.grad for leaf in before}
     finally:
         for leaf, grad in before.items():
             leaf.grad = grad

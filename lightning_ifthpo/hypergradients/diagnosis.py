@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ class Computation:
     Attributes:
         inner: The inner loss.
         outer: The outer loss and its gradients.
+        hyperparameters: λ, which require a gradient.
         operator: The curvature A of the inner loss.
         solver: The solver of (A + δ) q = v.
         curvature: The name of the curvature.
@@ -32,6 +34,7 @@ class Computation:
 
     inner: Loss
     outer: OuterGradient
+    hyperparameters: Sequence[Tensor]
     operator: LossOperator
     solver: Solver
     curvature: str
@@ -39,8 +42,8 @@ class Computation:
     def diagnosis(self, result: Hypergradient) -> str:
         """Returns what is wrong with a result and what to do; "" if nothing is known to be wrong.
 
-        Cost: two forward passes of the inner loss for a solve that succeeded, unless it is verified; else at most 62
-        products and a gradient.
+        Cost: four forward passes and a gradient in λ of the inner loss for a solve that succeeded, unless it is
+        verified; else at most 62 products and a gradient.
         """
         if result.status is Status.NONFINITE:
             found = self._not_finite(result)
@@ -115,9 +118,13 @@ class Computation:
 
     def _not_its_gradient(self) -> str:
         """Returns that the inner loss does not follow its gradient; in a fit that was checked on the first batch."""
-        if self.inner.is_verified or follows_its_gradient(self.inner, self.operator.gradient, self.operator.loss):
+        if self.inner.is_verified:
             return ""
-        return Cause.NOT_ITS_GRADIENT.describe()
+        if not follows_its_gradient(self.inner, self.operator.gradient, self.operator.loss):
+            return Cause.NOT_ITS_GRADIENT.describe(what="the weights")
+        if not follows_its_gradient(self.inner.over(self.hyperparameters), here=self.operator.loss):
+            return Cause.NOT_ITS_GRADIENT.describe(what="the hyperparameters")
+        return ""
 
     def _no_curvature(self) -> str:
         """Returns that the inner loss is linear in the weights, and so has no minimum. One product."""

@@ -82,7 +82,7 @@ def implicit_hypergradient(
             )
         solution = solver.solve(operator, outer_gradient.v, x0)
         mixed = _mixed_product(operator, solution.x, hyperparameters)
-        computation = Computation(inner, outer_gradient, operator, solver, curvature)
+        computation = Computation(inner, outer_gradient, hyperparameters, operator, solver, curvature)
         nothing = all(part is None for part in [*mixed, *outer_gradient.direct])
         if nothing and not allow_unused and (unknown := computation.unknown_weights()):
             raise ValueError(unknown)  # it is not the hyperparameters' fault

@@ -110,9 +110,10 @@ class Cause(Enum):
         Remedy("use damping='horizon' or Amortized() for weights that are still trained", unless=("Amortized",)),
     )
     NOT_ITS_GRADIENT = (
-        "the inner loss does not change along its gradient as the gradient says",
-        "a part of it is detached or a backward pass is not the derivative, and curvature takes that part for constant",
-        Remedy("make the loss one whose gradient weights follow"),
+        "the inner loss does not change with {what} as its derivative says",
+        "a part that depends on them is detached, or a backward pass is not the derivative, and hypergradients take "
+        "that part for constant",
+        Remedy("make the loss one whose derivative torch knows"),
         Remedy("trust the result only if that part does not matter"),
     )
     NO_INFLUENCE = (

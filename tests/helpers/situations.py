@@ -94,6 +94,24 @@ def detached(name: str, dtype: torch.dtype = SINGLE) -> Problem:
     return Problem(inner, lambda: F.cross_entropy(x @ w, y), [w], [decay])
 
 
+def detached_decay(name: str) -> Problem:
+    """Softmax regression whose decays are partly detached."""
+    problem = softmax()
+    w, factors = problem.weights[0], torch.tensor([0.3, 0.6], dtype=DOUBLE, device=DEVICE)
+
+    def inner() -> Tensor:
+        used = {
+            "a decay of which half is detached": lambda: (factors + factors.detach()) / 2,
+            "a decay over its own mean, detached": lambda: factors / factors.mean().detach(),
+            "a decay that is rounded straight through": lambda: (
+                factors + ((10 * factors).round() / 10 - factors).detach()
+            ),
+        }[name]()
+        return problem.inner()[0] + (used * torch.stack([w[:9].square().sum(), w[9:].square().sum()])).sum()
+
+    return Problem(inner, problem.outer, problem.weights, [factors])
+
+
 def quadratic(values: Tensor | list[float], dtype: torch.dtype = DOUBLE, v: Tensor | None = None) -> Problem:
     """½ (w − λt)ᵀ A (w − λt) at w = λt, with eigenvalues of A in a random basis; L_V = vᵀw."""
     values = torch.as_tensor(values, dtype=DOUBLE)
@@ -613,6 +631,16 @@ def faulty() -> list[Situation]:
                 ("advantage of a policy gradient", Direct(damping=1.0)),
                 ("stopped target", CG(damping=1.0, **LOOSE)),
                 ("straight-through estimator", MINRES(damping=1.0, **LOOSE)),
+            ]
+        ],
+        *[
+            Situation(
+                f"{name}, {type(solver).__name__}", partial(detached_decay(name).solved, solver), Cause.NOT_ITS_GRADIENT
+            )
+            for name, solver in [
+                ("a decay of which half is detached", Direct()),
+                ("a decay over its own mean, detached", CG(**LOOSE)),
+                ("a decay that is rounded straight through", MINRES(**LOOSE)),
             ]
         ],
         Situation(
