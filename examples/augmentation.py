@@ -41,7 +41,7 @@ class Distortion(nn.Module):
         if not self.training:
             return images
         rotation, shift, scale = self.log_strengths.exp()
-        random = torch.randn(4, len(images))
+        random = torch.randn(4, len(images), device=images.device)
         angle, size = rotation * random[0], (scale * random[1]).exp()
         cos, sin = size * angle.cos(), size * angle.sin()
         maps = torch.stack([cos, -sin, shift * random[2], sin, cos, shift * random[3]], dim=1).view(-1, 2, 3)

@@ -10,11 +10,15 @@ import torch
 
 pytest.register_assert_rewrite("tests.checks")  # so that a failed check shows its values
 
+from tests.helpers.device import deterministic  # noqa: E402
 from tests.helpers.problems import SoftmaxRegression  # noqa: E402
+
+deterministic()
 
 
 @pytest.fixture(autouse=True)
 def _reproducible():
+    deterministic()  # again, because a Trainer may have asked for something else
     torch.manual_seed(0)
     torch.set_num_threads(1)  # the problems are small, and threads would only wait for each other; examples set two
 

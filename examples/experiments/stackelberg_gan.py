@@ -97,14 +97,15 @@ class RingGAN(BilevelLightningModule, L.LightningModule):
 
     def samples(self, count: int) -> Tensor:
         """Returns points that the generator makes, [count, 2]."""
-        points: Tensor = self.generator(torch.randn(count, NOISE))
+        points: Tensor = self.generator(torch.randn(count, NOISE, device=self.device))
         return points
 
     def inner_loss(self, batch: Tensor) -> Tensor:
         """Returns L_D: real points are to get positive logits, generated ones negative logits."""
         points = torch.cat([batch, self.samples(len(batch))])
         logits = self.mark_outputs(self.discriminator(points / RADIUS))
-        real = torch.cat([torch.ones(len(batch), 1), torch.zeros(len(batch), 1)])
+        ones = torch.ones(len(batch), 1, device=batch.device)
+        real = torch.cat([ones, torch.zeros_like(ones)])
         return F.binary_cross_entropy_with_logits(logits, real)
 
     def outer_loss(self, batch: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import nn
 from torchmetrics import MeanMetric
 
 from lightning_ifthpo.core.module_state import modules_rewound, restored
+from tests.helpers.device import DEVICE
 from tests.helpers.monitored import Plain, monitor
 from tests.helpers.trainers import quiet_trainer, same
 
@@ -27,7 +28,7 @@ class InPlace(Plain):
         self.momentum_encoder.requires_grad_(False)
         self.generator, self.numpy_generator = torch.Generator().manual_seed(1), np.random.default_rng(1)
         self.outputs, self.counter, self.seen, self.recent = [], {"n": 0}, set(), deque(maxlen=3)
-        self.moving = torch.zeros(3)
+        self.moving = torch.zeros(3, device=DEVICE)
         self.register_buffer("buffer", torch.zeros(2))
         self.view = self.buffer[:1]
         self.scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
@@ -44,7 +45,7 @@ class InPlace(Plain):
         self.momentum_encoder.bias.requires_grad_(not self.momentum_encoder.bias.requires_grad)
         self.counter["n"] += 1
         self.seen.add(len(self.seen))
-        noise = torch.randn(x.shape, generator=self.generator) + self.numpy_generator.normal()
+        noise = (torch.randn(x.shape, generator=self.generator) + self.numpy_generator.normal()).to(x)
         x = self.scripted(x) + 0.1 * noise * self.counter["n"] + self.momentum_encoder(x).mean() + self.moving.mean()
         loss = F.cross_entropy(self.net(x), y)
         self.outputs.append(loss.detach())

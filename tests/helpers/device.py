@@ -7,17 +7,46 @@ LIGHTNING_IFTHPO_TEST_DTYPE=float32 runs the numerical tests in that precision; 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 DEVICE = torch.device(os.environ.get("LIGHTNING_IFTHPO_TEST_DEVICE", "cpu"))
+ON_CUDA = DEVICE.type == "cuda"
 DTYPE: torch.dtype = getattr(torch, os.environ.get("LIGHTNING_IFTHPO_TEST_DTYPE", "float64"))
 
 # keyword arguments of torch's factories, of modules and of Tensor.to
 WHERE: dict[str, Any] = {"device": DEVICE, "dtype": DTYPE}
 FLOAT64: dict[str, Any] = {"device": DEVICE, "dtype": torch.float64}  # for tests that compare with differences
+
+RandomState: TypeAlias = tuple[Tensor, ...]
+
+
+def deterministic() -> None:
+    """Asks CUDA for kernels that do the same each time, where there are any, and for float32 without shortcuts.
+
+    It has to be called before CUDA starts.
+    """
+    if ON_CUDA:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # which costs time, and hides mistakes
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.allow_tf32 = False
+
+
+def random_state() -> RandomState:
+    """Returns the states of torch's generators: the CPU's, and that of DEVICE if it has its own."""
+    return (torch.get_rng_state(), torch.cuda.get_rng_state(DEVICE)) if ON_CUDA else (torch.get_rng_state(),)
+
+
+def set_random_state(state: RandomState) -> None:
+    """Sets what `random_state` has returned."""
+    torch.set_rng_state(state[0])
+    if ON_CUDA:
+        torch.cuda.set_rng_state(state[1], DEVICE)
 
 
 def within(in_float64: float, *, power: float = 1.0) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -22,7 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ifthpo import ExactGeN
+from tests.helpers.device import DEVICE, ON_CUDA, RandomState, random_state
 from tests.helpers.trainers import Callback, quiet_trainer, same
+
+# what torch and Lightning say of a machine, in the first run or in some runs only
+OF_THE_MACHINE = re.compile("does not have many workers|no current CUDA context|deterministic")
 
 
 @dataclass
@@ -39,9 +44,9 @@ class Measurement:
     problem: Any
     batch: Any
     weights: list[Tensor]
-    random_states: dict[str, list[Tensor]] = field(default_factory=dict)
+    random_states: dict[str, list[RandomState]] = field(default_factory=dict)
 
-    def pairs_of_random_states(self) -> list[tuple[Tensor, Tensor | None]]:
+    def pairs_of_random_states(self) -> list[tuple[RandomState, RandomState | None]]:
         """Returns the random states of the inner loss with those of the outer loss, if that was evaluated."""
         seen = self.random_states
         return [(inner, outer) for inner in seen["inner"] for outer in seen.get("outer", [None])]
@@ -67,8 +72,8 @@ class Evidence:
         if self.present is None:
             return
         self.last = self.present
-        known, state = self.present.random_states.setdefault(name, []), torch.get_rng_state()
-        if not any(torch.equal(state, other) for other in known):
+        known, state = self.present.random_states.setdefault(name, []), random_state()
+        if not any(same(state, other) for other in known):
             known.append(state)
 
 
@@ -132,7 +137,7 @@ def trace_of(module: Any) -> dict[str, Any]:
         "gradients": [None if p.grad is None else p.grad.to_dense(masked_grad=False) for p in module.parameters()],
         "modes": [submodule.training for submodule in module.modules()],
         "python": [plain_values(vars(submodule)) for submodule in module.problem.modules()],
-        "random": [torch.get_rng_state(), random.getstate(), plain_values(np.random.get_state())],  # noqa: NPY002
+        "random": [*random_state(), random.getstate(), plain_values(np.random.get_state())],  # noqa: NPY002
     }
 
 
@@ -162,6 +167,7 @@ class Run:
     error: Exception | None
     warnings: set[str]
     metrics: dict[str, float]
+    repeated: Callable[[], Run]
 
     @classmethod
     def of(
@@ -180,11 +186,14 @@ class Run:
         torch.manual_seed(seed)
         trainer = quiet_trainer(callbacks=callbacks, precision=precision, limit_val_batches=0)
         error, said = attempted(lambda: trainer.fit(module))
-        return cls(module, evidence, error, said, {k: float(v) for k, v in trainer.callback_metrics.items()})
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        return cls(
+            module, evidence, error, said, metrics, lambda: cls.of(make, callback, precision=precision, seed=seed)
+        )
 
     @property
     def hyperparameters(self) -> dict[str, Tensor]:
-        return {name: value.detach().clone() for name, value in self.module.named_hyperparameters()}
+        return {name: value.detach().clone().to(DEVICE) for name, value in self.module.named_hyperparameters()}
 
 
 def attempted(function: Callable[[], Any]) -> tuple[Exception | None, set[str]]:
@@ -193,14 +202,24 @@ def attempted(function: Callable[[], Any]) -> tuple[Exception | None, set[str]]:
         warnings.simplefilter("always")
         try:
             function()
-        except Exception as error:
-            return error, {str(warning.message) for warning in caught}
-    return None, {str(warning.message) for warning in caught}
+            error = None
+        except Exception as raised:
+            error = raised
+    said = {str(warning.message) for warning in caught}
+    return error, {message for message in said if not OF_THE_MACHINE.search(message)}
 
 
 def disturbed(plain: Run, run: Run, *, but_weights: bool) -> str:
     """Returns what differs from plain training, and where."""
-    kinds = ("modes", "random") if but_weights else ("state", "gradients", "modes", "python", "random")
-    pairs = enumerate(zip(plain.evidence.traces, run.evidence.traces, strict=True))
-    found = [f"{kind} after batch {i}" for i, (a, b) in pairs for kind in kinds if not same(a[kind], b[kind])]
-    return f"training was disturbed: {', '.join(found)}" if found else ""
+    kinds = {"modes", "random"} if but_weights else {"state", "gradients", "modes", "python", "random"}
+    found = differing(plain, run, kinds)
+    if found and ON_CUDA:  # some kernels add in another order each time: then bits say nothing
+        unsteady = {kind for _ in range(3) for kind, _ in differing(plain, plain.repeated(), kinds)}
+        found = [(kind, batch) for kind, batch in found if kind not in unsteady]
+    return f"training was disturbed: {', '.join(f'{kind} after batch {i}' for kind, i in found)}" if found else ""
+
+
+def differing(left: Run, right: Run, kinds: set[str]) -> list[tuple[str, int]]:
+    """Returns the kinds of traces that differ, with the batches after which they do."""
+    pairs = enumerate(zip(left.evidence.traces, right.evidence.traces, strict=True))
+    return [(kind, i) for i, (a, b) in pairs for kind in sorted(kinds) if not same(a[kind], b[kind])]

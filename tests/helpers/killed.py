@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_ifthpo import ExactGeN, IFTHypergradient, SharpnessMonitor
+from tests.helpers.device import deterministic
 from tests.helpers.trainers import Deterministic, L, quiet_trainer
 
 EPOCHS, BATCHES = 3, 4
@@ -74,6 +75,7 @@ class Death(Callback):
 def live(folder: Path, death: tuple[Phase, float, int] | None = None) -> None:
     """Trains from the newest checkpoint of a folder, or from the beginning, to the end or to a death."""
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty")
+    deterministic()
     torch.set_num_threads(1)
     torch.manual_seed(3)
     checkpoints = Checkpoints(folder)

@@ -86,6 +86,17 @@ class Attention(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0]
 
 
+class Dropout(nn.Module):
+    """CUDA drops other numbers in float64 than in float32; the plain one drops what would be dropped in training."""
+
+    plain, dtype = False, torch.float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.plain:
+            return F.dropout(x, 0.3, self.training)
+        return x * F.dropout(torch.ones_like(x, dtype=self.dtype), 0.3, self.training).to(x)
+
+
 class HardSigmoid(nn.Module):
     """torch's has no second derivative; the plain one is the same, with a slope of 1/6 rounded to float32 as there."""
 
@@ -141,7 +152,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "softplus": nn.Softplus,
     "hardsigmoid": HardSigmoid,
-    "dropout": lambda: nn.Dropout(0.3),
+    "dropout": Dropout,
     "weight_norm": WeightNorm,
     "spectral_norm": lambda: parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH)),
     "symmetric": _symmetric,
@@ -201,7 +212,8 @@ class Queue(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         loss = (F.normalize(h, dim=1) @ self.keys.clone().to(h).T).logsumexp(1).mean()
-        self.keys[(int(self.next) + torch.arange(len(h))) % 12] = F.normalize(h.detach().to(self.keys), dim=1)
+        rows = (int(self.next) + torch.arange(len(h), device=h.device)) % 12
+        self.keys[rows] = F.normalize(h.detach().to(self.keys), dim=1)
         self.next.fill_((int(self.next) + len(h)) % 12)
         return loss
 

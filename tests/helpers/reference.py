@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests.helpers.random_networks import Problem
+from tests.helpers.device import RandomState, set_random_state
+from tests.helpers.random_networks import Dropout, Problem
 
 WeightsOf: TypeAlias = Callable[[Problem], list[nn.Parameter]]
 
@@ -24,7 +26,16 @@ def plain_copy(problem: Problem) -> Problem:
     for module in twin.modules():
         module._backward_hooks.clear()
         module.plain = True
+        if isinstance(module, Dropout):
+            module.dtype = problem.description.dtype
     return twin
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Leaves out fused attention and cuDNN's recurrence, which have no second derivative."""
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+        yield
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -69,8 +80,8 @@ class State:
     hyperparameters: dict[str, Tensor]
     batch: Any
     outer_batch: Any
-    random_state: Tensor
-    outer_random_state: Tensor | None = None
+    random_state: RandomState
+    outer_random_state: RandomState | None = None
 
     def dense(self, curvature: str, weights: WeightsOf = Problem.moved) -> Dense:
         """Returns the matrices, by loops over first-order products of torch."""
@@ -96,9 +107,9 @@ class State:
     def differences(self, weights: WeightsOf = Problem.moved) -> Dense:
         """Returns the Hessian and the mixed derivative as central differences of gradients, and the rest exactly."""
         hypers = {name: value.detach().double().requires_grad_() for name, value in self.hyperparameters.items()}
-        size = sum(weight.numel() for weight in weights(self.problem))
-        columns = []
-        for unit in torch.eye(size, dtype=torch.float64):
+        moved, columns = weights(self.problem), []
+        size = sum(weight.numel() for weight in moved)
+        for unit in torch.eye(size, dtype=torch.float64, device=moved[0].device):
             first, second = (self._slope_at(sign * unit, hypers, weights) for sign in (STEP, -STEP))
             columns.append((first - second) / (2 * STEP))
         both = torch.stack(columns, 1)
@@ -115,16 +126,16 @@ class State:
         return gradient(self._evaluated(twin, hypers), inputs)
 
     def _evaluated(self, twin: Problem, hypers: dict[str, Tensor], **options: Any) -> Tensor:
-        torch.set_rng_state(self.random_state)
-        with sdpa_kernel(SDPBackend.MATH):
+        set_random_state(self.random_state)
+        with twice_differentiable():
             return twin.inner(copy.deepcopy(self.batch), hypers["scale"], hypers.get("log_decay"), **options)
 
     def _outer(self, hypers: dict[str, Tensor], weights: WeightsOf) -> tuple[Tensor, Tensor]:
         if self.outer_random_state is None:
             return torch.empty(0), torch.empty(0)
         twin = plain_copy(self.problem).eval()
-        torch.set_rng_state(self.outer_random_state)
-        with sdpa_kernel(SDPBackend.MATH):
+        set_random_state(self.outer_random_state)
+        with twice_differentiable():
             value = twin.outer(copy.deepcopy(self.outer_batch), hypers["scale"])
         return gradient(value, weights(twin)), gradient(value, list(hypers.values()))
 

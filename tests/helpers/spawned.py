@@ -25,6 +25,7 @@ def main(file):
     trainer = quiet_trainer(
         callbacks=[IFTHypergradient(2, on_failure="raise")],
         strategy="ddp_spawn",
+        accelerator="cpu",  # which has room for two
         devices=2,
         use_distributed_sampler=False,
         limit_val_batches=0,

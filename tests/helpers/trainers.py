@@ -190,7 +190,7 @@ class Recorder(Callback):
 
 def same(left, right):
     if isinstance(left, torch.Tensor):
-        return torch.equal(left, right)
+        return torch.equal(left, right.to(left.device))  # after a fit, modules are on the CPU
     if isinstance(left, dict):
         return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
     if isinstance(left, (list, tuple)):

@@ -158,7 +158,7 @@ class MaskedLanguageModel(Tokens):
 
     def losses(self, batch: Any) -> Tensor:
         tokens, _ = batch
-        masked = torch.rand(tokens.shape) < 0.5
+        masked = torch.rand(tokens.shape, device=tokens.device) < 0.5
         logits = self.net(tokens.masked_fill(masked, 11)).transpose(1, 2)
         return (F.cross_entropy(logits, tokens, reduction="none") * masked).mean(1)
 
@@ -379,7 +379,7 @@ class MomentumContrast(Member):
             start = int(self.next)
             self.queue[start : start + EXAMPLES] = k
             self.next.fill_((start + EXAMPLES) % 12)
-        return cross_entropy(logits, torch.zeros(EXAMPLES, dtype=torch.long))
+        return cross_entropy(logits, torch.zeros(EXAMPLES, dtype=torch.long, device=x.device))
 
 
 class FrozenQueue(MomentumContrast):
@@ -608,7 +608,7 @@ class Mixup(Supervised):
 
     def losses(self, batch: Any) -> Tensor:
         x, y = batch
-        share, order = torch.distributions.Beta(0.4, 0.4).sample(), torch.randperm(EXAMPLES)
+        share, order = torch.distributions.Beta(0.4, 0.4).sample(), torch.randperm(EXAMPLES, device=x.device)
         logits = self.net(share * x + (1 - share) * x[order])
         return share * cross_entropy(logits, y) + (1 - share) * cross_entropy(logits, y[order])
 

@@ -19,7 +19,7 @@ from tests.helpers.trainers import Classifier, loader, quiet_trainer, trained
 def test_a_model_whose_layers_are_spread_over_devices_is_refused(callback, monkeypatch):
     mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 2)}
     monkeypatch.setattr(ModelParallelStrategy, "device_mesh", mesh)
-    trainer = quiet_trainer(devices=2, strategy=ModelParallelStrategy())
+    trainer = quiet_trainer(accelerator="cpu", devices=2, strategy=ModelParallelStrategy())
     message = (
         f"{callback.__name__} needs the whole model on each device, and ModelParallelStrategy is not known to keep it"
     )
@@ -29,7 +29,7 @@ def test_a_model_whose_layers_are_spread_over_devices_is_refused(callback, monke
 
 def test_weights_that_are_spread_over_devices_are_put_together_or_refused(monkeypatch):
     monkeypatch.setattr(ModelParallelStrategy, "device_mesh", {"tensor_parallel": SimpleNamespace(size=lambda: 1)})
-    trainer = quiet_trainer(devices=2, strategy=ModelParallelStrategy())
+    trainer = quiet_trainer(accelerator="cpu", devices=2, strategy=ModelParallelStrategy())
     check_strategy(trainer, "IFTHypergradient", gathers=True)
     with pytest.raises(ValueError, match=r"ModelParallelStrategy is not known to keep it there; use strategy='ddp'$"):
         ExactGeN().on_fit_start(trainer, Classifier())

@@ -520,10 +520,9 @@ def test_unused_weights_and_units_of_the_loss_do_not_change_the_rate(curvature):
 
     def rate(rows, *, scale=1.0, decay=0.0):
         torch.manual_seed(0)
-        head = nn.Linear(4, 3, device=DEVICE)
-        index = torch.randint(0, 20, (64,), device=DEVICE)
-        embedding = nn.Embedding(20, 4, device=DEVICE)
-        table = nn.Parameter(torch.cat([embedding.weight.detach(), 1e3 * torch.randn(rows, 4, device=DEVICE)]))
+        head, index, embedding = nn.Linear(4, 3), torch.randint(0, 20, (64,)), nn.Embedding(20, 4)
+        table = nn.Parameter(torch.cat([embedding.weight.detach(), 1e3 * torch.randn(rows, 4)]).to(DEVICE))
+        head, index = head.to(DEVICE), index.to(DEVICE)  # the same numbers on every device
         optimizer = torch.optim.SGD([table, *head.parameters()], lr=1.0, momentum=0.9, weight_decay=decay)
         scheduler = ExactGeNLR(optimizer, curvature=curvature, final_decay=0.0, lr_max=1e9, lr_min=1e-12)
         loss = lambda: scale * nn.functional.cross_entropy(head(table[index]), index % 3)  # noqa: E731
@@ -552,7 +551,7 @@ def test_a_loss_unlike_its_gradient_is_looked_at_by_gradients_and_said_so_once(t
     assert scheduler.curvature == "three_point"
     with pytest.warns(UserWarning, match="does not change along its gradient") as caught:
         loop(optimizer, scheduler, loss, 150)
-    assert len(caught) == 1
+    assert sum("along its gradient" in str(warning.message) for warning in caught) == 1
     assert scheduler.curvature == "finite_difference"
     assert float((net(x).argmax(1) == labels).float().mean()) > 0.8
     resumed = ExactGeNLR(torch.optim.SGD(net.parameters(), lr=1.0))

@@ -41,7 +41,7 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(processes, tm
     """Each run is killed once: a run of Lightning alone, resumed twice across an epoch, miscounts its epochs."""
     whole = tmp_path / "whole"
     assert lived(processes, whole) == 0
-    wanted = torch.load(killed.newest(whole), weights_only=False)
+    wanted = torch.load(killed.newest(whole), weights_only=False, map_location="cpu")
     assert wanted["global_step"] == killed.EPOCHS * killed.BATCHES
     moments = random.Random(0)
     while_saving = 0
@@ -52,7 +52,7 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(processes, tm
         assert lived(processes, folder, death) == -signal.SIGKILL
         while_saving += (folder / "death.txt").read_text() == "saving"
         assert lived(processes, folder) == 0
-        got = torch.load(killed.newest(folder), weights_only=False)
+        got = torch.load(killed.newest(folder), weights_only=False, map_location="cpu")
         for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
             assert same(got[key], wanted[key]), (key, death)
         for name, state in wanted["callbacks"].items():

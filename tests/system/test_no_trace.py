@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_ifthpo import ExactGeN, IFTHypergradient, SharpnessMonitor
+from tests.helpers.device import DEVICE
 from tests.helpers.trainers import Classifier, Recorder, classification_data, loader, quiet_trainer, same
 
 pytestmark = [
@@ -70,7 +71,7 @@ class Streaming(Classifier):
         self.noise = iter(DataLoader(torch.randn(200, 4, generator=torch.Generator().manual_seed(5)), batch_size=8))
 
     def inner_loss(self, batch):
-        return super().inner_loss((batch[0] + 0.1 * next(self.noise), batch[1]))
+        return super().inner_loss((batch[0] + 0.1 * next(self.noise).to(batch[0]), batch[1]))
 
 
 class Wrapped(Classifier):
@@ -108,7 +109,7 @@ class OwnBatches(Classifier):
     def inner_loss(self, batch):
         batch.x = 2.0 * batch.x
         batch.y.add_(1).remainder_(3)
-        self.accuracy.update(torch.zeros(len(batch.x), 3), batch.y)
+        self.accuracy.update(torch.zeros(len(batch.x), 3, device=self.device), batch.y)
         return F.cross_entropy(self.net(batch.x), batch.y) + self.decay()
 
     def outer_loss(self, batch):
@@ -133,7 +134,7 @@ class Hidden(Classifier):
 
     def __init__(self, **options):
         super().__init__(**options)
-        self.hidden = [nn.Linear(4, 3).requires_grad_(False)]
+        self.hidden = [nn.Linear(4, 3).requires_grad_(False).to(DEVICE)]
         self.average = Average()
 
     def inner_loss(self, batch):
@@ -146,7 +147,7 @@ class Hidden(Classifier):
 
 class Average:
     def __init__(self):
-        self.mean, self.values = torch.zeros(4), []
+        self.mean, self.values = torch.zeros(4, device=DEVICE), []
 
     def update(self, x):
         self.mean.mul_(0.9).add_(x, alpha=0.1)

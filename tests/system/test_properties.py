@@ -25,6 +25,7 @@ from lightning_ifthpo import (
     spectrum,
     step_size,
 )
+from tests.helpers.device import ON_CUDA
 from tests.helpers.features import Simple
 from tests.helpers.trainers import Callback, DataLoader, quiet_trainer, same
 
@@ -140,7 +141,9 @@ def batches(draw):
     if spoil == "device":
         x = x.to("meta")
     if spoil == "labels":
-        y = draw(st.sampled_from([y + 3, y - 1, y.float(), y.bool()]))
+        # CUDA answers labels out of range by an assertion that ends all work of the process
+        outside = [] if ON_CUDA else [y + 3, y - 1]
+        y = draw(st.sampled_from([*outside, y.float(), y.bool()]))
     if spoil == "lengths":
         y = torch.cat([y, y, torch.zeros(1, dtype=torch.long)])
     return {"x": x, "y": y} if spoil == "container" else (x, y)

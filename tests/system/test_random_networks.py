@@ -12,12 +12,14 @@ import lightning as L
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from lightning_ifthpo import ExactGeN, IFTHypergradient, SharpnessMonitor, implicit_hypergradient
 from lightning_ifthpo.curvature import FiniteDifferenceOperator, GaussNewtonOperator, HessianOperator
 from lightning_ifthpo.solvers import ConjugateGradient, Direct, Identity, MinimumResidual, Neumann, Solver
 from lightning_ifthpo.spectrum import lanczos
+from tests.helpers.device import DEVICE, RandomState, random_state
 from tests.helpers.evidence import Run, attempted, disturbed
 from tests.helpers.random_networks import FEATURES, MOVING, Description, Problem, RandomBilevel, descriptions
 from tests.helpers.reference import Dense, State, flat
@@ -43,7 +45,7 @@ def truncated_series(terms: int, step_size: float) -> Callable[[Tensor, Tensor],
 
 
 def damped_solution(matrix: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.solve(matrix + torch.eye(len(b), dtype=b.dtype), b)
+    return torch.linalg.solve(matrix + torch.eye(len(b)).to(b), b)
 
 
 # what each solver computes, and the relative residual at which it may stop
@@ -75,7 +77,7 @@ def run_of(description: Description, callback: L.Callback | None) -> Run:
 
 def states_of(run: Run) -> list[State]:
     """Returns the state of the last measurement, once for each random state that it used."""
-    last, outer_batch = run.evidence.last, next(iter(run.module.outer_dataloader()))
+    last, outer_batch = run.evidence.last, move_data_to_device(next(iter(run.module.outer_dataloader())), DEVICE)
     return [
         State(last.problem, run.hyperparameters, last.batch, outer_batch, *random_states)
         for random_states in last.pairs_of_random_states()
@@ -86,7 +88,7 @@ def states_of(run: Run) -> list[State]:
 
 
 def compared(name: str, got: Tensor, wanted: Tensor, bound: Tensor | float) -> str:
-    got, bound = got.double(), float(bound)
+    got, bound = got.to(wanted.device, torch.float64), float(bound)
     error = float(torch.linalg.vector_norm(got - wanted))
     return "" if error <= bound else f"{name} is off by {error:.3g}, above {bound:.3g}: {got}, expected {wanted}"
 
@@ -103,7 +105,7 @@ def references(state: State, curvature: str) -> list[Dense]:
         return [*answers, state.differences()]
     if curvature == "hessian" and not description.has("embedding"):  # whose row of padding has no gradient
         matrix = answers[0].matrix
-        v = torch.randn(len(matrix), dtype=matrix.dtype, generator=torch.Generator().manual_seed(0))
+        v = torch.randn(len(matrix), dtype=matrix.dtype, generator=torch.Generator().manual_seed(0)).to(matrix)
         error = torch.linalg.vector_norm(state.product_by_differences(v) - matrix @ v)
         assert error <= 1e-6 * torch.linalg.matrix_norm(matrix, 2) * v.norm() + 1e-9, "the reference is wrong"
     return answers
@@ -233,15 +235,15 @@ class Functions:
         self.hypers = {"scale": torch.linspace(0.8, 1.2, 4, dtype=description.dtype)}
         if description.loss == "penalty":
             self.hypers["log_decay"] = torch.tensor(-3.0, dtype=description.dtype)
-        self.seen: dict[str, Tensor] = {}
+        self.seen: dict[str, RandomState] = {}
 
     def inner(self) -> Tensor:
-        self.seen.setdefault("inner", torch.get_rng_state())
+        self.seen.setdefault("inner", random_state())
         batch = copy.deepcopy(self.batch)
         return self.problem.train().inner(batch, self.hypers["scale"], self.hypers.get("log_decay"))
 
     def outer(self) -> Tensor:
-        self.seen.setdefault("outer", torch.get_rng_state())
+        self.seen.setdefault("outer", random_state())
         return self.problem.eval().outer(copy.deepcopy(self.outer_batch), self.hypers["scale"])
 
     def references(self, curvature: str) -> list[Dense]:

@@ -42,7 +42,8 @@ def everything(module, trainer, callback):
         f"hyper/{i}/{k}": torch.as_tensor(v) for i, s in hyper["optimizer"]["state"].items() for k, v in s.items()
     }
     state |= {"x0": hyper["x0"]} if hyper["x0"] is not None else {}
-    return state | {k: torch.tensor(hyper[k]) for k in ("steps", "seed", "consumed")}
+    state |= {k: torch.tensor(hyper[k]) for k in ("steps", "seed", "consumed")}
+    return {name: value.cpu() for name, value in state.items()}  # what has just been loaded is there, too
 
 
 COLD = ConjugateGradient(3, damping=1.0)

@@ -12,11 +12,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_ifthpo import BilevelLightningModule, IFTHypergradient, SharpnessMonitor
 from lightning_ifthpo.solvers import MinimumResidual
+from tests.helpers.device import DEVICE, RandomState, set_random_state
 from tests.helpers.evidence import Resting, Run, disturbed, listen
 from tests.helpers.zoo import EXAMPLES, ZOO, Member
 from tests.helpers.zoo_vision import VISION
@@ -94,8 +96,8 @@ class Differences:
     hyper: Tensor
     batch: Any
     outer_batch: Any
-    random_state: Tensor
-    outer_random_state: Tensor
+    random_state: RandomState
+    outer_random_state: RandomState
 
     def hypergradient(self, step: float, *, of_values: bool = False) -> Tensor:
         """Returns −(∂g/∂λ)ᵀ q, [4], with the q of least ‖Hq − v‖ among the combinations of v and Hv.
@@ -106,13 +108,14 @@ class Differences:
         v = self.slope(outer=True)[0]
         image = self.product(v, step)[0]
         images = torch.stack([image, self.product(image, step)[0]], 1)
-        q = torch.stack([v, image], 1) @ torch.linalg.lstsq(images, v[:, None]).solution[:, 0]
+        shares = torch.linalg.lstsq(images.cpu(), v[:, None].cpu()).solution[:, 0]  # CUDA's takes full rank for granted
+        q = torch.stack([v, image], 1) @ shares.to(v)
         return -self.product(q, step)[1] if of_values else -self.mixed.T @ q
 
     @cached_property
     def mixed(self) -> Tensor:
         """∂g/∂λ for the gradient g = ∂L_T/∂w, [n, 4]; g is linear in λ."""
-        return torch.stack([self.slope(hyper=unit)[0] for unit in torch.eye(EXAMPLES)], 1)
+        return torch.stack([self.slope(hyper=unit)[0] for unit in torch.eye(EXAMPLES, device=DEVICE)], 1)
 
     def product(self, v: Tensor, step: float) -> tuple[Tensor, Tensor]:
         """Returns the derivatives of ∂L_T/∂w, [n], and of ∂L_T/∂λ, [4], along v."""
@@ -131,11 +134,12 @@ class Differences:
             with torch.no_grad():
                 for weight, part in zip(weights, delta.split([w.numel() for w in weights]), strict=True):
                     weight += part.view_as(weight)
-        torch.set_rng_state(self.outer_random_state if outer else self.random_state)
-        if outer:
-            loss = member.eval().outer(copy.deepcopy(self.outer_batch))
-        else:
-            loss = member.inner(copy.deepcopy(self.batch), hyper)
+        set_random_state(self.outer_random_state if outer else self.random_state)
+        with torch.backends.cudnn.flags(enabled=False):  # whose recurrence has no derivative in eval mode
+            if outer:
+                loss = member.eval().outer(copy.deepcopy(self.outer_batch))
+            else:
+                loss = member.inner(copy.deepcopy(self.batch), hyper)
         for weight in weights:
             weight.grad = None  # what a backward pass inside the loss has left
         loss.backward()
@@ -167,7 +171,7 @@ def compared(run: Run, *, by_differences: bool) -> str:
 
 
 def converted(batch: Any) -> Any:
-    return L.pytorch.plugins.DoublePrecision().convert_input(copy.deepcopy(batch))
+    return move_data_to_device(L.pytorch.plugins.DoublePrecision().convert_input(copy.deepcopy(batch)), DEVICE)
 
 
 def ended(plain: Run, run: Run, *, may_be_refused: bool) -> str:
