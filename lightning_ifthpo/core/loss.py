@@ -15,8 +15,8 @@ from lightning_ifthpo.core.autodiff import vjp, zeros_for_none
 from lightning_ifthpo.core.functions import twice_differentiable_functions
 from lightning_ifthpo.core.graph import check_differentiable
 from lightning_ifthpo.core.marking import recording_outputs
-from lightning_ifthpo.core.module_state import modules_rewound
 from lightning_ifthpo.core.random_state import RandomState
+from lightning_ifthpo.core.side_effects import modules_rewound
 from lightning_ifthpo.core.space import ParameterSpace
 
 LossFunction: TypeAlias = Callable[[], Tensor | tuple[Tensor, Tensor | Sequence[Tensor]]]

@@ -6,28 +6,30 @@ import array
 import copyreg
 import io
 import types
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lightning_ifthpo.core.copies import TensorState, has_state, lazy_copy
 from lightning_ifthpo.core.restoring import (
+    forget,
     generator_restorer,
+    has_memory,
     has_own_attributes,
     hook_dicts,
+    is_data,
     is_from_library,
     is_plain_layer,
+    own_classes,
     refill,
     restore_attributes,
+    restore_class,
 )
 from lightning_ifthpo.core.rewindable import Rewindable
 
@@ -36,16 +38,14 @@ from lightning_ifthpo.core.rewindable import Rewindable
 _LONG, _LONGEST = 256, 100_000
 _LARGE_ARRAY = 2**24  # bytes; larger NumPy arrays hold data, and are left alone
 
-_inside_restored: ContextVar[bool] = ContextVar("_inside_restored", default=False)
-
 
 class ModuleState:
     """The state of a module and its submodules when the object is made.
 
     It holds attributes, also train/eval modes; the contents of lists, dicts, sets and deques, also nested ones; those
-    of objects of the user's own classes, and what hooks have kept; tensors, with `requires_grad` and `.grad`; random
-    generators; and the position of iterators. It does not hold files, global variables, or the inside of objects from
-    libraries.
+    of objects of the user's own classes; data of these classes, and what their methods keep in defaults and attributes;
+    what hooks have kept; tensors, with `requires_grad` and `.grad`; random generators; and the position of iterators.
+    It does not hold files, global variables, or the inside of objects from libraries.
 
     Args:
         module: The module.
@@ -60,7 +60,9 @@ class ModuleState:
         self._hooks: list[Callable[[], object]] = []
         self._seen: set[int] = set()
         self._rewindables: dict[int, Rewindable] = {}
-        self._restorers: list[Callable[[], object]] = []  # run in reverse: contents first, attributes last
+        self._bare: list[types.FunctionType] = []  # methods without attributes
+        # run in reverse: contents first, attributes last
+        self._restorers: list[Callable[[], object]] = [partial(forget, self._bare)]
         self._tensors: list[TensorState] = []
         self._exchanged: list[tuple[MutableMapping[str, Any], str, Tensor | Rewindable]] = []
         self._flags: list[bool] = []
@@ -143,7 +145,8 @@ class ModuleState:
         elif isinstance(value, partial):
             self._add_all([value.func, value.args, value.keywords])
         elif isinstance(value, types.FunctionType):
-            self._add_closure(value)
+            if not is_from_library(value.__module__):
+                self._add_function(value)
         elif isinstance(value, types.MethodType):
             self._add(value.__self__)
         elif (restore := generator_restorer(value)) is not None:
@@ -152,6 +155,7 @@ class ModuleState:
             self._add_slots(value)
             if hasattr(value, "__dict__"):
                 self._add_attributes(vars(value))
+            self._add_classes(type(value))
 
     def _add_container(self, container: Any) -> None:
         if len(container) <= _LONGEST:
@@ -205,6 +209,7 @@ class ModuleState:
             if self._complete:
                 self._add_all(hooks)
         self._add_attributes(vars(module))
+        self._add_classes(type(module))
 
     def _add_layer(self, layer: nn.Module) -> None:
         """Adds one of torch's own layers, whose attributes are options that no forward pass changes, without hooks."""
@@ -225,56 +230,31 @@ class ModuleState:
                 if isinstance(value, Tensor):
                     self._exchange(attributes, name, value)
 
-    def _add_closure(self, function: types.FunctionType) -> None:
-        if function.__closure__ and not is_from_library(function.__module__):
-            for cell in function.__closure__:
-                if cell != types.CellType():  # an empty cell has no contents yet
-                    self._restorers.append(partial(setattr, cell, "cell_contents", cell.cell_contents))
-                    self._add(cell.cell_contents)
+    def _add_function(self, function: types.FunctionType) -> None:
+        """Adds what a function of the user keeps: in variables around it, in defaults and in attributes."""
+        for cell in function.__closure__ or ():
+            if cell != types.CellType():  # an empty cell has no contents yet
+                self._restorers.append(partial(setattr, cell, "cell_contents", cell.cell_contents))
+                self._add(cell.cell_contents)
+        self._add_all([function.__defaults__, function.__kwdefaults__])
+        self._add_attributes(vars(function))
+
+    def _add_classes(self, kind: type) -> None:
+        """Adds what the user's own classes keep: data, and what their methods keep."""
+        for base in own_classes(kind):
+            if id(base) not in self._seen:
+                self._seen.add(id(base))
+                before = dict(vars(base))
+                self._restorers.append(partial(restore_class, base, before))
+                for name, value in before.items():
+                    if is_data(name, value):
+                        self._add(value)
+                    elif isinstance(value, types.FunctionType):
+                        if has_memory(value):
+                            self._add_function(value)
+                        else:
+                            self._bare.append(value)
 
     def _exchange(self, namespace: MutableMapping[str, Any], name: str, tensor: Tensor) -> None:
         if has_state(tensor):
             self._exchanged.append((namespace, name, tensor))
-
-
-@contextmanager
-def restored(module: nn.Module) -> Iterator[ModuleState]:
-    """Undoes, after the block, what it does to a module and its submodules, bit for bit; see `ModuleState`."""
-    state = ModuleState(module)
-    token = _inside_restored.set(True)
-    try:
-        yield state
-    finally:
-        state.restore()
-        _inside_restored.reset(token)
-
-
-@contextmanager
-def modules_rewound() -> Iterator[None]:
-    """Undoes, after the block, what it does to modules whose forward pass it calls; weights stay as they are.
-
-    What hooks have kept stays, so that they can be used to look on. Inside a block of `restored` nothing is undone
-    here, because that block knows the modules and may keep their copies for longer.
-    """
-    if _inside_restored.get():
-        yield
-        return
-    states: list[ModuleState] = []
-    known: set[int] = set()
-
-    def remember(module: nn.Module, _: Any) -> None:
-        if id(module) not in known:
-            states.append(ModuleState(module, complete=False))
-            known.update(map(id, module.modules()))
-            states[-1].exchange()
-
-    handle = register_module_forward_pre_hook(remember)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
-            yield
-    finally:
-        handle.remove()
-        for state in reversed(states):
-            state.restore_flags()
-            state.rewind()

@@ -22,6 +22,11 @@ from lightning_ifthpo.core.rewindable import Rewindable
 # a data set leads to everything else.
 _LIBRARIES = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "numpy", "threading", "logging"}
 _OPTIONS = (bool, int, float, str, tuple, type(None), torch.dtype, torch.device, types.BuiltinFunctionType)
+# Attributes of a class that are put back
+_DATA = frozenset(
+    {bool, int, float, str, tuple, type(None), list, dict, set, deque, np.ndarray, torch.Tensor, torch.Generator}
+)
+_US = __name__.split(".")[0]
 _OF_TORCH = frozenset(vars(nn.Module()))
 _NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
 
@@ -77,13 +82,54 @@ def generator_restorer(value: Any) -> Callable[[], object] | None:
     return None
 
 
+def restore_class(kind: type, before: dict[str, Any]) -> None:
+    """Gives a class its earlier data again, and takes away what is new."""
+    if _is_same(dict(vars(kind)), before):
+        return
+    for name, value in before.items():
+        if is_data(name, value) and vars(kind).get(name) is not value:
+            setattr(kind, name, value)
+    for name in [name for name, value in vars(kind).items() if name not in before and is_data(name, value)]:
+        delattr(kind, name)
+
+
+def is_data(name: str, value: object) -> bool:
+    """Returns whether an attribute of a class is data, such as a counter or a list, and no method or descriptor."""
+    return type(value) in _DATA and not name.startswith("__")
+
+
+def has_memory(method: types.FunctionType) -> bool:
+    """Returns whether a method keeps something between two calls: around it, in defaults or in attributes."""
+    around = method.__code__.co_freevars not in ((), ("__class__",))  # the latter is for `super()`
+    return bool(around or method.__defaults__ or method.__kwdefaults__ or vars(method))
+
+
+def forget(functions: list[types.FunctionType]) -> None:
+    """Takes away the attributes of functions that had none."""
+    for function in functions:
+        if vars(function):
+            vars(function).clear()
+
+
+@lru_cache(maxsize=1024)
+def own_classes(kind: type) -> tuple[type, ...]:
+    """Returns the class and its bases that belong to the user."""
+    return tuple(base for base in kind.__mro__ if _is_own(base) and base.__module__.split(".")[0] != _US)
+
+
 @lru_cache(maxsize=1024)
 def has_own_attributes(kind: type) -> bool:
     """Returns whether objects of a class are looked into: not those of libraries."""
     if kind in _NAMESPACES:
         return True
-    own = kind.__module__.split(".")[0] not in sys.stdlib_module_names and kind is not Rewindable
-    return own and not any(is_from_library(base.__module__) for base in kind.__mro__)
+    return (
+        kind is not Rewindable and _is_own(kind) and not any(is_from_library(base.__module__) for base in kind.__mro__)
+    )
+
+
+def _is_own(kind: type) -> bool:
+    name = kind.__module__.split(".")[0]
+    return name not in sys.stdlib_module_names and not is_from_library(name)
 
 
 def is_from_library(module: str | None) -> bool:

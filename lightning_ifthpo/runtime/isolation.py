@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_ifthpo.core.autodiff import without_hooks
-from lightning_ifthpo.core.module_state import ModuleState, restored
+from lightning_ifthpo.core.module_state import ModuleState
 from lightning_ifthpo.core.random_state import Stream, derive_seed, isolated
+from lightning_ifthpo.core.side_effects import restored
 from lightning_ifthpo.runtime.silence import do_nothing, silenced
 from lightning_ifthpo.training_loss import is_stub
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchmetrics import MeanMetric
 
-from lightning_ifthpo.core.module_state import modules_rewound, restored
+from lightning_ifthpo.core.side_effects import modules_rewound, restored
 from tests.helpers.device import DEVICE
 from tests.helpers.monitored import Plain, monitor
 from tests.helpers.trainers import quiet_trainer, same
@@ -83,6 +83,8 @@ class Slotted:
 class Meter:
     """An object of a class that nobody knows."""
 
+    made = 0
+
     def __init__(self):
         self.total, self.values, self.average = 0.0, [], torch.zeros(2)
 
@@ -93,7 +95,13 @@ def remember(layer):
     return lambda: len(kept)
 
 
-class Stateful(nn.Module):
+class Counting(nn.Module):
+    """Its class counts."""
+
+    calls, seen = 0, []
+
+
+class Stateful(Counting):
     """One attribute of each kind that can be put back."""
 
     def __init__(self):
@@ -111,6 +119,15 @@ class Stateful(nn.Module):
         self.array, self.bytes, self.slotted = np.zeros(3), bytearray(2), Slotted()
         self.partial, self.streams = functools.partial(list.append, []), [iter(range(3))]
         self.stream, self.letters = iter(range(9)), (letter for letter in "abc")
+
+    def kept(self, *values, cache=[], last={"value": 0}):  # noqa: B006
+        """Keeps values in its defaults, as a function with a memory does."""
+        cache.extend(values)
+        last.update(value=len(cache))
+        return cache, last
+
+    def counted(self):
+        type(self).counted.calls = getattr(type(self).counted, "calls", 0) + 1
 
 
 CHANGES = {
@@ -150,6 +167,13 @@ CHANGES = {
     "gradient": lambda module: module.layer(torch.ones(1, 2)).sum().backward(),
     "iterator": lambda module: next(module.stream),
     "running generator": lambda module: next(module.letters),
+    "attribute of a class": lambda module: setattr(type(module), "calls", module.calls + 1),
+    "attribute of a base class": lambda module: setattr(Counting, "calls", Counting.calls + 1),
+    "list of a class": lambda module: module.seen.append(1),
+    "new attribute of a class": lambda module: setattr(type(module), "late", 1),
+    "attribute of an object's class": lambda module: setattr(Meter, "made", Meter.made + 1),
+    "default of a method": lambda module: module.kept(1),
+    "attribute of a method": lambda module: module.counted(),
 }
 
 
@@ -170,6 +194,9 @@ def contents(module):
     inside = copy.deepcopy(
         (others, list(module.partial.args[0]), module.nested, module.pair[0], module.meter.total, module.meter.values)
     )
+    of_classes = Counting.calls, sorted(vars(Stateful)), vars(Stateful).get("calls"), list(module.seen), Meter.made
+    of_methods = copy.deepcopy(module.kept.__kwdefaults__), dict(vars(Stateful.counted))
+    inside = (*inside, of_classes, of_methods)
     gradients = [p.grad for p in module.parameters()]
     memory = module.hook_memory()
     return [tensor.clone() for tensor in tensors], names, flags, values, generators, inside, gradients, memory

@@ -194,6 +194,32 @@ def test_recurrent_modules_leave_cudnn_alone(module):
     assert torch.backends.cudnn.enabled == before
 
 
+seen = []  # global, so that nothing puts it back
+
+
+class Recurrent(Classifier):
+    """Notes whether cuDNN may be used where the outer loss is evaluated: its recurrence has no backward pass there."""
+
+    def __init__(self):
+        super().__init__()
+        self.recurrence = nn.GRU(4, 4, batch_first=True)
+
+    def inner_loss(self, batch):
+        return super().inner_loss((self.recurrence(batch[0][:, None])[0][:, 0], batch[1]))
+
+    def outer_loss(self, batch):
+        seen.append(torch.backends.cudnn.enabled)
+        return super().outer_loss((self.recurrence(batch[0][:, None])[0][:, 0], batch[1]))
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton", "finite_difference"])
+def test_an_outer_loss_with_recurrence_is_evaluated_without_cudnn(curvature):
+    seen.clear()
+    trained([IFTHypergradient(4, curvature=curvature, on_failure="use")], Recurrent, limit_val_batches=0)
+    assert seen
+    assert not any(seen)
+
+
 def test_a_method_that_the_user_has_put_on_the_module_stays():
     def action(trainer, module):
         module.log = own = lambda *arguments, **options: None
