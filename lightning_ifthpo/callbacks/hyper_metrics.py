@@ -13,13 +13,15 @@ from lightning_ifthpo.hypergradients import Hypergradient
 
 
 def result_metrics(result: Hypergradient) -> dict[str, float]:
-    """Returns the metrics of a hypergradient and its linear solve."""
+    """Returns the metrics of a hypergradient and its linear solve, without a residual that nothing has measured."""
+    residual = result.relative_residual
+    measured = {} if residual is None else {"hypergrad/residual": residual}
     return {
         "hypergrad/norm": _norm(result.gradients),
         "hypergrad/direct_norm": _norm(result.direct),
         "hypergrad/indirect_norm": _norm(result.indirect),
         "hypergrad/outer_loss": float(result.outer_loss),
-        "hypergrad/residual": result.relative_residual,
+        **measured,
         "hypergrad/products": float(result.products + result.solution.extra_products),
     }
 

@@ -220,7 +220,7 @@ class HyperStepper:
             self._x0 = None  # the estimate may have grown along negative curvature
         elif solution.status is not Status.NONFINITE and (solution.products or solution.extra_products):
             # after NaN, or without a product (flat outer loss), the earlier one stays
-            self._x0, self._x0_names = solution.x, self._moving
+            self._x0, self._x0_names = solution.next_start, self._moving
 
     def _session(self) -> AbstractContextManager[None]:
         return self._losses.session(self._curvature, seed=self._seed, step=self.steps)

@@ -36,6 +36,12 @@ def nodes(tensors: Sequence[Tensor | None]) -> Iterator[Node]:
                 waiting.append(following)
 
 
+def reaches(tensors: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> bool:
+    """Returns whether tensors were computed from one of the leaves."""
+    wanted = set(map(id, leaves))
+    return any(id(getattr(node, "variable", None)) in wanted for node in nodes(tensors))
+
+
 def custom_functions(tensors: Sequence[Tensor | None]) -> list[str]:
     """Returns the names of all `torch.autograd.Function`s in the graph of tensors, sorted."""
     found = {node.name() for node in nodes(tensors) if isinstance(node, BackwardCFunction)}

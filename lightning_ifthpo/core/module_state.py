@@ -20,7 +20,6 @@ from lightning_ifthpo.core.copies import TensorState, has_state, lazy_copy
 from lightning_ifthpo.core.restoring import (
     forget,
     generator_restorer,
-    has_memory,
     has_own_attributes,
     hook_dicts,
     is_data,
@@ -232,15 +231,21 @@ class ModuleState:
 
     def _add_function(self, function: types.FunctionType) -> None:
         """Adds what a function of the user keeps: in variables around it, in defaults and in attributes."""
+        self._add_defaults(function)
         for cell in function.__closure__ or ():
             if cell != types.CellType():  # an empty cell has no contents yet
                 self._restorers.append(partial(setattr, cell, "cell_contents", cell.cell_contents))
                 self._add(cell.cell_contents)
+
+    def _add_defaults(self, function: types.FunctionType) -> None:
         self._add_all([function.__defaults__, function.__kwdefaults__])
         self._add_attributes(vars(function))
 
     def _add_classes(self, kind: type) -> None:
-        """Adds what the user's own classes keep: data, and what their methods keep."""
+        """Adds what the user's own classes keep: data, and what their methods keep in defaults and attributes.
+
+        Variables around a method count as global ones.
+        """
         for base in own_classes(kind):
             if id(base) not in self._seen:
                 self._seen.add(id(base))
@@ -250,8 +255,8 @@ class ModuleState:
                     if is_data(name, value):
                         self._add(value)
                     elif isinstance(value, types.FunctionType):
-                        if has_memory(value):
-                            self._add_function(value)
+                        if value.__defaults__ or value.__kwdefaults__ or vars(value):
+                            self._add_defaults(value)
                         else:
                             self._bare.append(value)
 

@@ -98,12 +98,6 @@ def is_data(name: str, value: object) -> bool:
     return type(value) in _DATA and not name.startswith("__")
 
 
-def has_memory(method: types.FunctionType) -> bool:
-    """Returns whether a method keeps something between two calls: around it, in defaults or in attributes."""
-    around = method.__code__.co_freevars not in ((), ("__class__",))  # the latter is for `super()`
-    return bool(around or method.__defaults__ or method.__kwdefaults__ or vars(method))
-
-
 def forget(functions: list[types.FunctionType]) -> None:
     """Takes away the attributes of functions that had none."""
     for function in functions:

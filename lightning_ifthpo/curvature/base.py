@@ -86,13 +86,21 @@ class LossOperator(CurvatureOperator):
         """Names of the `torch.autograd.Function`s in the loss, whose second derivatives may be wrong."""
         return custom_functions([self._own_loss()])
 
-    def mixed_product(self, v: Tensor, hyperparameters: Sequence[Tensor]) -> list[Tensor | None]:
+    def mixed_product(
+        self, v: Tensor, hyperparameters: Sequence[Tensor], parts: Sequence[tuple[float, Tensor]] = ()
+    ) -> list[Tensor | None]:
         """Returns (∂²L/∂w∂λᵀ)ᵀ v for v: [n], shaped like the hyperparameters; `None` where it is zero by structure.
 
-        It is exact for every curvature except finite differences. Cost: one to two gradients.
+        It is exact for every curvature except finite differences. Cost: one to two gradients; see also
+        `GaussNewtonOperator`.
+
+        Args:
+            v: [n].
+            hyperparameters: λ.
+            parts: v as a sum of numbers times vectors, if `matvec` was called for all of them. It may save work.
         """
         with second_derivatives_of(self._loss.name):
-            own = self._own_mixed_product(v, hyperparameters)
+            own = self._own_mixed_product(v, hyperparameters, parts)
         return self._loss.combine_list(own, hyperparameters)
 
     def _product(self, v: Tensor) -> Tensor:
@@ -110,7 +118,9 @@ class LossOperator(CurvatureOperator):
     def _own_gradient(self) -> Tensor:
         return self._graph.gradient
 
-    def _own_mixed_product(self, v: Tensor, hyperparameters: Sequence[Tensor]) -> list[Tensor | None]:
+    def _own_mixed_product(
+        self, v: Tensor, hyperparameters: Sequence[Tensor], parts: Sequence[tuple[float, Tensor]]
+    ) -> list[Tensor | None]:
         return self._graph.mixed_product(v, hyperparameters)
 
 

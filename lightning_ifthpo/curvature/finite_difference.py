@@ -88,9 +88,11 @@ class FiniteDifferenceOperator(LossOperator):
 
     def _own_product(self, v: Tensor) -> Tensor:
         space = self._loss.space
-        return space.flatten(self._own_mixed_product(v, space.tensors))
+        return space.flatten(self._own_mixed_product(v, space.tensors, ()))
 
-    def _own_mixed_product(self, v: Tensor, hyperparameters: Sequence[Tensor]) -> list[Tensor | None]:
+    def _own_mixed_product(
+        self, v: Tensor, hyperparameters: Sequence[Tensor], parts: Sequence[tuple[float, Tensor]]
+    ) -> list[Tensor | None]:
         ahead, behind, inverse_width = self._gradients(v, hyperparameters)
         known = [a is not None or b is not None for a, b in zip(ahead, behind, strict=True)]
         pairs = zip(zeros_for_none(ahead, hyperparameters), zeros_for_none(behind, hyperparameters), strict=True)

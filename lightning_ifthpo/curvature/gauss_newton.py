@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property, reduce
 
+import torch
 from torch import Tensor
 
 from lightning_ifthpo.core.autodiff import add, tangent, tangents, vjp, zeros_for_none
-from lightning_ifthpo.core.graph import check_differentiable
+from lightning_ifthpo.core.graph import check_differentiable, reaches
 from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
 from lightning_ifthpo.curvature.base import LossOperator
 from lightning_ifthpo.curvature.outputs import checked_outputs, cut_at
@@ -21,9 +23,10 @@ class GaussNewtonOperator(LossOperator):
     together, as for cross-entropy or squared error plus a convex penalty. G equals the Hessian where the model is
     linear or the residuals vanish.
 
-    Cost: one forward pass and one differentiable gradient when made. A product by double vjp costs 1.2 gradients with
-    linear layers, and 2 to 2.6 with convolutions, because torch's second derivative of a convolution also computes
-    terms that are not needed.
+    Cost: one forward pass when made, and one differentiable gradient at the first product. A product by double vjp
+    costs 1.2 gradients with linear layers, and 2 to 2.6 with convolutions, because torch's second derivative of a
+    convolution also computes terms that are not needed. A mixed product costs .6 gradients, and next to nothing for a
+    sum of the vectors of the last two products. If the outputs depend on hyperparameters, it costs one to three.
 
     Args:
         loss: Callable without arguments that returns (loss, outputs) with outputs one tensor or several, or the loss
@@ -47,19 +50,35 @@ class GaussNewtonOperator(LossOperator):
         super().__init__(as_loss(loss, parameters))
         self._total, outputs = self._loss.evaluate()
         self._outputs = checked_outputs(outputs)
-        parameters = self._loss.parameters
         self._output_gradient = vjp([self._total], self._outputs, create_graph=True)
         with cut_at(self._outputs):
-            self._penalty_gradient = vjp([self._total], parameters, create_graph=True)
-        # Jᵀu is linear in u, so that its own vjp with respect to u is Jv for any u. With u = ∂L/∂z, Jᵀu is also the
-        # gradient of the loss. Views make the entries of u separate variables: one tensor may be the gradient of two
-        # outputs (of z₁ + z₂), or one gradient may be computed from the other (of z₁ − z₂).
-        slopes = zeros_for_none(self._output_gradient, self._outputs)
-        self._u = [u.view_as(u) if u.requires_grad else u.detach().requires_grad_() for u in slopes]
-        self._transposed_product = vjp(self._outputs, parameters, self._u, create_graph=True)
+            self._penalty_gradient = vjp([self._total], self._loss.parameters, create_graph=True)
+        self._images: list[tuple[Tensor, int, list[Tensor]]] = []  # v, its version and Jv, of the last two products
         if not self._loss.is_verified:
-            gradients = [*self._output_gradient, *self._penalty_gradient, *self._transposed_product]
+            gradients = [*self._output_gradient, *self._differentiable_gradient]
             check_differentiable(gradients, self._total, self._loss.name)
+
+    @cached_property
+    def _output_slopes(self) -> list[Tensor]:
+        """U = ∂L/∂z, as variables.
+
+        Views make the entries of u separate ones: one tensor may be the gradient of two outputs (of z₁ + z₂), or one
+        gradient may be computed from the other (of z₁ − z₂).
+        """
+        slopes = zeros_for_none(self._output_gradient, self._outputs)
+        return [u.view_as(u) if u.requires_grad else u.detach().requires_grad_() for u in slopes]
+
+    @cached_property
+    def _transposed_product(self) -> list[Tensor | None]:
+        """Jᵀu, which is linear in u, so that its own vjp with respect to u is Jv for any u.
+
+        With u = ∂L/∂z it is also the gradient of the loss. About .7 gradients.
+        """
+        return vjp(self._outputs, self._loss.parameters, self._output_slopes, create_graph=True)
+
+    @property
+    def _differentiable_gradient(self) -> list[Tensor | None]:
+        return add(self._transposed_product, self._penalty_gradient)
 
     def _own_loss(self) -> Tensor:
         return self._total
@@ -69,21 +88,39 @@ class GaussNewtonOperator(LossOperator):
 
     def _own_product(self, v: Tensor) -> Tensor:
         outputs, space = self._outputs, self._loss.space
-        vs = space.split(v)
-        jv = zeros_for_none(vjp(self._transposed_product, self._u, vs), self._u)
+        jv = self._output_change(v)
         with cut_at(outputs):
             gradients = [*self._output_gradient, *self._penalty_gradient]
-            curved = vjp(gradients, [*outputs, *space.tensors], [*jv, *vs])
+            curved = vjp(gradients, [*outputs, *space.tensors], [*jv, *space.split(v)])
         through_outputs, direct = curved[: len(outputs)], curved[len(outputs) :]
         used = [None if u is None else z for z, u in zip(outputs, through_outputs, strict=True)]
         return space.flatten(add(vjp(used, space.tensors, through_outputs), direct))
 
-    def _own_mixed_product(self, v: Tensor, hyperparameters: Sequence[Tensor]) -> list[Tensor | None]:
-        return vjp(self._differentiable_gradient, hyperparameters, self._loss.space.split(v))
+    def _own_mixed_product(
+        self, v: Tensor, hyperparameters: Sequence[Tensor], parts: Sequence[tuple[float, Tensor]]
+    ) -> list[Tensor | None]:
+        vs = self._loss.space.split(v)
+        if reaches(self._outputs, hyperparameters):
+            return vjp(self._differentiable_gradient, hyperparameters, vs)
+        # z does not depend on λ, so that the derivative is that of ∂L/∂z · Jv, without the model
+        jv = self._known_change(parts) or self._output_change(v)
+        return vjp([*self._output_gradient, *self._penalty_gradient], hyperparameters, [*jv, *vs])
 
-    @property
-    def _differentiable_gradient(self) -> list[Tensor | None]:
-        return add(self._transposed_product, self._penalty_gradient)
+    def _output_change(self, v: Tensor) -> list[Tensor]:
+        """Returns Jv, shaped like the outputs."""
+        jv = zeros_for_none(
+            vjp(self._transposed_product, self._output_slopes, self._loss.space.split(v)), self._output_slopes
+        )
+        self._images = [*self._images[-1:], (v, v._version, jv)]
+        return jv
+
+    def _known_change(self, parts: Sequence[tuple[float, Tensor]]) -> list[Tensor] | None:
+        """Returns Jv for a sum v of numbers times vectors, if all their images are kept."""
+        known = {id(v): jv for v, version, jv in self._images if v._version == version}
+        if not parts or not all(id(v) in known for _, v in parts):
+            return None
+        scaled = [[share * z for z in known[id(v)]] for share, v in parts]
+        return [reduce(torch.add, images) for images in zip(*scaled, strict=True)]
 
 
 def forward_slope_and_curvature(loss: Loss, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -72,9 +72,10 @@ def check_hypergradient(
     scale = torch.linalg.vector_norm(wanted)
     error = float(torch.linalg.vector_norm(got - wanted) / torch.where(scale > 0.0, scale, 1.0))
     if not error <= rtol:
+        residual = "not measured" if result.relative_residual is None else f"{result.relative_residual:.3g}"
         raise HypergradientMismatchError(
             f"hypergradient differs from the {reference} reference by {error:.3g} (relative), more than "
-            f"rtol = {rtol:g}; status {result.status.value}, relative residual {result.relative_residual:.3g}\n"
+            f"rtol = {rtol:g}; status {result.status.value}, relative residual {residual}\n"
             f"got:      {got}\nexpected: {wanted}" + (f"\n{result.diagnosis}" if result.diagnosis else "")
         )
     return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from lightning_ifthpo.core.consistency import follows_its_gradient
 from lightning_ifthpo.core.loss import Loss
 from lightning_ifthpo.curvature.base import LossOperator
 from lightning_ifthpo.hypergradients.result import Hypergradient, OuterGradient
-from lightning_ifthpo.solvers import Amortized, Identity, Neumann, Solver, Status
+from lightning_ifthpo.solvers import Amortized, Identity, Neumann, Solver, SolveResult, Status
 from lightning_ifthpo.solvers.causes import Cause
 from lightning_ifthpo.solvers.diagnosis import diagnose, settings_of
 from lightning_ifthpo.solvers.system import LinearSystem
@@ -45,6 +45,7 @@ class Computation:
         Cost: four forward passes and a gradient in λ of the inner loss for a solve that succeeded, unless it is
         verified; else at most 62 products and a gradient.
         """
+        solution = self._measured(result.solution)
         if result.status is Status.NONFINITE:
             found = self._not_finite(result)
         elif not bool(self.outer.v.any()):
@@ -54,9 +55,13 @@ class Computation:
             found = found or self._not_at_minimum(result) or self._no_influence(result)
         else:
             found = self._no_curvature() or self.unknown_weights()
-        return found or diagnose(
-            self._system, result.solution, self.outer.v, solver=self.solver, curvature=self.curvature
-        )
+        return found or diagnose(self._system, solution, self.outer.v, solver=self.solver, curvature=self.curvature)
+
+    def _measured(self, solution: SolveResult) -> SolveResult:
+        """Returns a solve with its residual; in a fit that costs too much, if the solver has not measured it."""
+        if solution.relative_residual is not None or self.inner.is_verified:
+            return solution
+        return replace(solution, relative_residual=self._system.relative_residual(solution.x, self.outer.v))
 
     @property
     def _system(self) -> LinearSystem:
@@ -100,7 +105,7 @@ class Computation:
         With q = A⁻¹v it changes the outer loss by −gᵀq to first order. Weights in a fit are never at a minimum, and
         solvers for them do not assume it; nor do truncated series, and an approximate curvature knows no minimum.
         """
-        truncated = isinstance(self.solver, Amortized | Identity | Neumann) or result.relative_residual > 0.1
+        truncated = isinstance(self.solver, Amortized | Identity | Neumann) or (result.relative_residual or 0.0) > 0.1
         approximate = self.curvature in ("gradient_outer_product", "kfac")
         if self.solver.rule is not None or truncated or approximate:
             return ""

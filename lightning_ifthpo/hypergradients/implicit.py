@@ -16,7 +16,7 @@ from lightning_ifthpo.curvature.kinds import Curvature, curvature_operator
 from lightning_ifthpo.curvature.verification import Structure, verified_operator
 from lightning_ifthpo.hypergradients.diagnosis import Computation
 from lightning_ifthpo.hypergradients.result import Hypergradient, OuterGradient, combine
-from lightning_ifthpo.solvers import ConjugateGradient, Solver
+from lightning_ifthpo.solvers import ConjugateGradient, Solver, SolveResult
 
 
 def implicit_hypergradient(
@@ -81,7 +81,7 @@ def implicit_hypergradient(
                 curvature, inner, Structure(operator.loss, operator.gradient, custom=custom)
             )
         solution = solver.solve(operator, outer_gradient.v, x0)
-        mixed = _mixed_product(operator, solution.x, hyperparameters)
+        mixed = _mixed_product(operator, solution, hyperparameters)
         computation = Computation(inner, outer_gradient, hyperparameters, operator, solver, curvature)
         nothing = all(part is None for part in [*mixed, *outer_gradient.direct])
         if nothing and not allow_unused and (unknown := computation.unknown_weights()):
@@ -92,9 +92,11 @@ def implicit_hypergradient(
     return result
 
 
-def _mixed_product(operator: LossOperator, x: Tensor, hyperparameters: Sequence[Tensor]) -> list[Tensor | None]:
+def _mixed_product(
+    operator: LossOperator, solution: SolveResult, hyperparameters: Sequence[Tensor]
+) -> list[Tensor | None]:
     """Returns (∂²L/∂w∂λᵀ)ᵀ x, with `None` for what is zero by structure and not because x is."""
-    if bool(x.any()):
-        return operator.mixed_product(x, hyperparameters)
-    shown = operator.mixed_product(torch.ones_like(x), hyperparameters)
+    if bool(solution.x.any()):
+        return operator.mixed_product(solution.x, hyperparameters, solution.parts)
+    shown = operator.mixed_product(torch.ones_like(solution.x), hyperparameters)
     return [None if part is None else torch.zeros_like(part) for part in shown]

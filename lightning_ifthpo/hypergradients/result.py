@@ -40,8 +40,8 @@ class Hypergradient:
         return [direct + indirect for direct, indirect in zip(self.direct, self.indirect, strict=True)]
 
     @property
-    def relative_residual(self) -> float:
-        """‖Hq − v‖ / ‖v‖ of the linear solve."""
+    def relative_residual(self) -> float | None:
+        """‖Hq − v‖ / ‖v‖ of the linear solve; None if no product has measured it."""
         return self.solution.relative_residual
 
     @property

@@ -28,9 +28,11 @@ class Amortized(Solver):
     κ = min(1, 1/L) with L the largest curvature seen along the estimate and its moves, in units of S⁻¹: an optimizer
     at its edge of stability would make a plain iteration diverge. ‖x‖ is kept below horizon · ‖b‖ (in the norms of S⁻¹
     and S), which A⁻¹b never exceeds, also at the start. Use it with a positive semi-definite curvature, such as
-    Gauss–Newton; along negative curvature beyond the damping the status is NEGATIVE_CURVATURE. The residual is measured
-    before the last move. It says little about the quality of the hypergradient, because the operator changes with every
-    batch.
+    Gauss–Newton; along negative curvature beyond the damping the status is NEGATIVE_CURVATURE. The residual says little
+    about the quality of the hypergradient, because the operator changes with every batch.
+
+    The result is the estimate after the last measured move. `next_start` has made one move more, whose product nobody
+    needs until the next solve.
 
     Cost: `products` products. Without an optimizer (`with_optimizer`) S is 1/λ_max, measured at each solve.
 
@@ -41,7 +43,7 @@ class Amortized(Solver):
     >>> operator, b, x = MatrixOperator(torch.diag(torch.tensor([1.0, 4.0]))), torch.tensor([1.0, 1.0]), None
     >>> solver = Amortized(products=2, horizon=10_000)
     >>> for _ in range(20):
-    ...     x = solver.solve(operator, b, x).x
+    ...     x = solver.solve(operator, b, x).next_start
     >>> x
     tensor([0.9996, 0.2500])
     """
@@ -60,36 +62,40 @@ class Amortized(Solver):
     def _solve(self, system: LinearSystem, b: Tensor, x0: Tensor | None) -> SolveResult:
         assert self.rule is not None, "solve() fills it in"
         step = torch.as_tensor(self.rule.step_size, dtype=b.dtype, device=b.device)
-        left = self.products
-        x, residual = torch.zeros_like(b), b
-        curvatures = [0.0]
+        stiffness = torch.where(step > 0.0, 1.0 / step, 0.0)  # S⁻¹; x cannot move where S is zero
+        longest = self.horizon**2 * float(_weighted(step, b))
+        x, residual, left = torch.zeros_like(b), b, self.products
+        curvatures, parts = [0.0], []
         if x0 is not None and bool(x0.any()):
-            x = self._shortened(x0, step, b)
+            x = _shortened(x0, stiffness, longest)
             image = system.matvec(x)
             residual, left = b - image, left - 1
-            curvatures.append(_ratio(x @ image, _squared_length(x, step)))
+            curvatures.append(_ratio(x @ image, _weighted(stiffness, x)))
+            parts.append((1.0, x))
         while left:
             move = step * residual
             image = system.matvec(move)
             curvatures.append(_ratio(move @ image, move @ residual))  # S⁻¹ · move is the residual
             pace = 1.0 / max(1.0, *curvatures)
             x, residual, left = x.add(move, alpha=pace), residual.sub(image, alpha=pace), left - 1
+            parts.append((pace, move))
         error = float(torch.linalg.vector_norm(residual)) if math.isfinite(sum(curvatures)) else math.nan
-        x = x.add(step * residual, alpha=1.0 / max(1.0, *curvatures))
-        x = self._shortened(x, step, b)
+        moved = x.add(step * residual, alpha=1.0 / max(1.0, *curvatures))
         negative = is_negative(min(curvatures), max(map(abs, curvatures)), b.dtype)
         status = Status.NEGATIVE_CURVATURE if negative else Status.COMPLETE
-        return SolveResult(x, error, self.products, status)
-
-    def _shortened(self, x: Tensor, step: Tensor, b: Tensor) -> Tensor:
-        """Returns x, or one in its direction that is as long as A⁻¹b can be at most."""
-        length, longest = float(_squared_length(x, step)), self.horizon**2 * float((step * b) @ b)
-        return x * math.sqrt(longest / length) if length > longest else x
+        moved = _shortened(moved, stiffness, longest)
+        return SolveResult(x, error, self.products, status, parts=tuple(parts), moved=moved)
 
 
-def _squared_length(x: Tensor, step: Tensor) -> Tensor:
-    """Returns x·S⁻¹x, without entries where S is zero: x cannot move there."""
-    return (torch.where(step > 0.0, 1.0 / step, 0.0) * x) @ x
+def _shortened(x: Tensor, stiffness: Tensor, longest: float) -> Tensor:
+    """Returns x, or one in its direction that is as long as A⁻¹b can be at most; squares of lengths in S⁻¹."""
+    length = float(_weighted(stiffness, x))
+    return x * math.sqrt(longest / length) if length > longest else x
+
+
+def _weighted(weight: Tensor, x: Tensor) -> Tensor:
+    """Returns x·Wx for a diagonal W, a number or [n]."""
+    return weight * (x @ x) if weight.ndim == 0 else (weight * x) @ x
 
 
 def _ratio(curvature: Tensor, squared_length: Tensor) -> float:

@@ -48,19 +48,48 @@ class SolveResult:
 
     Attributes:
         x: [n]; always finite.
-        relative_residual: ‖Ax − b‖ / ‖b‖, with the damping in A.
+        relative_residual: ‖Ax − b‖ / ‖b‖, with the damping in A; None if no product has measured it.
         products: Products with A that led to x.
         status: How the solve ended.
         extra_products: Further products, which measured a step size or the residual.
         step_size: The step size that was used; None for solvers without one.
+        parts: x as a sum of numbers times vectors whose products the operator has computed; empty if it is none.
+        moved: x after one more step, whose residual no product has measured; None for solvers that stop at x.
     """
 
     x: Tensor
-    relative_residual: float
+    relative_residual: float | None
     products: int
     status: Status
     extra_products: int = 0
     step_size: float | None = None
+    parts: tuple[tuple[float, Tensor], ...] = ()
+    moved: Tensor | None = None
+
+    @property
+    def next_start(self) -> Tensor:
+        """First iterate for the next solve of a similar system, [n]."""
+        return self.x if self.moved is None else self.moved
+
+    def scaled(self, factor: Tensor | float) -> SolveResult:
+        """Returns the result for a right-hand side that is a factor longer."""
+        return replace(
+            self,
+            x=self.x * factor,
+            parts=tuple((share * float(factor), vector) for share, vector in self.parts),
+            moved=None if self.moved is None else self.moved * factor,
+        )
+
+    def failed(self) -> SolveResult:
+        """Returns a solution of zero with the status NONFINITE."""
+        return replace(
+            self,
+            x=torch.zeros_like(self.x),
+            relative_residual=math.nan,
+            status=Status.NONFINITE,
+            parts=(),
+            moved=None,
+        )
 
 
 def at_least(minimum: int, *, default: int) -> Any:
@@ -125,27 +154,42 @@ class Solver(ABC):
         for name, vector in (("b", b), ("x0", x0)):
             if vector is not None and vector.shape != (operator.size,):
                 raise ValueError(f"expected {name} of shape ({operator.size},), got {tuple(vector.shape)}")
-        # the squares of very small or large entries under- or overflow: solve for b of length one
-        largest = float(torch.linalg.vector_norm(b, math.inf))
-        if not math.isfinite(largest):
-            return SolveResult(torch.zeros_like(b), math.nan, 0, Status.NONFINITE)
-        if largest == 0.0:
+        norm = _length(b)
+        if not math.isfinite(norm):
+            return SolveResult(b, math.nan, 0, Status.NONFINITE).failed()
+        if norm == 0.0:
             return SolveResult(torch.zeros_like(b), 0.0, 0, Status.CONVERGED)
-        norm = largest * torch.linalg.vector_norm(b / largest)
         x0 = None if x0 is None else x0 / norm
         # below max^(1/3), the sum of max^(1/3) squares does not overflow; a longer x0 is replaced by zero
-        if x0 is not None and not bool(torch.linalg.vector_norm(x0, math.inf) < torch.finfo(b.dtype).max ** (1 / 3)):
+        if x0 is not None and not _largest(x0) < torch.finfo(b.dtype).max ** (1 / 3):
             x0 = None
+        # for b of length one, because the squares of very small or large entries under- or overflow
         result = self._solve(self.system(operator), b / norm, x0)
-        x = result.x * norm
-        finite = math.isfinite(result.relative_residual) and bool(torch.isfinite(x).all())
-        if result.status is Status.NONFINITE or not finite:
-            return replace(result, x=torch.zeros_like(b), relative_residual=math.nan, status=Status.NONFINITE)
-        return replace(result, x=x)
+        residual = 0.0 if result.relative_residual is None else result.relative_residual
+        if result.status is Status.NONFINITE or not math.isfinite(residual):
+            return result.failed()
+        result = result.scaled(norm)
+        return result if math.isfinite(_largest(result.x)) else result.failed()
 
     @abstractmethod
     def _solve(self, system: LinearSystem, b: Tensor, x0: Tensor | None) -> SolveResult:
         """Solves (A + δI) x = b for b of length one."""
+
+
+def _length(vector: Tensor) -> float:
+    """Returns ‖vector‖, also where the squares of its entries under- or overflow."""
+    length = float(torch.linalg.vector_norm(vector))
+    bounds = torch.finfo(vector.dtype)
+    if bounds.tiny**0.5 < length < bounds.max**0.5:
+        return length
+    largest = _largest(vector)
+    if largest == 0.0 or not math.isfinite(largest):
+        return largest
+    return largest * float(torch.linalg.vector_norm(vector / largest))
+
+
+def _largest(vector: Tensor) -> float:
+    return float(torch.linalg.vector_norm(vector, math.inf))
 
 
 def is_finite_or_word(value: Any, *words: str) -> bool:

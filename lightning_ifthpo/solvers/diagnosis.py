@@ -33,7 +33,7 @@ def diagnose(
 ) -> str:
     """Returns why the solve of a system failed, the numbers that show it and what to do; "" if it succeeded.
 
-    A solve that succeeded in form, but is worse than x = 0, gets a diagnosis too, without a product.
+    A solve that succeeded in form, but is known to be worse than x = 0, gets a diagnosis too, without a product.
 
     Args:
         system: The system with its damping, or its matrix.
@@ -63,13 +63,15 @@ def settings_of(system: LinearSystem, solver: Solver | None, curvature: str | No
 
 def _worse_than_zero(result: SolveResult, solver: Solver | None, settings: set[str]) -> str:
     """Returns a diagnosis for a residual that is longer than b; "" otherwise, and where that is no fault."""
-    residual = f"{result.relative_residual:.2g}"
-    if isinstance(solver, ConjugateGradient | None) and result.step_size is None and result.relative_residual > 1.0:
-        numbers = {"residual": residual, "products": result.products}
+    residual = result.relative_residual
+    if residual is None:
+        return ""
+    if isinstance(solver, ConjugateGradient | None) and result.step_size is None and residual > 1.0:
+        numbers = {"residual": f"{residual:.2g}", "products": result.products}
         return Cause.ILL_CONDITIONED.describe(settings, **numbers, spectrum="", iterations="")
     # |1 − ηλ| > 2 for an eigenvalue of b, so that |ηλ| > 1
-    if isinstance(solver, Identity | Neumann) and result.step_size is not None and result.relative_residual > 2.0:
-        step = f"step_size η = {result.step_size:.4g} leaves a relative residual of {residual}"
+    if isinstance(solver, Identity | Neumann) and result.step_size is not None and residual > 2.0:
+        step = f"step_size η = {result.step_size:.4g} leaves a relative residual of {residual:.2g}"
         return Cause.STEP_TOO_LONG.describe(settings, step=step, best="1/λ_max")
     return ""
 
@@ -163,7 +165,7 @@ class _Diagnosis:
 
     def _unsolved(self, spectrum: _Spectrum, residual: Tensor | None, flat: float) -> str:
         """Returns why a residual is left: rounding, a null space, or too few iterations."""
-        left, dtype = self.result.relative_residual, self.system.matrix.dtype
+        left, dtype = self.result.relative_residual or 0.0, self.system.matrix.dtype
         relative = max(left, 1e-300)
         eps = torch.finfo(dtype).eps
         eps = eps ** (2 / 3) if "finite_difference" in self.settings else eps  # see FiniteDifferenceOperator

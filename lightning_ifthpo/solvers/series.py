@@ -20,7 +20,7 @@ from lightning_ifthpo.spectrum import lanczos
 class Identity(Solver):
     """A⁻¹ ≈ η I: the effect of one training step (T1–T2, Luketina et al. 2016).
 
-    Cost: no product; one extra product measures the residual.
+    Cost: no product, so that the residual is unknown.
 
     Attributes:
         step_size: η, in parameter² / loss; the inner learning rate makes it one step of gradient descent.
@@ -38,9 +38,7 @@ class Identity(Solver):
             raise ValueError(f"expected a finite step_size > 0, got {self.step_size!r}")
 
     def _solve(self, system: LinearSystem, b: Tensor, x0: Tensor | None) -> SolveResult:
-        x = self.step_size * b
-        residual = system.relative_residual(x, b)
-        return SolveResult(x, residual, products=0, status=Status.COMPLETE, extra_products=1, step_size=self.step_size)
+        return SolveResult(self.step_size * b, None, products=0, status=Status.COMPLETE, step_size=self.step_size)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from tests.helpers.trainers import Classifier, Ridge, quiet_trainer, trained
 def test_warm_start_and_solver_are_passed_on():
     starts = []
 
-    class Spy(Identity):
+    class Spy(ConjugateGradient):
         def solve(self, operator, b, x0=None):
             starts.append(x0)
             return super().solve(operator, b, x0)

@@ -148,3 +148,85 @@ def test_slope_and_curvature_in_forward_mode_are_those_of_the_dense_matrix(name)
         dense = reference_gauss_newton(net, x, y, penalty)
         assert slope.item() == pytest.approx(float(gradient @ v), rel=within(1e-12))
         assert curvature.item() == pytest.approx(float(v @ dense @ v), rel=within(1e-12))
+
+
+class Tuned:
+    """Softmax regression behind a hidden layer, with a hyperparameter in one place; it counts passes through the model."""
+
+    def __init__(self, place):
+        self.x, self.y = batch()
+        self.net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(**WHERE)
+        self.weights, self.place, self.passes = list(self.net.parameters()), place, 0
+        self.hyperparameter = torch.linspace(0.5, 1.5, 8, **WHERE, requires_grad=True)
+
+    def count(self, gradients, _):
+        self.passes += any(gradient is not None for gradient in gradients)
+
+    def __call__(self):
+        h, place = self.hyperparameter, self.place
+        x = self.x * h[:, None] if place in ("the data", "the data and the loss") else self.x
+        hidden = self.net[:2](x)
+        hidden.grad_fn.register_hook(self.count)
+        z = mark_outputs(self.net[2](hidden))
+        losses = F.cross_entropy(z, self.y, reduction="none")
+        if place in ("the loss", "the data and the loss"):
+            losses = losses * h
+        if place == "the scale of the outputs":
+            losses = F.cross_entropy(z * h[0], self.y, reduction="none") * h[1]
+        loss = losses.mean()
+        if place == "a decay":
+            loss = loss + h[0] * sum(w.square().sum() for w in self.weights) + h[1] * z.square().mean()
+        return loss
+
+
+BEHIND = ["the loss", "the scale of the outputs", "a decay"]
+PLACES = [*BEHIND, "the data", "the data and the loss"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_mixed_product_is_exact_wherever_the_hyperparameter_enters(place):
+    loss = Tuned(place)
+    operator = GaussNewtonOperator(loss, loss.weights)
+    first, second, other = randn(3, operator.size, seed=4)
+    exact = HessianOperator(loss, loss.weights)
+    combined = [(2.0, first), (-3.0, second)]
+    for v, parts in ((other, ()), (2.0 * first - 3.0 * second, combined), (other, ()), (first, [(1.0, first)])):
+        for vector in (first, second):
+            operator.matvec(vector)
+        (got,) = operator.mixed_product(v, [loss.hyperparameter], parts)
+        (wanted,) = exact.mixed_product(v, [loss.hyperparameter])
+        assert relative_error(got, wanted) < within(1e-12)
+
+
+@pytest.mark.parametrize("place", BEHIND)
+def test_the_mixed_product_of_a_sum_of_known_vectors_does_not_touch_the_model(place):
+    loss = Tuned(place)
+    operator = GaussNewtonOperator(Loss(loss, loss.weights, is_verified=True), loss.weights)
+    first, second = randn(2, operator.size, seed=4)
+    for vector in (first, second):
+        operator.matvec(vector)
+    before = loss.passes
+    operator.mixed_product(first + second, [loss.hyperparameter], [(1.0, first), (1.0, second)])
+    assert loss.passes == before
+    operator.mixed_product(first + second, [loss.hyperparameter])
+    assert loss.passes > before
+
+
+def test_a_vector_that_has_changed_since_its_product_is_not_taken_for_known():
+    loss = Tuned("the loss")
+    operator = GaussNewtonOperator(loss, loss.weights)
+    v = randn(operator.size, seed=4)
+    operator.matvec(v)
+    v.mul_(2.0)
+    (got,) = operator.mixed_product(v, [loss.hyperparameter], [(1.0, v)])
+    (wanted,) = HessianOperator(loss, loss.weights).mixed_product(v, [loss.hyperparameter])
+    assert relative_error(got, wanted) < within(1e-12)
+
+
+def test_a_verified_loss_is_differentiated_when_the_first_product_asks_for_it():
+    """A hypergradient without products needs the derivative along one direction alone."""
+    loss = Tuned("the loss")
+    operator = GaussNewtonOperator(Loss(loss, loss.weights, is_verified=True), loss.weights)
+    assert loss.passes == 0
+    operator.matvec(torch.ones(operator.size, **WHERE))
+    assert loss.passes > 0

@@ -4,14 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 
 from lightning_ifthpo import ExactGeN, IFTHypergradient
 from lightning_ifthpo.hyperparameters import WeightDecay
-from lightning_ifthpo.runtime.isolation import differentiable_kernels, undisturbed
-from tests.helpers.monitored import Plain, fit, monitor
-from tests.helpers.trainers import Classifier, during_training, quiet_trainer, same, trained
+from lightning_ifthpo.runtime.isolation import undisturbed
+from tests.helpers.monitored import Plain
+from tests.helpers.trainers import Classifier, during_training, same, trained
 
 
 class Attention(Classifier):
@@ -130,91 +129,23 @@ class Compiled(Plain):
         self.net = torch.compile(self.net, backend="aot_eager")
 
 
-class Recurrent(Plain):
-    def __init__(self):
-        super().__init__()
-        self.lstm = nn.LSTM(1, 4, batch_first=True)
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return F.cross_entropy(self.net(self.lstm(x[..., None])[0][:, -1]), y)
-
-
-@pytest.mark.filterwarnings("ignore:.*CUDA capability:UserWarning")
-@pytest.mark.parametrize("module", [Attending, Compiled, Recurrent])
-def test_what_has_no_second_derivative_is_replaced_for_the_measurement(module):
-    metrics, _ = fit(module(), monitor(max_iterations=60, rtol=1e-2))
-    assert metrics["sharpness/failures"] == 0
-    assert metrics["sharpness/residual"] <= 1e-2
-
-
-def test_each_process_draws_its_own_masks(monkeypatch):
-    module, trainer = Classifier(), quiet_trainer()
-    masks = []
-    for rank in (0, 0, 1):
-        monkeypatch.setattr(type(trainer), "global_rank", rank)
-        with undisturbed(trainer, module, seed=5):
-            masks.append(torch.rand(4))
-    assert torch.equal(masks[0], masks[1])
-    assert not torch.equal(masks[0], masks[2])
-
-
-def test_what_is_logged_inside_goes_nowhere_and_random_numbers_come_from_the_seed():
-    class Notes(DummyLogger):
-        def log_metrics(self, metrics, step=None):
-            logged.append(metrics)
-
-    logged, logger = [], Notes()
-
-    def action(trainer, module):
-        before, draws = torch.get_rng_state(), []
-        for seed in (1, 1, 2):
-            with undisturbed(trainer, module, seed):
-                draws.append(torch.rand(3))
-                module.log("inside", 1.0)
-                module.log_dict({"inside": 1.0})
-                module.logger.log_metrics({"inside": 1.0})
-                trainer.logger.experiment.add_scalar("inside", 1.0)
-        assert torch.equal(draws[0], draws[1])
-        assert not torch.equal(draws[0], draws[2])
-        assert torch.equal(torch.get_rng_state(), before)
-        assert trainer.loggers == [logger]
-        assert "log" not in vars(module)
-
-    trainer = during_training(action, logger=logger)
-    assert "inside" not in trainer.callback_metrics
-    assert all("inside" not in metrics for metrics in logged)
-
-
-@pytest.mark.parametrize("module", [nn.LSTM(2, 2), nn.Linear(2, 2)], ids=["recurrent", "other"])
-def test_recurrent_modules_leave_cudnn_alone(module):
-    before = torch.backends.cudnn.enabled
-    with differentiable_kernels(module, twice=True):
-        assert torch.backends.cudnn.enabled == (before and not isinstance(module, nn.LSTM))
-    assert torch.backends.cudnn.enabled == before
-
-
-seen = []  # global, so that nothing puts it back
-
-
-class Recurrent(Classifier):
-    """Notes whether cuDNN may be used where the outer loss is evaluated: its recurrence has no backward pass there."""
-
-    def __init__(self):
-        super().__init__()
-        self.recurrence = nn.GRU(4, 4, batch_first=True)
-
-    def inner_loss(self, batch):
-        return super().inner_loss((self.recurrence(batch[0][:, None])[0][:, 0], batch[1]))
-
-    def outer_loss(self, batch):
-        seen.append(torch.backends.cudnn.enabled)
-        return super().outer_loss((self.recurrence(batch[0][:, None])[0][:, 0], batch[1]))
-
-
 @pytest.mark.parametrize("curvature", ["hessian", "gauss_newton", "finite_difference"])
 def test_an_outer_loss_with_recurrence_is_evaluated_without_cudnn(curvature):
-    seen.clear()
+    """cuDNN's recurrence has no backward pass in eval mode."""
+    seen = []
+
+    class Recurrent(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.recurrence = nn.GRU(4, 4, batch_first=True)
+
+        def inner_loss(self, batch):
+            return super().inner_loss((self.recurrence(batch[0][:, None])[0][:, 0], batch[1]))
+
+        def outer_loss(self, batch):
+            seen.append(torch.backends.cudnn.enabled)
+            return super().outer_loss((self.recurrence(batch[0][:, None])[0][:, 0], batch[1]))
+
     trained([IFTHypergradient(4, curvature=curvature, on_failure="use")], Recurrent, limit_val_batches=0)
     assert seen
     assert not any(seen)

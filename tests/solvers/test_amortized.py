@@ -17,7 +17,7 @@ def run(solver, matrix, b, solves=1):
     x = None
     for _ in range(solves):
         result = solver.solve(MatrixOperator(matrix), b, x)
-        x = result.x
+        x = result.next_start
     return result
 
 
@@ -52,11 +52,12 @@ def test_it_moves_at_the_pace_of_training():
         x = x + step * (b - damped @ x)
     # a cold start needs no product for A·0, and so makes one step more
     result = run(Amortized(products=5, horizon=horizon).with_optimizer(UpdateRule(step)), matrix, b)
-    assert relative_error(result.x, x) < within(1e-12)
+    assert relative_error(result.next_start, x) < within(1e-12)
+    assert relative_error(result.next_start - result.x, step * (b - damped @ result.x)) < within(1e-10)
     warm = Amortized(products=2, horizon=horizon).with_optimizer(UpdateRule(step)).solve(MatrixOperator(matrix), b, x)
-    for _ in range(2):
+    for iterate in (warm.x, warm.next_start):
         x = x + step * (b - damped @ x)
-    assert relative_error(warm.x, x) < within(1e-12)
+        assert relative_error(iterate, x) < within(1e-12)
 
 
 @pytest.mark.parametrize("products", [2, 5])
@@ -72,7 +73,7 @@ def test_steps_beyond_the_stability_limit_do_not_diverge(products, excess):
         noise = randn(SIZE, SIZE, seed=seed) / SIZE
         matrix = spd_matrix(SIZE, 30.0) + noise @ noise.T
         result = solver.solve(MatrixOperator(matrix), b, x)
-        x = result.x
+        x = result.next_start
     bound = 100 * (excess / 30.0) * b.norm()
     assert result.status is Status.COMPLETE
     assert x.norm() <= bound * (1 + within(1e-12))
@@ -112,7 +113,7 @@ def test_a_start_that_is_too_long_is_shortened_before_its_length_overflows():
         result = solver.solve(operator, b, torch.full((1000,), entry, device=DEVICE))
         assert result.status is Status.COMPLETE
         # each of two moves leads to b / 1e10, from a start of length horizon · step with an image of length 1000
-        assert relative_error(result.x, b / 1e10) < 1000 * torch.finfo(torch.float32).eps
+        assert relative_error(result.next_start, b / 1e10) < 1000 * torch.finfo(torch.float32).eps
 
 
 def test_a_damping_beyond_all_numbers_is_told():
@@ -148,7 +149,7 @@ def test_all_moves_are_as_short_as_the_largest_curvature_seen_asks_for():
         x = x + step / max(1.0, *paces) * residual
     result = run(Amortized(products=2, horizon=horizon).with_optimizer(UpdateRule(step)), matrix, b)
     assert max(paces) > 1.0
-    assert relative_error(result.x, x) < within(1e-12)
+    assert relative_error(result.next_start, x) < within(1e-12)
 
 
 @pytest.mark.parametrize("step", [0.0, torch.zeros(SIZE, **WHERE)], ids=["number", "vector"])
@@ -173,4 +174,20 @@ def test_curvature_along_the_estimate_shortens_its_moves():
     b, start = torch.tensor([100.0, 1.0], **WHERE), torch.tensor([1.0, 0.0], **WHERE)
     result = Amortized(damping=0.0).with_optimizer(UpdateRule(0.1)).solve(operator, b, start)
     # two moves of a hundredth of the residual, which is 1 and then 0.99
-    assert result.x.tolist() == pytest.approx([1.0, 0.01 + 0.0099], rel=within(1e-12))
+    assert result.x.tolist() == pytest.approx([1.0, 0.01], rel=within(1e-12))
+    assert result.next_start.tolist() == pytest.approx([1.0, 0.01 + 0.0099], rel=within(1e-12))
+
+
+def test_the_parts_of_the_estimate_are_vectors_whose_products_are_known():
+    matrix, b, seen = spd_matrix(SIZE, 30.0), 7.0 * right_hand_side(SIZE), []
+
+    class Spy(MatrixOperator):
+        def matvec(self, v):
+            seen.append(v)
+            return super().matvec(v)
+
+    for start in (None, right_hand_side(SIZE)):
+        result = Amortized(products=3).with_optimizer(UpdateRule(0.02)).solve(Spy(matrix), b, start)
+        assert len(result.parts) == 3
+        assert all(any(vector is other for other in seen) for _, vector in result.parts)
+        assert relative_error(sum(share * vector for share, vector in result.parts), result.x) < within(1e-14)

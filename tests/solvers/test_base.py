@@ -34,6 +34,8 @@ from tests.helpers.systems import right_hand_side
 # beyond that sixty iterations do not reach a residual of rounding
 CONDITIONS = [condition for condition in (1.0, 1e2, 1e4) if condition * torch.finfo(DTYPE).eps < 1e-4]
 
+LOOKING = [solver for solver in SOLVERS if not isinstance(solver, Identity)]  # which takes no product
+
 
 @pytest.mark.parametrize("solver", SOLVING, ids=repr)
 @pytest.mark.parametrize("condition", CONDITIONS)
@@ -57,8 +59,9 @@ def test_zero_right_hand_side_gives_zero(solver):
     check_takes_zero_to_zero(solver, spd_matrix(5, 10.0))
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
-@pytest.mark.parametrize("where", ["operator", "right-hand side"])
+@pytest.mark.parametrize(
+    ("solver", "where"), [*((s, "operator") for s in LOOKING), *((s, "right-hand side") for s in SOLVERS)], ids=repr
+)
 def test_nan_ends_in_a_status_and_a_finite_vector(solver, where):
     matrix, b = spd_matrix(6, 10.0), right_hand_side(6)
     if where == "operator":
@@ -127,7 +130,7 @@ def test_singular_and_inconsistent_leaves_a_residual_and_says_so(solver, status)
     assert result.x.abs().max() < 1e3
 
 
-@pytest.mark.parametrize("solver", [s for s in SOLVERS if not isinstance(s, (Direct, Identity))], ids=repr)
+@pytest.mark.parametrize("solver", [s for s in LOOKING if not isinstance(s, Direct)], ids=repr)
 def test_negative_curvature_has_a_status_or_a_solution(solver):
     matrix, b = spd_matrix(12, 50.0, signs=True), right_hand_side(12)
     result = solver.solve(MatrixOperator(matrix), b)
@@ -152,9 +155,10 @@ def test_damping_is_that_of_the_damped_matrix(solver):
     damped = replace(solver, damping=2.0).solve(MatrixOperator(matrix), b)
     shifted = replace(solver, damping=0.0).solve(MatrixOperator(matrix + 2.0 * torch.eye(6, **WHERE)), b)
     assert relative_error(damped.x, shifted.x) < within(1e-12)
-    assert damped.relative_residual == pytest.approx(
-        shifted.relative_residual, rel=within(1e-6, power=0.5), abs=within(1e-12)
-    )
+    if not isinstance(solver, Identity):
+        assert damped.relative_residual == pytest.approx(
+            shifted.relative_residual, rel=within(1e-6, power=0.5), abs=within(1e-12)
+        )
 
 
 def test_a_start_that_dwarfs_the_solution_is_dropped_before_it_overflows():
@@ -230,9 +234,10 @@ def test_the_horizon_and_the_decay_of_the_optimizer_are_damping(solver):
     rule = UpdateRule(RULE.step_size) if isinstance(solver, Amortized) else None  # without one it measures its step
     by_number = replace(solver, damping=1.5, horizon=50, rule=rule).solve(MatrixOperator(matrix), b)
     assert relative_error(by_rule.x, by_number.x) < within(1e-12)
-    assert by_rule.relative_residual == pytest.approx(by_number.relative_residual, rel=1e-6, abs=within(1e-12))
     undamped = replace(solver, damping=0.0, horizon=50, rule=rule).solve(MatrixOperator(matrix), b)
     if not isinstance(solver, Identity):
+        residual = pytest.approx(by_number.relative_residual, rel=1e-6, abs=within(1e-12))
+        assert by_rule.relative_residual == residual
         assert relative_error(by_rule.x, undamped.x) > 1e-3
 
 
@@ -276,7 +281,7 @@ class _Overflowing(MatrixOperator):
         return self.matrix @ v * 1e300 * 1e300
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("solver", LOOKING, ids=repr)
 def test_no_success_has_a_residual_that_is_not_finite(solver):
     operator = _Overflowing(torch.eye(3, device=DEVICE))
     result = solver.solve(operator, torch.ones(3, device=DEVICE))

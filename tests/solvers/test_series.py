@@ -111,7 +111,8 @@ def test_a_given_step_costs_no_product_but_that_of_the_residual():
     assert result.status is Status.COMPLETE
     assert (result.products, result.extra_products) == (3, 1)
     identity = Identity(step_size=0.5).solve(MatrixOperator(matrix), b)
-    assert (identity.products, identity.extra_products, identity.step_size) == (0, 1, 0.5)
+    assert (identity.products, identity.extra_products, identity.step_size) == (0, 0, 0.5)
+    assert identity.relative_residual is None
 
 
 def test_a_zero_operator_has_no_negative_curvature_and_a_step_of_one():
