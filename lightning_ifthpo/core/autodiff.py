@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from lightning_ifthpo.core.functions import twice_differentiable_functions
 
@@ -63,12 +64,13 @@ def tangents(tensors: Sequence[Tensor], directions: Sequence[Tensor]) -> Iterato
     """Turns on forward mode: results computed from the tensors in the block carry derivatives along the directions.
 
     The tensors themselves become dual numbers, because a loss without arguments cannot be given copies. Their values
-    do not change. Each direction has the shape of its tensor.
+    do not change, and graphs that have kept them stay valid. Each direction has the shape of its tensor.
     """
     with forward_ad.dual_level():
-        with torch.no_grad():
-            for tensor, direction in zip(tensors, directions, strict=True):
-                tensor.copy_(forward_ad.make_dual(tensor.detach().clone(), direction))  # type: ignore[no-untyped-call]
+        for tensor, direction in zip(tensors, directions, strict=True):
+            # Private: nothing public tells autograd that a tensor was written to and has the same values.
+            with torch.no_grad(), _unsafe_preserve_version_counter(tensor):
+                tensor.copy_(forward_ad.make_dual(tensor.detach(), direction))  # type: ignore[no-untyped-call]
         yield
 
 

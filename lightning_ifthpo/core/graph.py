@@ -57,6 +57,11 @@ def is_smooth(tensors: Sequence[Tensor | None]) -> bool:
     return not any(_KINKS.search(node.name()) for node in nodes(tensors))
 
 
+def has_convolutions(tensors: Sequence[Tensor | None]) -> bool:
+    """Returns whether there is a convolution in the graph of tensors."""
+    return any("Convolution" in node.name() for node in nodes(tensors))
+
+
 def check_differentiable(gradients: Sequence[Tensor | None], loss: Tensor, name: str) -> None:
     """Raises SecondDerivativeError if a backward pass that can be differentiated only once leads to the gradients.
 

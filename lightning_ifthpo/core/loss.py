@@ -47,6 +47,9 @@ class Loss:
         all_reduce: Sums a tensor over the processes, such as `sum_over_processes`; None for a single process.
         is_verified: Whether its second derivatives are known to be right. If not, the graph is searched for some that
             torch leaves out.
+        forward_mode: Whether derivatives of the outputs along a direction are taken in forward mode, by a forward pass
+            that carries them, which is cheaper with convolutions. No part may then be computed from the parameters
+            inside `torch.no_grad`, where forward mode goes on; use `Tensor.detach`.
         scale: A power of two by which the loss is multiplied before it is differentiated, so that small gradients do
             not become zero in float16. `combine` divides by it.
 
@@ -70,6 +73,7 @@ class Loss:
     all_reduce: AllReduce | None = None
     scale: float = 1.0
     is_verified: bool = False
+    forward_mode: bool = False
 
     def __post_init__(self) -> None:
         self.space = ParameterSpace(self.parameters)

@@ -22,7 +22,7 @@ class CurvatureOperator(ABC):
 
     @abstractmethod
     def _product(self, v: Tensor) -> Tensor:
-        """Returns A v for a checked v: [n]."""
+        """Returns A v for a checked v: [n], in memory of its own, which callers may write to."""
 
     def matvec(self, v: Tensor) -> Tensor:
         """Returns A v, [n].
@@ -167,7 +167,8 @@ class DampedOperator(CurvatureOperator):
         self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
 
     def _product(self, v: Tensor) -> Tensor:
-        return (self.delta * v).add_(self.operator.matvec(v))
+        delta = torch.as_tensor(self.delta, dtype=self.dtype, device=self.device)
+        return self.operator.matvec(v).addcmul_(delta, v)
 
 
 class PreconditionedOperator(CurvatureOperator):

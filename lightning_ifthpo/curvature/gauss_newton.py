@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_ifthpo.core.autodiff import add, tangent, tangents, vjp, zeros_for_none
-from lightning_ifthpo.core.graph import check_differentiable, reaches
+from lightning_ifthpo.core.graph import check_differentiable, has_convolutions, reaches
 from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
 from lightning_ifthpo.curvature.base import LossOperator
 from lightning_ifthpo.curvature.outputs import checked_outputs, cut_at
@@ -23,10 +23,11 @@ class GaussNewtonOperator(LossOperator):
     together, as for cross-entropy or squared error plus a convex penalty. G equals the Hessian where the model is
     linear or the residuals vanish.
 
-    Cost: one forward pass when made, and one differentiable gradient at the first product. A product by double vjp
-    costs 1.2 gradients with linear layers, and 2 to 2.6 with convolutions, because torch's second derivative of a
-    convolution also computes terms that are not needed. A mixed product costs .6 gradients, and next to nothing for a
-    sum of the vectors of the last two products. If the outputs depend on hyperparameters, it costs one to three.
+    Cost: one forward pass and one differentiable gradient; of a verified loss when they are needed. A product costs
+    1.3 gradients with linear layers, and 2 to 4.6 with convolutions, because torch's second derivative of a convolution
+    also computes terms that are not needed. With `Loss.forward_mode` it costs 1.5 to 2 with convolutions, and no
+    differentiable gradient. A mixed product costs .6 gradients, and next to nothing for a sum of the vectors of the
+    last two products. If the outputs depend on hyperparameters, it costs one to three.
 
     Args:
         loss: Callable without arguments that returns (loss, outputs) with outputs one tensor or several, or the loss
@@ -48,19 +49,39 @@ class GaussNewtonOperator(LossOperator):
 
     def __init__(self, loss: LossFunction | Loss, parameters: Sequence[Tensor]) -> None:
         super().__init__(as_loss(loss, parameters))
-        self._total, outputs = self._loss.evaluate()
-        self._outputs = checked_outputs(outputs)
-        self._output_gradient = vjp([self._total], self._outputs, create_graph=True)
-        with cut_at(self._outputs):
-            self._penalty_gradient = vjp([self._total], self._loss.parameters, create_graph=True)
         self._images: list[tuple[Tensor, int, list[Tensor]]] = []  # v, its version and Jv, of the last two products
         if not self._loss.is_verified:
             gradients = [*self._output_gradient, *self._differentiable_gradient]
             check_differentiable(gradients, self._total, self._loss.name)
 
     @cached_property
+    def _evaluated(self) -> tuple[Tensor, Sequence[Tensor]]:
+        """L and z, with their graph."""
+        total, outputs = self._loss.evaluate()
+        return total, checked_outputs(outputs)
+
+    @property
+    def _total(self) -> Tensor:
+        return self._evaluated[0]
+
+    @property
+    def _outputs(self) -> Sequence[Tensor]:
+        return self._evaluated[1]
+
+    @cached_property
+    def _output_gradient(self) -> list[Tensor | None]:
+        """∂L/∂z, with its graph."""
+        return vjp([self._total], self._outputs, create_graph=True)
+
+    @cached_property
+    def _penalty_gradient(self) -> list[Tensor | None]:
+        """∂L/∂w at fixed z, with its graph."""
+        with cut_at(self._outputs):
+            return vjp([self._total], self._loss.parameters, create_graph=True)
+
+    @cached_property
     def _output_slopes(self) -> list[Tensor]:
-        """U = ∂L/∂z, as variables.
+        """The entries of u = ∂L/∂z, as variables.
 
         Views make the entries of u separate ones: one tensor may be the gradient of two outputs (of z₁ + z₂), or one
         gradient may be computed from the other (of z₁ − z₂).
@@ -87,8 +108,8 @@ class GaussNewtonOperator(LossOperator):
         return self._loss.space.flatten(self._differentiable_gradient)
 
     def _own_product(self, v: Tensor) -> Tensor:
-        outputs, space = self._outputs, self._loss.space
         jv = self._output_change(v)
+        outputs, space = self._outputs, self._loss.space
         with cut_at(outputs):
             gradients = [*self._output_gradient, *self._penalty_gradient]
             curved = vjp(gradients, [*outputs, *space.tensors], [*jv, *space.split(v)])
@@ -100,24 +121,53 @@ class GaussNewtonOperator(LossOperator):
         self, v: Tensor, hyperparameters: Sequence[Tensor], parts: Sequence[tuple[float, Tensor]]
     ) -> list[Tensor | None]:
         vs = self._loss.space.split(v)
+        if self._loss.forward_mode and "_evaluated" not in vars(self):
+            self._output_change(v)  # evaluates the loss, too
         if reaches(self._outputs, hyperparameters):
             return vjp(self._differentiable_gradient, hyperparameters, vs)
         # z does not depend on λ, so that the derivative is that of ∂L/∂z · Jv, without the model
-        jv = self._known_change(parts) or self._output_change(v)
+        jv = self._known_change(parts or [(1.0, v)]) or self._output_change(v)
         return vjp([*self._output_gradient, *self._penalty_gradient], hyperparameters, [*jv, *vs])
 
     def _output_change(self, v: Tensor) -> list[Tensor]:
         """Returns Jv, shaped like the outputs."""
-        jv = zeros_for_none(
-            vjp(self._transposed_product, self._output_slopes, self._loss.space.split(v)), self._output_slopes
-        )
+        jv = self._forward_change(v) if self._loss.forward_mode else self._reverse_change(v)
         self._images = [*self._images[-1:], (v, v._version, jv)]
         return jv
+
+    def _reverse_change(self, v: Tensor) -> list[Tensor]:
+        return zeros_for_none(
+            vjp(self._transposed_product, self._output_slopes, self._loss.space.split(v)), self._output_slopes
+        )
+
+    def _forward_change(self, v: Tensor) -> list[Tensor]:
+        with tangents(self._loss.parameters, self._loss.space.split(v)):
+            if "_evaluated" not in vars(self):
+                return [tangent(output).detach() for output in self._outputs]
+            with torch.no_grad():
+                _, outputs = self._loss.evaluate(graph=False)
+                return [tangent(output) for output in outputs]
+
+    def gains_by_forward_mode(self, v: Tensor) -> bool:
+        """Returns whether Jv in forward mode is cheaper, as with convolutions, and the same for v: [n].
+
+        Forward mode may lack a derivative, and goes on inside `torch.no_grad`. Cost: next to nothing without
+        convolutions, else Jv in both modes.
+        """
+        if not has_convolutions(self._outputs):
+            return False
+        try:
+            changes = self._forward_change(v)
+        except RuntimeError:
+            return False
+        pairs = list(zip(changes, self._reverse_change(v), strict=True))
+        difference, size = (sum(float((z * z).sum()) for z in zs) for zs in ([a - b for a, b in pairs], changes))
+        return difference <= 1e-6 * size  # of squares: both are exact to 1e-5 in float32
 
     def _known_change(self, parts: Sequence[tuple[float, Tensor]]) -> list[Tensor] | None:
         """Returns Jv for a sum v of numbers times vectors, if all their images are kept."""
         known = {id(v): jv for v, version, jv in self._images if v._version == version}
-        if not parts or not all(id(v) in known for _, v in parts):
+        if not all(id(v) in known for _, v in parts):
             return None
         scaled = [[share * z for z in known[id(v)]] for share, v in parts]
         return [reduce(torch.add, images) for images in zip(*scaled, strict=True)]

@@ -37,8 +37,10 @@ class UpdateRule:
         """
         if not isinstance(self.step_size, Tensor):
             return 1.0 / (horizon * (self.step_size or 1.0))
-        slowest = torch.where(self.step_size > 0.0, self.step_size, math.inf).amin().nan_to_num(posinf=1.0)
-        return 1.0 / (horizon * torch.maximum(self.step_size, slowest))
+        slowest = self.step_size.amin()
+        if not slowest > 0.0:
+            slowest = torch.where(self.step_size > 0.0, self.step_size, math.inf).amin().nan_to_num(posinf=1.0)
+        return self.step_size.clamp(min=slowest).mul_(horizon).reciprocal_()
 
     @classmethod
     def of(cls, optimizers: Iterable[Optimizer], parameters: Iterable[Tensor]) -> UpdateRule:

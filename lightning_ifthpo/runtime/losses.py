@@ -44,6 +44,7 @@ class ModuleLosses:
 
     Attributes:
         is_verified: Whether the second derivatives of the inner loss are known to be right.
+        forward_mode: Whether its derivatives in forward mode are known to be right, and cheaper.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class ModuleLosses:
         self._modes: dict[nn.Module, bool] = {}
         self._state: ModuleState | None = None
         self._leaves_out_autocast = "mixed" in precision_of(trainer) and not is_autocast(trainer, precision)
-        self.is_verified = False
+        self.is_verified = self.forward_mode = False
 
     @property
     def has_low_precision(self) -> bool:
@@ -103,6 +104,7 @@ class ModuleLosses:
             share=1.0 if self._ranks is None else self._ranks.share_of(batch),
             all_reduce=None if self._ranks is None else self._ranks.sum_over_ranks,
             is_verified=self.is_verified,
+            forward_mode=self.forward_mode,
             scale=scale,
         )
 

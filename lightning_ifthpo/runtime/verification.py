@@ -13,6 +13,7 @@ from lightning_ifthpo.core.consistency import follows_its_gradient
 from lightning_ifthpo.core.graph import SecondDerivativeError
 from lightning_ifthpo.core.loss import Loss
 from lightning_ifthpo.curvature.base import LossOperator
+from lightning_ifthpo.curvature.gauss_newton import GaussNewtonOperator
 from lightning_ifthpo.curvature.kinds import curvature_operator
 from lightning_ifthpo.curvature.verification import (
     AsymmetricCurvatureError,
@@ -80,6 +81,8 @@ def trusted_operator(
     values = float(structure.value), float(operator.loss)
     for doubt in _doubts(values, follows=follows, by_hyperparameters=by_hyperparameters):
         rank_zero_warn(f"{user}: {loss.name} {doubt}")
+    if isinstance(operator, GaussNewtonOperator) and not losses.has_low_precision:
+        losses.forward_mode = operator.gains_by_forward_mode(operator.gradient)
     losses.is_verified = True
     return operator, curvature
 

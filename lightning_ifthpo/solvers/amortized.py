@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from lightning_ifthpo.core.vectors import length, unweighted_square, weighted_square
 from lightning_ifthpo.curvature.base import CurvatureOperator
 from lightning_ifthpo.optimizers.update_rule import UpdateRule
 from lightning_ifthpo.solvers.base import Damping, Solver, SolveResult, Status, at_least, is_negative
@@ -59,43 +60,42 @@ class Amortized(Solver):
         result = self.with_optimizer(UpdateRule(step_size)).solve(operator, b, x0)
         return replace(result, extra_products=result.extra_products + extra, step_size=step_size)
 
+    _scales_by_itself = True
+
     def _solve(self, system: LinearSystem, b: Tensor, x0: Tensor | None) -> SolveResult:
+        """In place where it can be: with ten million weights a new vector costs as much as half a gradient."""
         assert self.rule is not None, "solve() fills it in"
         step = torch.as_tensor(self.rule.step_size, dtype=b.dtype, device=b.device)
-        stiffness = torch.where(step > 0.0, 1.0 / step, 0.0)  # S⁻¹; x cannot move where S is zero
-        longest = self.horizon**2 * float(_weighted(step, b))
-        x, residual, left = torch.zeros_like(b), b, self.products
+        longest = self.horizon**2 * float(weighted_square(b, step))
+        x, residual, left = x0, b, self.products
         curvatures, parts = [0.0], []
-        if x0 is not None and bool(x0.any()):
-            x = _shortened(x0, stiffness, longest)
+        if x is not None:
+            x = _shortened(x, step, longest)
             image = system.matvec(x)
-            residual, left = b - image, left - 1
-            curvatures.append(_ratio(x @ image, _weighted(stiffness, x)))
+            curvatures.append(_ratio(x @ image, unweighted_square(x, step)))
+            residual, left = image.neg_().add_(b), left - 1
             parts.append((1.0, x))
         while left:
             move = step * residual
             image = system.matvec(move)
             curvatures.append(_ratio(move @ image, move @ residual))  # S⁻¹ · move is the residual
             pace = 1.0 / max(1.0, *curvatures)
-            x, residual, left = x.add(move, alpha=pace), residual.sub(image, alpha=pace), left - 1
-            parts.append((pace, move))
-        error = float(torch.linalg.vector_norm(residual)) if math.isfinite(sum(curvatures)) else math.nan
-        moved = x.add(step * residual, alpha=1.0 / max(1.0, *curvatures))
+            x = pace * move if x is None else x.add(move, alpha=pace)
+            residual = residual.sub(image, alpha=pace) if residual is b else residual.sub_(image, alpha=pace)
+            parts, left = [*parts, (pace, move)], left - 1
+        assert x is not None
+        error = length(residual) / length(b) if math.isfinite(sum(curvatures)) else math.nan
+        moved = residual.mul_(step).mul_(1.0 / max(1.0, *curvatures)).add_(x)
         negative = is_negative(min(curvatures), max(map(abs, curvatures)), b.dtype)
         status = Status.NEGATIVE_CURVATURE if negative else Status.COMPLETE
-        moved = _shortened(moved, stiffness, longest)
+        moved = _shortened(moved, step, longest)
         return SolveResult(x, error, self.products, status, parts=tuple(parts), moved=moved)
 
 
-def _shortened(x: Tensor, stiffness: Tensor, longest: float) -> Tensor:
+def _shortened(x: Tensor, step: Tensor, longest: float) -> Tensor:
     """Returns x, or one in its direction that is as long as A⁻¹b can be at most; squares of lengths in S⁻¹."""
-    length = float(_weighted(stiffness, x))
+    length = float(unweighted_square(x, step))
     return x * math.sqrt(longest / length) if length > longest else x
-
-
-def _weighted(weight: Tensor, x: Tensor) -> Tensor:
-    """Returns x·Wx for a diagonal W, a number or [n]."""
-    return weight * (x @ x) if weight.ndim == 0 else (weight * x) @ x
 
 
 def _ratio(curvature: Tensor, squared_length: Tensor) -> float:

@@ -6,13 +6,14 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from lightning_ifthpo.core.validation import is_number, require_at_least
+from lightning_ifthpo.core.vectors import length
 from lightning_ifthpo.curvature.base import CurvatureOperator
 from lightning_ifthpo.optimizers.update_rule import UpdateRule
 from lightning_ifthpo.solvers.system import LinearSystem
@@ -71,12 +72,12 @@ class SolveResult:
         """First iterate for the next solve of a similar system, [n]."""
         return self.x if self.moved is None else self.moved
 
-    def scaled(self, factor: Tensor | float) -> SolveResult:
+    def scaled(self, factor: float) -> SolveResult:
         """Returns the result for a right-hand side that is a factor longer."""
         return replace(
             self,
             x=self.x * factor,
-            parts=tuple((share * float(factor), vector) for share, vector in self.parts),
+            parts=tuple((share * factor, vector) for share, vector in self.parts),
             moved=None if self.moved is None else self.moved * factor,
         )
 
@@ -154,42 +155,34 @@ class Solver(ABC):
         for name, vector in (("b", b), ("x0", x0)):
             if vector is not None and vector.shape != (operator.size,):
                 raise ValueError(f"expected {name} of shape ({operator.size},), got {tuple(vector.shape)}")
-        norm = _length(b)
+        norm = length(b)
         if not math.isfinite(norm):
             return SolveResult(b, math.nan, 0, Status.NONFINITE).failed()
         if norm == 0.0:
             return SolveResult(torch.zeros_like(b), 0.0, 0, Status.CONVERGED)
-        x0 = None if x0 is None else x0 / norm
-        # below max^(1/3), the sum of max^(1/3) squares does not overflow; a longer x0 is replaced by zero
-        if x0 is not None and not _largest(x0) < torch.finfo(b.dtype).max ** (1 / 3):
-            x0 = None
         # for b of length one, because the squares of very small or large entries under- or overflow
-        result = self._solve(self.system(operator), b / norm, x0)
+        scale = 1.0 if self._scales_by_itself and 1e-6 < norm < 1e6 else norm
+        if x0 is not None:
+            start = length(x0) / norm
+            # below max^(1/3), the sum of max^(1/3) squares does not overflow; a longer x0 is replaced by zero
+            x0 = _over(x0, scale) if 0.0 < start < torch.finfo(b.dtype).max ** (1 / 3) else None
+        result = self._solve(self.system(operator), _over(b, scale), x0)
         residual = 0.0 if result.relative_residual is None else result.relative_residual
         if result.status is Status.NONFINITE or not math.isfinite(residual):
             return result.failed()
-        result = result.scaled(norm)
-        return result if math.isfinite(_largest(result.x)) else result.failed()
+        result = result if scale == 1.0 else result.scaled(scale)
+        return result if math.isfinite(length(result.x)) else result.failed()
+
+    _scales_by_itself: ClassVar[bool] = False
+    """Whether `_solve` takes a b of another length than one, which saves copies of vectors."""
 
     @abstractmethod
     def _solve(self, system: LinearSystem, b: Tensor, x0: Tensor | None) -> SolveResult:
-        """Solves (A + δI) x = b for b of length one."""
+        """Solves (A + δI) x = b for b of length one; x0 is not zero, and neither is changed."""
 
 
-def _length(vector: Tensor) -> float:
-    """Returns ‖vector‖, also where the squares of its entries under- or overflow."""
-    length = float(torch.linalg.vector_norm(vector))
-    bounds = torch.finfo(vector.dtype)
-    if bounds.tiny**0.5 < length < bounds.max**0.5:
-        return length
-    largest = _largest(vector)
-    if largest == 0.0 or not math.isfinite(largest):
-        return largest
-    return largest * float(torch.linalg.vector_norm(vector / largest))
-
-
-def _largest(vector: Tensor) -> float:
-    return float(torch.linalg.vector_norm(vector, math.inf))
+def _over(vector: Tensor, scale: float) -> Tensor:
+    return vector if scale == 1.0 else vector / scale
 
 
 def is_finite_or_word(value: Any, *words: str) -> bool:

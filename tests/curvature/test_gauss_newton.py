@@ -220,12 +220,91 @@ def test_a_vector_that_has_changed_since_its_product_is_not_taken_for_known():
     assert relative_error(got, wanted) < within(1e-12)
 
 
-def test_a_verified_loss_is_differentiated_when_the_first_product_asks_for_it():
+def test_a_verified_loss_is_evaluated_when_it_is_needed():
     """A hypergradient without products needs the derivative along one direction alone."""
     loss = Tuned("the loss")
-    with FlopCounterMode(display=False) as made:
+    with FlopCounterMode(display=False) as counter:
         operator = GaussNewtonOperator(Loss(loss, loss.weights, is_verified=True), loss.weights)
-    with FlopCounterMode(display=False) as forward:
-        loss()
-    assert made.get_total_flops() == forward.get_total_flops()
+    assert counter.get_total_flops() == 0
     operator.matvec(torch.ones(operator.size, **WHERE))
+
+
+class Convolutions(nn.Module):
+    """A convolution and BatchNorm, whose buffers move."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3))
+        self.to(**WHERE)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def convolutions():
+    torch.manual_seed(0)
+    net, x = Convolutions(), randn(8, 1, 4, 4, seed=2)
+    weights, decay = list(net.parameters()), torch.tensor(0.1, **WHERE, requires_grad=True)
+
+    def loss():
+        z = mark_outputs(net(x))
+        return F.cross_entropy(z, torch.arange(8, device=DEVICE) % 3) + decay * z.square().mean()
+
+    return loss, weights, decay
+
+
+@pytest.mark.parametrize("first", ["product", "mixed product", "gradient"])
+def test_forward_mode_gives_the_same_products(first):
+    """Whichever is asked for first, because it evaluates the loss."""
+    loss, weights, decay = convolutions()
+    reverse = GaussNewtonOperator(loss, weights)
+    forward = GaussNewtonOperator(Loss(loss, weights, is_verified=True, forward_mode=True), weights)
+    u, v = randn(2, reverse.size, seed=4)
+    asked = {
+        "product": lambda operator: operator.matvec(u),
+        "mixed product": lambda operator: operator.mixed_product(u, [decay])[0],
+        "gradient": lambda operator: operator.gradient,
+    }
+    for name in (first, *asked):
+        assert relative_error(asked[name](forward), asked[name](reverse)) < within(1e-12), name
+    assert relative_error(forward.matvec(v), reverse.matvec(v)) < within(1e-12)
+    assert all(torch.equal(weight, before) for weight, before in zip(weights, convolutions()[1], strict=True))
+
+
+def test_forward_mode_is_for_convolutions_whose_derivatives_it_knows():
+    def gains(model):
+        weights = list(model.parameters())
+        operator = GaussNewtonOperator(lambda: mark_outputs(model(x)).square().mean(), weights)
+        return operator.gains_by_forward_mode(randn(operator.size, seed=3))
+
+    x = randn(8, 1, 4, 4, seed=2)
+    assert gains(Convolutions())
+    assert not gains(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).to(**WHERE))  # nothing to gain
+    assert not gains(nn.Sequential(Convolutions(), Scaled()).to(**WHERE))  # another derivative
+    assert not gains(nn.Sequential(Convolutions(), Opaque()).to(**WHERE))  # no derivative
+
+
+class Scaled(nn.Module):
+    """Divides by a length that is computed without gradients, in forward mode with them."""
+
+    def forward(self, z):
+        with torch.no_grad():
+            length = z.norm()
+        return z / length
+
+
+class Opaque(nn.Module):
+    """Uses a function without a derivative in forward mode."""
+
+    def forward(self, z):
+        return Double.apply(z)
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z):
+        return 2.0 * z
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2.0 * gradient

@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_ifthpo import IFTHypergradient
-from lightning_ifthpo.hyperparameters import InputNoise, LabelSmoothing
-from tests.helpers.trainers import Classifier, quiet_trainer
+from lightning_ifthpo.hyperparameters import InputNoise, LabelSmoothing, WeightDecay
+from lightning_ifthpo.runtime.distributed import Ranks
+from lightning_ifthpo.runtime.losses import ModuleLosses
+from lightning_ifthpo.runtime.verification import trusted_operator
+from tests.helpers.trainers import Classifier, during_training, loader, quiet_trainer
 
 
 class Half(torch.autograd.Function):
@@ -92,3 +95,29 @@ class Several(Classifier):
 
 def test_healthy_hyperparameters_of_several_kinds_are_not_reported():
     assert said_about_slopes(Several()) == []
+
+
+class Convolutional(Classifier):
+    """The four numbers of an example are an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 8, 2), nn.Flatten(), nn.Linear(8, 3))
+        self.decay = WeightDecay(self.net, initial=0.01)
+
+
+@pytest.mark.parametrize("kind", [Classifier, Convolutional])
+def test_forward_mode_is_chosen_where_there_are_convolutions(kind):
+    """Without a stopwatch, so that runs repeat."""
+
+    def action(trainer, module):
+        losses = ModuleLosses(trainer, module, Ranks(trainer))
+        with losses.session("gauss_newton"):
+            loss = losses.inner(next(iter(loader())))
+            trusted_operator(losses, loss, "gauss_newton", "the test")
+            assert losses.inner(next(iter(loader()))).forward_mode == (kind is Convolutional)
+        chosen.append(kind)
+
+    chosen = []
+    during_training(action, kind)
+    assert chosen == [kind]

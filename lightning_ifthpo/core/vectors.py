@@ -1,0 +1,54 @@
+"""Lengths of vectors, also of very long and very short ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_CHUNK = 2**18  # entries
+
+
+def length(vector: Tensor) -> float:
+    """Returns ‖vector‖, also where the squares of its entries under- or overflow."""
+    squared, bounds = float(vector @ vector), torch.finfo(vector.dtype)
+    # the square is exact to rounding unless many entries underflow
+    if bounds.tiny / bounds.eps < squared < math.inf:
+        return math.sqrt(squared)
+    longest = largest(vector)
+    if longest == 0.0 or not math.isfinite(longest):
+        return longest
+    return longest * float(torch.linalg.vector_norm(vector / longest))
+
+
+def largest(vector: Tensor) -> float:
+    """Returns the largest absolute value of the entries; NaN if there is one.
+
+    `torch.linalg.vector_norm(vector, math.inf)` is twenty times slower.
+    """
+    if not vector.numel():
+        return 0.0
+    least, most = torch.stack(torch.aminmax(vector)).tolist()
+    return max(abs(least), abs(most)) if least == least else math.nan
+
+
+def weighted_square(x: Tensor, weight: Tensor) -> Tensor:
+    """Returns x·Wx for a diagonal W ≥ 0, a number or [n]: a scalar."""
+    if weight.ndim == 0:
+        return weight * (x @ x)
+    return _summed(lambda x, weight: (x * weight) @ x, x, weight)
+
+
+def unweighted_square(x: Tensor, weight: Tensor) -> Tensor:
+    """Returns x·W⁻¹x for a diagonal W ≥ 0, a number or [n], without entries where W is zero: a scalar."""
+    if weight.ndim == 0:
+        return torch.where(weight > 0.0, (x @ x) / weight, 0.0)
+    return _summed(lambda x, weight: torch.where(weight > 0.0, x / weight, 0.0) @ x, x, weight)
+
+
+def _summed(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
+    """Returns the sum of a function over chunks that fit into the cache: a new vector takes longer than a product."""
+    pairs = zip(torch.split(x, _CHUNK), torch.split(weight, _CHUNK), strict=True)
+    return torch.stack([function(*pair) for pair in pairs]).sum()
