@@ -27,7 +27,7 @@ from lightning_ifthpo.runtime.losses import ModuleLosses
 from lightning_ifthpo.runtime.outer_data import OuterData
 from lightning_ifthpo.runtime.precision import CurvaturePrecision, first_loss_scale, loss_scales
 from lightning_ifthpo.runtime.verification import trusted_operator
-from lightning_ifthpo.solvers import Solver, SolveResult, Status
+from lightning_ifthpo.solvers import SAMA, Solver, SolveResult, Status
 from lightning_ifthpo.solvers.causes import Cause
 
 
@@ -56,7 +56,8 @@ class HyperStepper:
     ) -> None:
         self._trainer = trainer
         self._module = module
-        self._curvature = curvature
+        first_order = curvature == "auto" and isinstance(solver, SAMA)
+        self._curvature = "finite_difference" if first_order else curvature
         self._solver = solver
         self._warm_start = warm_start
         self._hyperparameters = list(module.hyperparameters())
@@ -71,7 +72,7 @@ class HyperStepper:
             seed = ranks.broadcast_int(torch.initial_seed() % 2**31)
             loss_scale = first_loss_scale(trainer, precision)
             state = {"steps": 0, "seed": seed, "consumed": 0, "x0": None, "loss_scale": loss_scale}
-            state |= {"x0_names": [], "outer_losses": [], "curvature": curvature}
+            state |= {"x0_names": [], "outer_losses": [], "curvature": self._curvature}
         self.steps, self._seed, self._loss_scale = state["steps"], state["seed"], state["loss_scale"]
         self._x0: Tensor | None = None if state["x0"] is None else state["x0"].to(module.device)
         self._x0_names: list[str] = state["x0_names"]  # of the weights that x0 belongs to

@@ -38,7 +38,8 @@ class IFTHypergradient(PeriodicCallback):
         every_n_batches: Training batches between two hyper steps, at least 1.
         curvature: "hessian"; "gauss_newton", for losses that call `mark_outputs`; "kfac", likewise and with
             `Direct(damping=...)`; "gradient_outer_product", with `Direct(damping=...)`; "finite_difference", for models
-            without a second derivative; "auto" takes Gauss–Newton if outputs are marked, else the Hessian.
+            without a second derivative; "auto" takes that for `SAMA()`, Gauss–Newton if outputs are marked, else the
+            Hessian.
         solver: Solver of the linear system; None takes `Amortized(products=2, horizon=100)`.
         warm_start: Start each solve from the last solution; `Amortized` always does.
         start_after_batches: Training batches before the first of every_n_batches is counted.

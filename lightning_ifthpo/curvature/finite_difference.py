@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_ifthpo.core.autodiff import vjp, zeros_for_none
 from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
-from lightning_ifthpo.core.step_length import natural_step, norm, relative_step
+from lightning_ifthpo.core.step_length import natural_step, norm, relative_step, step_along
 from lightning_ifthpo.curvature.base import LossOperator
 
 # Step lengths to try at the first product, over cbrt(eps) times the weights. The last ones are for tensors in units a
@@ -42,7 +42,9 @@ class FiniteDifferenceOperator(LossOperator):
     Weights without a gradient, such as frozen ones or the padding of an embedding, do not move.
 
     Cost: two gradients for a product, and one extra copy of the parameters; for the first product one gradient more,
-    two more for each change of the step length, at most nine, and two more if there are weights without a gradient.
+    two more for each change of the step length, at most nine, and two more if there are weights without a gradient. A
+    mixed product costs as much as a product; that of a verified loss, before any product, two gradients in the
+    hyperparameters alone.
 
     Args:
         loss: Callable without arguments that returns the scalar loss, or (loss, outputs); or a `Loss`.
@@ -81,22 +83,35 @@ class FiniteDifferenceOperator(LossOperator):
         return loss.detach(), self._loss.space.flatten(vjp([loss], self._loss.parameters))
 
     def _own_loss(self) -> Tensor:
-        return self._at_weights[0]
+        return self._at_weights[0] if "_at_weights" in vars(self) else self._value
+
+    @cached_property
+    def _value(self) -> Tensor:
+        return self._loss.evaluate(graph=False)[0].detach()
 
     def _own_gradient(self) -> Tensor:
         return self._at_weights[1]
 
     def _own_product(self, v: Tensor) -> Tensor:
         space = self._loss.space
-        return space.flatten(self._own_mixed_product(v, space.tensors, ()))
+        return space.flatten(_quotients(space.tensors, *self._gradients(v, space.tensors)))
 
     def _own_mixed_product(
         self, v: Tensor, hyperparameters: Sequence[Tensor], parts: Sequence[tuple[float, Tensor]]
     ) -> list[Tensor | None]:
-        ahead, behind, inverse_width = self._gradients(v, hyperparameters)
-        known = [a is not None or b is not None for a, b in zip(ahead, behind, strict=True)]
-        pairs = zip(zeros_for_none(ahead, hyperparameters), zeros_for_none(behind, hyperparameters), strict=True)
-        return [(a - b) * inverse_width if any_known else None for any_known, (a, b) in zip(known, pairs, strict=True)]
+        alone = self._loss.is_verified and self._factor is None
+        gradients = self._slopes if alone else self._gradients
+        return _quotients(hyperparameters, *gradients(v, hyperparameters))
+
+    def _slopes(self, v: Tensor, inputs: Sequence[Tensor]) -> tuple[_Gradients, _Gradients, float]:
+        """Returns what `_gradients` does, without a gradient in the weights that could show a better step length."""
+        direction = self._loss.space.split(v)
+        if not bool(v.any()):
+            return [None] * len(inputs), [None] * len(inputs), 0.0
+        unit = relative_step(self.dtype) * step_along(direction, self._loss.parameters)
+        with self._loss.along(direction) as at:
+            ahead, behind = (vjp([at(sign * unit)], inputs) for sign in (1.0, -1.0))
+        return ahead, behind, 1.0 / (2.0 * unit)
 
     def _gradients(
         self, v: Tensor, inputs: Sequence[Tensor], step: float | None = None
@@ -184,6 +199,15 @@ class FiniteDifferenceOperator(LossOperator):
 
 
 _Gradients: TypeAlias = list[Tensor | None]
+
+
+def _quotients(
+    like: Sequence[Tensor], ahead: _Gradients, behind: _Gradients, inverse_width: float
+) -> list[Tensor | None]:
+    """Returns (ahead − behind) · inverse_width, with `None` where both are."""
+    known = [a is not None or b is not None for a, b in zip(ahead, behind, strict=True)]
+    pairs = zip(zeros_for_none(ahead, like), zeros_for_none(behind, like), strict=True)
+    return [(a - b) * inverse_width if any_known else None for any_known, (a, b) in zip(known, pairs, strict=True)]
 
 
 class _Pair(NamedTuple):

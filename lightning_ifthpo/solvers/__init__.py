@@ -5,10 +5,12 @@ from lightning_ifthpo.solvers.base import Solver, SolveResult, Status
 from lightning_ifthpo.solvers.direct import Direct
 from lightning_ifthpo.solvers.krylov import ConjugateGradient, MinimumResidual
 from lightning_ifthpo.solvers.nystrom import Nystrom
+from lightning_ifthpo.solvers.sama import SAMA
 from lightning_ifthpo.solvers.series import Identity, Neumann
 from lightning_ifthpo.solvers.system import LinearSystem
 
 __all__ = [
+    "SAMA",
     "Amortized",
     "ConjugateGradient",
     "Direct",

@@ -68,7 +68,7 @@ CONSTRUCTORS = {
     hyperparameters.InputNoise: {},
     hyperparameters.AugmentationNetwork: {},
     hyperparameters.DistilledData: {"shape": st.just((2,)), "classes": st.integers(1, 3)},
-    **{solver: {} for solver in (*SOLVERS, solvers.Neumann, solvers.Nystrom)},
+    **{solver: {} for solver in (*SOLVERS, solvers.Neumann, solvers.Nystrom, solvers.SAMA)},
     spectrum.SpectrumTracker: {},
     step_size.ExactGeNLR: {"optimizer": st.builds(lambda: torch.optim.SGD(linear().parameters(), lr=0.1))},
 }
