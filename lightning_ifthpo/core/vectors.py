@@ -45,6 +45,8 @@ def unweighted_square(x: Tensor, weight: Tensor) -> Tensor:
     """Returns x·W⁻¹x for a diagonal W ≥ 0, a number or [n], without entries where W is zero: a scalar."""
     if weight.ndim == 0:
         return torch.where(weight > 0.0, (x @ x) / weight, 0.0)
+    if bool(weight.amin() > 0.0):
+        return _summed(lambda x, weight: (x / weight) @ x, x, weight)
     return _summed(lambda x, weight: torch.where(weight > 0.0, x / weight, 0.0) @ x, x, weight)
 
 

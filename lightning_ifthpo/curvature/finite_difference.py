@@ -63,6 +63,7 @@ class FiniteDifferenceOperator(LossOperator):
         self._factor: float | None = None  # of the step length, once it is known
         self._largest = 0.0  # change of the gradient over the distance that the weights moved, so far
         self._has_warned = False
+        self._value: Tensor | None = None  # L between both sides
         self._unseen: Tensor | None = None  # weights without a gradient, [n]; None before there are any
 
     def slope_and_curvature(self, v: Tensor, *, step: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -83,11 +84,8 @@ class FiniteDifferenceOperator(LossOperator):
         return loss.detach(), self._loss.space.flatten(vjp([loss], self._loss.parameters))
 
     def _own_loss(self) -> Tensor:
-        return self._at_weights[0] if "_at_weights" in vars(self) else self._value
-
-    @cached_property
-    def _value(self) -> Tensor:
-        return self._loss.evaluate(graph=False)[0].detach()
+        """L at w; the mean on both sides, which is as close as a derivative by differences, if that is known."""
+        return self._at_weights[0] if self._value is None or "_at_weights" in vars(self) else self._value
 
     def _own_gradient(self) -> Tensor:
         return self._at_weights[1]
@@ -110,8 +108,12 @@ class FiniteDifferenceOperator(LossOperator):
             return [None] * len(inputs), [None] * len(inputs), 0.0
         unit = relative_step(self.dtype) * step_along(direction, self._loss.parameters)
         with self._loss.along(direction) as at:
-            ahead, behind = (vjp([at(sign * unit)], inputs) for sign in (1.0, -1.0))
-        return ahead, behind, 1.0 / (2.0 * unit)
+            gradients, values = [], []
+            for sign in (1.0, -1.0):
+                values.append(at(sign * unit))
+                gradients.append(vjp([values[-1]], inputs))
+        self._value = (values[0].detach() + values[1].detach()) / 2.0
+        return gradients[0], gradients[1], 1.0 / (2.0 * unit)
 
     def _gradients(
         self, v: Tensor, inputs: Sequence[Tensor], step: float | None = None

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_ifthpo.core.autodiff import vjp
 from lightning_ifthpo.core.consistency import follows_its_gradient
 from lightning_ifthpo.core.loss import Loss
+from lightning_ifthpo.core.vectors import length
 from lightning_ifthpo.curvature.base import LossOperator
 from lightning_ifthpo.hypergradients.result import Hypergradient, OuterGradient
 from lightning_ifthpo.solvers import Amortized, Identity, Neumann, Solver, SolveResult, Status
@@ -48,14 +49,16 @@ class Computation:
         solution = self._measured(result.solution)
         if result.status is Status.NONFINITE:
             found = self._not_finite(result)
-        elif not bool(self.outer.v.any()):
+        elif length(self.outer.v) == 0.0:
             found = self.unknown_weights() or Cause.ZERO_RIGHT_HAND_SIDE.describe()
         elif result.status.succeeded:
             found = self._unused(result) or self._not_its_gradient()
             found = found or self._not_at_minimum(result) or self._no_influence(result)
         else:
             found = self._no_curvature() or self.unknown_weights()
-        return found or diagnose(self._system, solution, self.outer.v, solver=self.solver, curvature=self.curvature)
+        if found or (result.status.succeeded and (solution.relative_residual or 0.0) <= 1.0):
+            return found
+        return diagnose(self._system, solution, self.outer.v, solver=self.solver, curvature=self.curvature)
 
     def _measured(self, solution: SolveResult) -> SolveResult:
         """Returns a solve with its residual; in a fit that costs too much, if the solver has not measured it."""
@@ -149,11 +152,11 @@ class Computation:
         known = [gradient is not None for gradient in vjp([own], self.inner.parameters)]
         parts = self.inner.space.split(self.outer.v)
         unknown = [index for index, seen in enumerate(known) if not seen]
-        length = torch.stack([torch.linalg.vector_norm(part) for part in parts])
+        lengths = torch.stack([torch.linalg.vector_norm(part) for part in parts])
         damped = bool((torch.as_tensor(self._system.damping) > 0.0).all())
         if len(unknown) == len(known):
             name = "any of the weights"
-        elif unknown and not damped and bool(length[unknown].norm() > 0.1 * length.norm()):
+        elif unknown and not damped and bool(lengths[unknown].norm() > 0.1 * lengths.norm()):
             shape = tuple(parts[unknown[0]].shape)
             name = (
                 f"{len(unknown)} of the {len(known)} tensors of weights, such as number {unknown[0]} of shape {shape}"

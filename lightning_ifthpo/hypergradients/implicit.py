@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_ifthpo.core.autodiff import differentiable
 from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
 from lightning_ifthpo.core.space import check_real
+from lightning_ifthpo.core.vectors import length
 from lightning_ifthpo.curvature.base import LossOperator
 from lightning_ifthpo.curvature.kinds import Curvature, curvature_operator
 from lightning_ifthpo.curvature.verification import Structure, verified_operator
@@ -96,7 +97,7 @@ def _mixed_product(
     operator: LossOperator, solution: SolveResult, hyperparameters: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """Returns (∂²L/∂w∂λᵀ)ᵀ x, with `None` for what is zero by structure and not because x is."""
-    if bool(solution.x.any()):
+    if length(solution.x) > 0.0:
         return operator.mixed_product(solution.x, hyperparameters, solution.parts)
     shown = operator.mixed_product(torch.ones_like(solution.x), hyperparameters)
     return [None if part is None else torch.zeros_like(part) for part in shown]

@@ -137,9 +137,11 @@ class Solver(ABC):
             )
         if self.rule is None:
             return LinearSystem(operator, self.damping)  # type: ignore[arg-type]
-        damping = self.rule.damping(self.horizon) if isinstance(self.damping, str) else self.damping
-        decays = bool(torch.as_tensor(self.rule.decay).any())
-        return LinearSystem(operator, damping + self.rule.decay if decays else damping)
+        if not isinstance(self.damping, str):
+            return LinearSystem(operator, self.damping + self.rule.decay)
+        damping = self.rule.damping(self.horizon)
+        damping += self.rule.decay  # in place if it is a vector, which is new
+        return LinearSystem(operator, damping)
 
     def solve(self, operator: CurvatureOperator, b: Tensor, x0: Tensor | None = None) -> SolveResult:
         """Returns an approximate solution of (A + δI) x = b; a failed solve is a status, never a NaN.

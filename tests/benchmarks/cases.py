@@ -1,9 +1,9 @@
 """What is measured, and a process that measures it when the parent asks.
 
-Each cost is a ratio to a training gradient, which is measured in the same process and in the same round. The clock
-counts the processor time of this process, which has one thread, so that other programs on the machine hardly matter.
-Only public names are used, so that the same file measures older versions of the package: the parent sets PYTHONPATH to
-choose one.
+Each cost is a ratio to a training gradient, which is measured in the same process and in the same round. On a CPU the
+clock counts the processor time of this process, which has one thread, so that other programs on the machine hardly
+matter. On a GPU it counts the time until the device is done. Only public names are used, so that the same file measures
+older versions of the package: the parent sets PYTHONPATH to choose one, and DEVICE to choose a device.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import platform
 import statistics
 import sys
 import tempfile
@@ -18,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import resnet18
 
 import lightning_ifthpo
+import lightning_ifthpo.solvers
 from lightning_ifthpo import (
     BilevelLightningModule,
     ExactGeN,
@@ -55,7 +59,7 @@ from lightning_ifthpo.solvers import (
 )
 from lightning_ifthpo.spectrum import lanczos, power_iteration
 
-BATCH = 128
+DEVICE = torch.device(os.environ.get("DEVICE", "cpu"))
 EXAMPLES = 2048
 """Training examples, each with a weight of its own as hyperparameter."""
 BATCHES = 10
@@ -63,16 +67,69 @@ BATCHES = 10
 LEAST_SECONDS = 0.1
 """Calls are repeated for at least this long, so that one slow call does not decide."""
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "perceptron": lambda: nn.Sequential(
-        nn.Flatten(), nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)
+
+class Transformer(nn.Module):
+    """Four layers of width 128, which predict the 64 characters of a text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.position = nn.Embedding(64, 128), nn.Parameter(0.02 * torch.randn(64, 128))
+        layer = nn.TransformerEncoderLayer(128, 4, 512, dropout=0.0, batch_first=True, norm_first=True)
+        self.layers, self.head = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False), nn.Linear(128, 64)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Returns logits [B, 64, 64] for tokens [B, 64]."""
+        logits: Tensor = self.head(self.layers(self.embed(tokens) + self.position))
+        return logits
+
+
+@dataclass
+class Workload:
+    """A network with data of its kind.
+
+    Attributes:
+        net: Makes the network.
+        batch: Examples of a batch.
+        shape: Shape of an input.
+        tokens: Whether inputs are tokens, each of which has a label.
+    """
+
+    net: Callable[[], nn.Module]
+    batch: int
+    shape: tuple[int, ...]
+    tokens: bool = False
+
+    def data(self, count: int, seed: int) -> TensorDataset:
+        """Returns random inputs and labels: costs do not depend on what they show."""
+        generator = torch.Generator().manual_seed(seed)
+        if self.tokens:
+            return TensorDataset(*torch.randint(64, (2, count, *self.shape), generator=generator))
+        return TensorDataset(
+            torch.rand(count, *self.shape, generator=generator), torch.randint(10, (count,), generator=generator)
+        )
+
+
+MODELS: dict[str, Workload] = {
+    "perceptron": Workload(
+        lambda: nn.Sequential(
+            nn.Flatten(), nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)
+        ),
+        batch=128,
+        shape=(1, 28, 28),
     ),
-    "convolutions": lambda: nn.Sequential(
-        *(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Flatten(), nn.Linear(32 * 49, 10)),
+    "convolutions": Workload(
+        lambda: nn.Sequential(
+            *(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Flatten(), nn.Linear(32 * 49, 10)),
+        ),
+        batch=64,
+        shape=(1, 28, 28),
     ),
+    "transformer": Workload(Transformer, batch=16, shape=(64,), tokens=True),
+    "ResNet-18": Workload(lambda: resnet18(num_classes=10), batch=16, shape=(3, 32, 32)),
 }
+SMALL = ("perceptron", "convolutions")
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda weights: torch.optim.SGD(weights, lr=0.05, momentum=0.9),
     "AdamW": lambda weights: torch.optim.AdamW(weights, lr=1e-3),
@@ -95,29 +152,33 @@ SOLVERS: dict[str, Callable[[], Any]] = {
 
 
 class Classifier(BilevelLightningModule, L.LightningModule):
-    """A network on 28 × 28 pixels with one weight for each training example."""
+    """A network with one weight for each training example."""
 
     weights: SampleWeights
 
     def __init__(self, model: str, optimizer: str) -> None:
         super().__init__()
-        self.net = MODELS[model]()
+        self.net = MODELS[model].net()
         self.optimizer = optimizer
         self.register_hyperparameter("weights", SampleWeights(EXAMPLES))
 
     def inner_loss(self, batch: Sequence[Tensor]) -> Tensor:
         """Returns the mean of the weighted losses."""
         x, y, index = batch
-        losses = F.cross_entropy(self.mark_outputs(self.net(x)), y, reduction="none")
-        return (self.weights(index) * losses).mean()
+        return (self.weights(index) * losses_of(self.mark_outputs(self.net(x)), y)).mean()
 
     def outer_loss(self, batch: Sequence[Tensor]) -> Tensor:
         """Returns the mean of the losses on other examples."""
-        return F.cross_entropy(self.net(batch[0]), batch[1])
+        return losses_of(self.net(batch[0]), batch[1]).mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Returns the optimizer of the network's weights."""
         return OPTIMIZERS[self.optimizer](self.inner_parameters())
+
+
+def losses_of(logits: Tensor, y: Tensor) -> Tensor:
+    """Returns the loss of each example, [B], for logits [B, C] or [B, T, C]."""
+    return F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none").view(len(y), -1).mean(1)
 
 
 class Diagonal(CurvatureOperator):
@@ -128,14 +189,6 @@ class Diagonal(CurvatureOperator):
 
     def _product(self, v: Tensor) -> Tensor:
         return self.values * v
-
-
-def images(count: int, seed: int) -> TensorDataset:
-    """Returns random pixels and labels: costs do not depend on what the images show."""
-    generator = torch.Generator().manual_seed(seed)
-    return TensorDataset(
-        torch.rand(count, 1, 28, 28, generator=generator), torch.randint(10, (count,), generator=generator)
-    )
 
 
 class Bench:
@@ -149,9 +202,11 @@ class Bench:
     def __init__(self, model: str, optimizer: str = "SGD") -> None:
         torch.manual_seed(0)
         self.model, self.optimizer = model, optimizer
-        self.module = Classifier(model, optimizer)
-        x, y = images(BATCH, 1).tensors
-        self.batch = (x, y, torch.arange(BATCH))
+        self.module = Classifier(model, optimizer).to(DEVICE)
+        self.workload = MODELS[model]
+        self.data = IndexedDataset(self.workload.data(EXAMPLES, 3))
+        x, y = (tensor.to(DEVICE) for tensor in self.workload.data(self.workload.batch, 1).tensors)
+        self.batch = (x, y, torch.arange(self.workload.batch, device=DEVICE))
         self.parameters = list(self.module.inner_parameters())
         self.hyperparameters = list(self.module.hyperparameters())
 
@@ -170,7 +225,7 @@ class Bench:
     def vector(self) -> Tensor:
         """Returns a random vector, [n]."""
         size = sum(parameter.numel() for parameter in self.parameters)
-        return torch.randn(size, generator=torch.Generator().manual_seed(2))
+        return torch.randn(size, generator=torch.Generator().manual_seed(2)).to(DEVICE)
 
     def operator(self, name: str) -> CurvatureOperator:
         """Returns the curvature of the training loss; KFAC knows no BatchNorm and leaves it out."""
@@ -185,7 +240,8 @@ class Bench:
         torch.manual_seed(0)
         clock = Clock()
         trainer = L.Trainer(
-            accelerator="cpu",
+            accelerator="gpu" if DEVICE.type == "cuda" else "cpu",
+            devices=1,
             max_steps=BATCHES,
             callbacks=[clock.start, *([] if callback is None else [callback]), clock.stop],
             logger=False,
@@ -194,7 +250,7 @@ class Bench:
             enable_progress_bar=False,
             limit_val_batches=0,
         )
-        loader = DataLoader(IndexedDataset(images(EXAMPLES, 3)), BATCH, shuffle=True)
+        loader = DataLoader(self.data, self.workload.batch, shuffle=True)
         trainer.fit(Classifier(self.model, self.optimizer), loader)
         return clock.seconds[2:]
 
@@ -213,7 +269,7 @@ class _Start(L.Callback):
         self.clock = clock
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.clock.began = time.process_time()
+        self.clock.began = now()
 
 
 class _Stop(L.Callback):
@@ -221,7 +277,7 @@ class _Stop(L.Callback):
         self.clock = clock
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self.clock.seconds.append(time.process_time() - self.clock.began)
+        self.clock.seconds.append(now() - self.clock.began)
 
 
 @dataclass
@@ -231,10 +287,11 @@ class Call:
     bench: Bench
     run: Callable[[], Any]
 
-    def cost(self) -> float:
-        """Returns the time of a call over that of a training gradient."""
+    def cost(self) -> tuple[float, float]:
+        """Returns the time of a call over that of a training gradient, and its seconds."""
         unit = _seconds(self.bench.gradient)
-        return _seconds(self.run) / statistics.mean([unit, _seconds(self.bench.gradient)])
+        seconds = _seconds(self.run)
+        return seconds / statistics.mean([unit, _seconds(self.bench.gradient)]), seconds
 
     def once(self) -> None:
         """Makes one call."""
@@ -252,12 +309,13 @@ class Callback:
     bench: Bench
     make: Callable[[], L.Callback]
 
-    def cost(self) -> float:
-        """Returns the time that the callback adds to a batch over that of a training gradient."""
+    def cost(self) -> tuple[float, float]:
+        """Returns the time that the callback adds to a batch over that of a training gradient, and its seconds."""
         plain = self.bench.fit(None)
         acting = self.bench.fit(self.make())
         plain += self.bench.fit(None)
-        return (statistics.median(acting) - statistics.median(plain)) / _seconds(self.bench.gradient)
+        seconds = statistics.median(acting) - statistics.median(plain)
+        return seconds / _seconds(self.bench.gradient), seconds
 
     def once(self) -> None:
         """Trains for some batches."""
@@ -272,9 +330,17 @@ class Callback:
 Case = Call | Callback
 
 
+def now() -> float:
+    """Returns the seconds of the clock, when the device is done."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
 def _seconds(run: Callable[[], Any]) -> float:
-    calls, began = 0, time.process_time()
-    while (passed := time.process_time() - began) < LEAST_SECONDS:
+    calls, began = 0, now()
+    while (passed := now() - began) < LEAST_SECONDS:
         run()
         calls += 1
     return passed / calls
@@ -285,19 +351,19 @@ def cases() -> dict[str, Callable[[], Case]]:
     found: dict[str, Callable[[], Case]] = {}
     for model in MODELS:
         for optimizer in OPTIMIZERS:
-            for what, make in _callbacks().items():
+            for what, make in _callbacks(MODELS[model]).items():
                 name = f"{what}, {model}, {optimizer}"
                 found[name] = lambda model=model, optimizer=optimizer, make=make: Callback(
                     Bench(model, optimizer), make
                 )
-        for curvature in OPERATORS:
+        for curvature in OPERATORS if model in SMALL else ("hessian", "gauss_newton"):
             found[f"{curvature}: set up, {model}"] = lambda model=model, curvature=curvature: _setting_up(
                 Bench(model), curvature
             )
             found[f"{curvature}: product, {model}"] = lambda model=model, curvature=curvature: _product(
                 Bench(model), curvature
             )
-        for solver, make_solver in SOLVERS.items():
+        for solver, make_solver in SOLVERS.items() if model in SMALL else ():
             found[f"hypergradient by {solver}, {model}"] = lambda model=model, make_solver=make_solver: _hypergradient(
                 Bench(model), make_solver()
             )
@@ -313,11 +379,24 @@ def cases() -> dict[str, Callable[[], Case]]:
     return found
 
 
-def _callbacks() -> dict[str, Callable[[], L.Callback]]:
+def _callbacks(workload: Workload) -> dict[str, Callable[[], L.Callback]]:
+    @cache
+    def data() -> DataLoader[Any]:
+        return DataLoader(workload.data(EXAMPLES, 4), workload.batch)
+
+    def tuning(solver: str | None) -> L.Callback:
+        # SAMA is looked up when it is needed, because older versions have none
+        chosen = {
+            None: lambda: None,
+            "Identity": lambda: Identity(step_size=0.05),
+            "SAMA": lambda: lightning_ifthpo.solvers.SAMA(),
+        }[solver]()
+        return IFTHypergradient(1, solver=chosen, outer_dataloader=data(), on_failure="use")
+
     return {
-        "hyper step": lambda: IFTHypergradient(
-            1, outer_dataloader=DataLoader(images(EXAMPLES, 4), BATCH), on_failure="use"
-        ),
+        "hyper step": lambda: tuning(None),
+        "hyper step by Identity": lambda: tuning("Identity"),
+        "hyper step by SAMA": lambda: tuning("SAMA"),
         "measurement": lambda: SharpnessMonitor(1, max_overhead=None),
         "look": lambda: ExactGeN(1, final_decay=0.0),
         "look by hessian": lambda: ExactGeN(1, final_decay=0.0, curvature="hessian"),
@@ -351,7 +430,7 @@ def _hypergradient(bench: Bench, solver: Any) -> Case:
 
 
 def _diagonal(bench: Bench) -> Diagonal:
-    return Diagonal(torch.linspace(0.01, 1.0, len(bench.vector())))
+    return Diagonal(torch.linspace(0.01, 1.0, len(bench.vector()), device=DEVICE))
 
 
 def _on_a_diagonal(solver: Any) -> Case:
@@ -373,8 +452,13 @@ def _spectrum(run: Callable[[CurvatureOperator], Any]) -> Case:
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """Returns how far a call raises the memory that tensors hold, by the profiler's record of allocations."""
+    """Returns how far a call raises the memory that tensors hold, by the record of allocations."""
     gc.collect()  # garbage of earlier calls, freed inside this one, would hide what it needs
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     with tempfile.TemporaryDirectory() as folder:
@@ -389,6 +473,12 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     return peak
 
 
+def _about() -> dict[str, str]:
+    """Returns what the figures depend on: device and versions."""
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"one core ({platform.machine()})"
+    return {"device": name, "torch": torch.__version__, "lightning": L.__version__}
+
+
 def serve() -> None:
     """Answers the parent's requests, one JSON object a line, until there are no more."""
     answers = os.fdopen(os.dup(1), "w")
@@ -401,7 +491,7 @@ def serve() -> None:
         answers.write(json.dumps(content) + "\n")
         answers.flush()
 
-    answer(file=lightning_ifthpo.__file__, torch=torch.__version__, cases=list(available))
+    answer(file=lightning_ifthpo.__file__, about=_about(), cases=list(available))
     for line in sys.stdin:
         request = json.loads(line)
         try:
@@ -411,7 +501,8 @@ def serve() -> None:
                 answer()
             elif request["what"] == "cost":
                 assert case is not None
-                answer(cost=case.cost())
+                cost, seconds = case.cost()
+                answer(cost=cost, seconds=seconds)
             elif request["what"] == "memory":
                 assert case is not None
                 answer(memory=case.memory())

@@ -1,0 +1,53 @@
+"""Makes the page of benchmarks from files that runs have kept.
+
+python -m tests.benchmarks.table docs/benchmarks/*.json > docs/benchmarks.md
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HEAD = """# What a hyper step, a measurement and a look cost
+
+Cost is in training gradients: one forward and one backward pass of the same batch. What a callback costs is the
+difference of a training batch with it and without. In brackets the least and the largest of all rounds. Memory is the
+highest sum of what tensors hold during a call, over that of a training gradient; for a callback, what it adds.
+Milliseconds are shown for a GPU alone, because those of a shared machine say nothing.
+
+Made by `python -m tests.benchmarks.table` from the files in `docs/benchmarks`, which `python -m tests.benchmarks
+--json` has written.
+"""
+
+
+def page(files: list[Path]) -> str:
+    """Returns the page."""
+    return "\n".join([HEAD, *(section(json.loads(file.read_text())) for file in files)])
+
+
+def section(run: dict[str, Any]) -> str:
+    """Returns the table of a run."""
+    about, on_gpu = run["about"], "core" not in run["about"]["device"]
+    heads = ["case", "cost", *(["ms"] if on_gpu else []), "memory"]
+    rows = [
+        f"## {about['device']}",
+        "",
+        f"torch {about['torch']}, Lightning {about['lightning']}, {about['rounds']} rounds.",
+        "",
+        f"| {' | '.join(heads)} |",
+        f"|{'---|' * len(heads)}",
+    ]
+    for case, found in run["cases"].items():
+        if "error" in found:
+            cells = [found["error"], *([""] if on_gpu else []), ""]
+        else:
+            cost = f"{found['cost']:.2f} ({found['least']:.2f} to {found['most']:.2f})"
+            cells = [cost, *([f"{found['ms']:.2f}"] if on_gpu else []), f"{found['memory']:.2f}"]
+        rows.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join([*rows, ""])
+
+
+if __name__ == "__main__":
+    print(page(list(map(Path, sys.argv[1:]))), end="")
