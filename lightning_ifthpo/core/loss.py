@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -82,7 +82,14 @@ class Loss:
 
     def over(self, parameters: Sequence[Tensor]) -> Loss:
         """Returns the same loss, with the same random numbers, as a function of other parameters."""
-        other = replace(self, parameters=parameters)
+        return self._changed(parameters=parameters)
+
+    def in_forward_mode(self) -> Loss:
+        """Returns the same loss, with the same random numbers, as one that is verified in forward mode."""
+        return self._changed(is_verified=True, forward_mode=True)
+
+    def _changed(self, **changes: Any) -> Loss:
+        other = replace(self, **changes)
         other._random_state = self._random_state
         return other
 

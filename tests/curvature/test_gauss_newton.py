@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_ifthpo.core.loss import Loss
@@ -282,6 +283,7 @@ def test_forward_mode_is_for_convolutions_whose_derivatives_it_knows():
     assert not gains(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).to(**WHERE))  # nothing to gain
     assert not gains(nn.Sequential(Convolutions(), Scaled()).to(**WHERE))  # another derivative
     assert not gains(nn.Sequential(Convolutions(), Opaque()).to(**WHERE))  # no derivative
+    assert not gains(Checkpointed().to(**WHERE))  # another number of tensors when it is repeated
 
 
 class Scaled(nn.Module):
@@ -291,6 +293,11 @@ class Scaled(nn.Module):
         with torch.no_grad():
             length = z.norm()
         return z / length
+
+
+class Checkpointed(Convolutions):
+    def forward(self, x):
+        return checkpoint(self.net, x, use_reentrant=False)
 
 
 class Opaque(nn.Module):
