@@ -41,10 +41,13 @@ class TensorState:
     Args:
         tensor: The tensor.
         keeps_weights: Whether the contents are needed of a tensor that requires a gradient.
+        is_gradient: Whether the tensor is the gradient of another one.
     """
 
-    def __init__(self, tensor: Tensor, *, keeps_weights: bool = True) -> None:
+    def __init__(self, tensor: Tensor, *, keeps_weights: bool = True, is_gradient: bool = False) -> None:
         self.tensor = tensor
+        # A frozen backbone, or all gradients, share their memory on an accelerator, too: a copy might not fit.
+        self._may_share = isinstance(tensor, nn.Parameter) or is_gradient
         self._memory = tensor.data  # the same memory, which `tensor.data = other` would exchange
         self._entries = _without_repetitions(self._memory)
         self._requires_grad = tensor.requires_grad
@@ -54,14 +57,13 @@ class TensorState:
         self._version = tensor._version
         self._is_lazy = _is_shared(self._entries)
         self._grad = tensor.grad if tensor.is_leaf else None
-        self._grad_state = None if self._grad is None else TensorState(self._grad)
+        self._grad_state = None if self._grad is None else TensorState(self._grad, is_gradient=True)
 
     def _copied(self) -> Tensor:
         if self.tensor.requires_grad:
             # Weights stay where they are: others may know the place in memory, such as captured CUDA graphs.
             return self._entries.clone()
-        # A frozen backbone shares its memory on an accelerator, too: a second one might not fit.
-        return (_shared if isinstance(self.tensor, nn.Parameter) else lazy_copy)(self._entries)
+        return (_shared if self._may_share else lazy_copy)(self._entries)
 
     def restore(self) -> None:
         """Returns to the state; neither a graph nor the version counter sees it."""
@@ -81,13 +83,14 @@ class TensorState:
         counter is left to `restore`, because comparing contents would wait for the device.
 
         Raises:
-            RuntimeError: If a kernel wrote to the memory that a frozen weight shares with its copy.
+            RuntimeError: If a kernel wrote to the memory that a tensor shares with its copy.
         """
         if self._is_lazy and _is_shared(self._entries) and self.tensor._version != self._version:
             raise RuntimeError(
-                f"a loss changes a frozen weight of shape {tuple(self.tensor.shape)} on {self.tensor.device} by a "
-                "function of torch._foreach, as torch.optim.swa_utils.AveragedModel does, and the change cannot be "
-                "undone there. Change such weights one by one, with Tensor.lerp_ or Tensor.copy_, or outside the loss"
+                f"a loss changes a frozen weight or a gradient of shape {tuple(self.tensor.shape)} on "
+                f"{self.tensor.device} by a function of torch._foreach, as torch.optim.swa_utils.AveragedModel does, "
+                "and the change cannot be undone there. Change such tensors one by one, with Tensor.lerp_ or "
+                "Tensor.copy_, or outside the loss"
             )
         if not self.tensor.requires_grad and self._was_touched():
             self.tensor.data = self._memory

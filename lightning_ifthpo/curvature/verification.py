@@ -105,12 +105,13 @@ def verified_operator(
     comparable = curvature == "hessian" and precise and tolerance is None
     # before there is an operator, whose graph does not survive that weights move
     follows = tolerance is not None or follows_its_gradient(loss, structure.gradient, structure.value)
-    v = _probe(loss.space, structure.gradient)
-    difference = _one_sided_difference(loss, v, structure) if comparable else None
-    operator = curvature_operator(curvature, loss, loss.parameters)
     if curvature == "finite_difference":
-        return operator, follows
-    if difference is not None and not _differ(operator.matvec(v), difference, 2 * _AGREEMENT):
+        return curvature_operator(curvature, loss, loss.parameters), follows
+    if comparable:
+        v = _probe(loss.space, structure.gradient)
+        difference = _one_sided_difference(loss, v, structure)
+    operator = curvature_operator(curvature, loss, loss.parameters)
+    if comparable and not _differ(operator.matvec(v), difference, 2 * _AGREEMENT):
         return operator, follows
     check_symmetric(operator, loss.name, tolerance)
     if tolerance is not None or not (comparable or structure.custom):
@@ -158,7 +159,8 @@ def _probe(space: ParameterSpace, gradient: Tensor) -> Tensor:
 
 def _probes(space: ParameterSpace | CurvatureOperator) -> Tensor:
     """Returns two normal vectors, [2, n], always the same."""
-    numbers = torch.randn(2, space.size, generator=generator_of(Stream.VERIFICATION), dtype=torch.float64)
+    precise = torch.float64 if space.dtype is torch.float64 else torch.float32
+    numbers = torch.randn(2, space.size, generator=generator_of(Stream.VERIFICATION), dtype=precise)
     return numbers.to(space.device, space.dtype)
 
 
