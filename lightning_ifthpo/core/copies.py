@@ -42,11 +42,15 @@ class TensorState:
         tensor: The tensor.
         keeps_weights: Whether the contents are needed of a tensor that requires a gradient.
         is_gradient: Whether the tensor is the gradient of another one.
+
+    Attributes:
+        is_exchanged: Whether evaluations write to a copy in its place.
     """
 
     def __init__(self, tensor: Tensor, *, keeps_weights: bool = True, is_gradient: bool = False) -> None:
         self.tensor = tensor
         # A frozen backbone, or all gradients, share their memory on an accelerator, too: a copy might not fit.
+        self.is_exchanged = False
         self._may_share = isinstance(tensor, nn.Parameter) or is_gradient
         self._memory = tensor.data  # the same memory, which `tensor.data = other` would exchange
         self._entries = _without_repetitions(self._memory)
@@ -79,8 +83,8 @@ class TensorState:
     def rewind(self) -> None:
         """Restores contents and `.grad` between two evaluations; weights that somebody moves stay as they are.
 
-        A graph that has kept changed contents raises an error. On an accelerator, what was written behind the version
-        counter is left to `restore`, because comparing contents would wait for the device.
+        A graph that has kept changed contents raises an error, unless they were written behind the version counter on
+        an accelerator, where comparing contents would wait for the device.
 
         Raises:
             RuntimeError: If a kernel wrote to the memory that a tensor shares with its copy.
@@ -98,6 +102,8 @@ class TensorState:
                 with torch.no_grad():
                     _without_repetitions(self.tensor).copy_(self._copy)
             self._version = self.tensor._version
+        elif not (self.tensor.requires_grad or self._is_lazy or self.is_exchanged or self._is_unchanged()):
+            self._entries.copy_(self._copy)  # such as an average of weights, which is often written to by `.data`
         if self._grad is not None or (self.tensor.is_leaf and self.tensor.grad is not None):
             self.tensor.grad = self._grad
             if self._grad_state is not None:

@@ -67,6 +67,9 @@ class ModuleState:
         self._flags: list[bool] = []
         self._bound: list[tuple[MutableMapping[str, Any], str, Any, Any]] = []
         self._add(module)
+        exchanged = {id(value) for _, _, value in self._exchanged}
+        for state in self._tensors:
+            state.is_exchanged = id(state.tensor) in exchanged
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from lightning_ifthpo.curvature import (
     mark_outputs,
 )
 from lightning_ifthpo.solvers import Direct
-from tests.helpers.device import DEVICE, WHERE, within
+from tests.helpers.device import DEVICE, WHERE, random_state, set_random_state, within
 from tests.helpers.networks import two_layers
 from tests.helpers.problems import relative_error
 
@@ -106,11 +106,11 @@ def test_kfac_draws_the_same_dropout_masks_for_both_of_its_passes():
         z = layer(mask)
         return z.square().sum() / 2, z
 
-    before = torch.get_rng_state()
+    before = random_state()
     KFACOperator(once, [layer.weight])
     assert len(recorded) == 2
     assert torch.equal(*recorded)
-    torch.set_rng_state(before)
+    set_random_state(before)
     assert torch.equal(dropout(torch.ones(1, 64, **WHERE)), recorded[0])
 
 

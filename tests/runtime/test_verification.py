@@ -113,9 +113,10 @@ def test_forward_mode_is_chosen_where_there_are_convolutions(kind):
     def action(trainer, module):
         losses = ModuleLosses(trainer, module, Ranks(trainer))
         with losses.session("gauss_newton"):
-            loss = losses.inner(next(iter(loader())))
+            batch = [tensor.to(module.device) for tensor in next(iter(loader()))]
+            loss = losses.inner(batch)
             trusted_operator(losses, loss, "gauss_newton", "the test")
-            assert losses.inner(next(iter(loader()))).forward_mode == (kind is Convolutional)
+            assert losses.inner(batch).forward_mode == (kind is Convolutional)
         chosen.append(kind)
 
     chosen = []
