@@ -15,7 +15,9 @@ HEAD = """# What a hyper step, a measurement and a look cost
 Cost is in training gradients: one forward and one backward pass of the same batch. What a callback costs is the
 difference of a training batch with it and without. In brackets the least and the largest of all rounds. Memory is the
 highest sum of what tensors hold during a call, over that of a training gradient; for a callback, what it adds.
-Milliseconds are shown for a GPU alone, because those of a shared machine say nothing.
+
+Milliseconds are shown for a GPU alone, because those of a shared machine say nothing, and memory for a CPU alone: what
+a GPU's allocator holds depends on the run before. These networks are small for a GPU, which waits for Python.
 
 Made by `python -m tests.benchmarks.table` from the files in `docs/benchmarks`, which `python -m tests.benchmarks
 --json` has written.
@@ -30,7 +32,7 @@ def page(files: list[Path]) -> str:
 def section(run: dict[str, Any]) -> str:
     """Returns the table of a run."""
     about, on_gpu = run["about"], "core" not in run["about"]["device"]
-    heads = ["case", "cost", *(["ms"] if on_gpu else []), "memory"]
+    heads = ["case", "cost", "ms" if on_gpu else "memory"]
     rows = [
         f"## {about['device']}",
         "",
@@ -41,10 +43,10 @@ def section(run: dict[str, Any]) -> str:
     ]
     for case, found in run["cases"].items():
         if "error" in found:
-            cells = [found["error"], *([""] if on_gpu else []), ""]
+            cells = [found["error"], ""]
         else:
             cost = f"{found['cost']:.2f} ({found['least']:.2f} to {found['most']:.2f})"
-            cells = [cost, *([f"{found['ms']:.2f}"] if on_gpu else []), f"{found['memory']:.2f}"]
+            cells = [cost, f"{found['ms']:.1f}" if on_gpu else f"{found['memory']:.2f}"]
         rows.append(f"| {case} | {' | '.join(cells)} |")
     return "\n".join([*rows, ""])
 
