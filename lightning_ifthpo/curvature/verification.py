@@ -11,12 +11,13 @@ from torch import Tensor
 from lightning_ifthpo.core.autodiff import vjp
 from lightning_ifthpo.core.consistency import follows_its_gradient
 from lightning_ifthpo.core.functions import twice_differentiable_functions
-from lightning_ifthpo.core.graph import SecondDerivativeError, custom_functions, is_smooth, nodes
+from lightning_ifthpo.core.graph import SecondDerivativeError, custom_functions, has_convolutions, is_smooth, nodes
 from lightning_ifthpo.core.loss import Loss
 from lightning_ifthpo.core.random_state import Stream, generator_of
 from lightning_ifthpo.core.space import ParameterSpace
 from lightning_ifthpo.core.step_length import natural_step, relative_step
 from lightning_ifthpo.curvature.base import CurvatureOperator, LossOperator
+from lightning_ifthpo.curvature.gauss_newton import GaussNewtonOperator
 from lightning_ifthpo.curvature.hessian import HessianOperator
 from lightning_ifthpo.curvature.kinds import Curvature, curvature_operator
 
@@ -41,6 +42,7 @@ class Structure:
         marks_outputs: Whether the loss returned or marked outputs.
         custom: Names of the custom functions in the graph.
         is_smooth: Whether the gradient has no jumps, as with ReLU.
+        convolves: Whether there is a convolution in the graph.
         slopes: This process's part of ∂L/∂t for each leaf tensor t in the graph, also for hyperparameters.
     """
 
@@ -49,6 +51,7 @@ class Structure:
     marks_outputs: bool = False
     custom: Sequence[str] = ()
     is_smooth: bool = False
+    convolves: bool = False
     slopes: Mapping[Tensor, Tensor | None] = field(default_factory=dict)
 
 
@@ -66,7 +69,8 @@ def check_complete(loss: Loss) -> Structure:
     slopes = _gradients_by_backward(value, loss.parameters)
     expected = loss.combine(loss.space.flatten(slopes[weight] for weight in loss.parameters))
     functions, smooth = custom_functions([value]), is_smooth([value])
-    structure = Structure(loss.combine(value), found, bool(outputs), functions, smooth, slopes)
+    convolves = has_convolutions([value])
+    structure = Structure(loss.combine(value), found, bool(outputs), functions, smooth, convolves, slopes)
     if _differ(found, expected, torch.finfo(found.dtype).eps ** 0.5):  # sums in another order differ by some eps
         raise SecondDerivativeError(
             f"{loss.name} uses weights inside a function that runs a backward pass of its own, where "
@@ -88,6 +92,10 @@ def verified_operator(
     torch computes a second derivative wrongly. Products of losses with custom functions are also compared with
     differences, unless these jump. Finite differences themselves are not checked.
 
+    With convolutions Gauss–Newton is tried in forward mode first, which is cheaper. It may lack a derivative, it goes
+    on inside `torch.no_grad`, and activation checkpoints may not know it: then products fail, or Jv is not the adjoint
+    of Jᵀu.
+
     Args:
         curvature: Name of the curvature, as in `curvature_operator`.
         loss: The loss, with parameters w, together [n].
@@ -107,6 +115,9 @@ def verified_operator(
     follows = tolerance is not None or follows_its_gradient(loss, structure.gradient, structure.value)
     if curvature == "finite_difference":
         return curvature_operator(curvature, loss, loss.parameters), follows
+    forward = curvature == "gauss_newton" and structure.convolves and not structure.custom and tolerance is None
+    if forward and (operator := _in_forward_mode(loss)) is not None:
+        return operator, follows
     if comparable:
         v = _probe(loss.space, structure.gradient)
         difference = _one_sided_difference(loss, v, structure)
@@ -124,6 +135,17 @@ def verified_operator(
             )
         follows = False
     return curvature_operator(curvature, loss, loss.parameters), follows
+
+
+def _in_forward_mode(loss: Loss) -> LossOperator | None:
+    """Returns Gauss–Newton in forward mode, if its products are symmetric and linear, and its derivatives agree."""
+    operator = GaussNewtonOperator(loss.in_forward_mode(), loss.parameters)
+    try:
+        check_symmetric(operator, loss.name)
+        faults = loss.combine(torch.tensor(float(not operator.has_adjoint()), device=operator.device))
+    except RuntimeError:
+        return None
+    return None if float(faults) else operator  # the same in all processes
 
 
 def check_symmetric(operator: CurvatureOperator, name: str, tolerance: float | None = None) -> None:

@@ -81,8 +81,7 @@ def trusted_operator(
     values = float(structure.value), float(operator.loss)
     for doubt in _doubts(values, follows=follows, by_hyperparameters=by_hyperparameters):
         rank_zero_warn(f"{user}: {loss.name} {doubt}")
-    if isinstance(operator, GaussNewtonOperator) and not losses.has_low_precision:
-        losses.forward_mode = operator.gains_by_forward_mode(operator.gradient)
+    losses.forward_mode = isinstance(operator, GaussNewtonOperator) and operator.uses_forward_mode
     losses.is_verified = True
     return operator, curvature
 

@@ -1,5 +1,7 @@
 """Gauss–Newton against its dense definition."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from lightning_ifthpo.curvature import (
     mark_outputs,
 )
 from lightning_ifthpo.curvature.gauss_newton import forward_slope_and_curvature
+from lightning_ifthpo.curvature.verification import check_complete, verified_operator
 from tests.helpers.device import DEVICE, WHERE, randn, within
 from tests.helpers.networks import Net, batch, functional
 from tests.helpers.problems import relative_error
@@ -274,9 +277,10 @@ def test_forward_mode_gives_the_same_products(first):
 
 def test_forward_mode_is_for_convolutions_whose_derivatives_it_knows():
     def gains(model):
-        weights = list(model.parameters())
-        operator = GaussNewtonOperator(lambda: mark_outputs(model(x)).square().mean(), weights)
-        return operator.gains_by_forward_mode(randn(operator.size, seed=3))
+        loss = Loss(lambda: mark_outputs(model(x)).square().mean(), list(model.parameters()))
+        structure = check_complete(loss)
+        operator, _ = verified_operator("gauss_newton", loss, replace(structure, custom=()))
+        return operator.uses_forward_mode
 
     x = randn(8, 1, 4, 4, seed=2)
     assert gains(Convolutions())
