@@ -64,7 +64,7 @@ from lightning_ifthpo.solvers import Identity, Neumann
 NAME = "overfit_validation"
 TERMS = (1, 3, 10, 30, 100)  # of the Neumann series, and steps of unrolling, whose memory is measured
 SOLVERS: dict[str, dict[str, Any]] = {
-    # The identity needs the curvature only for the residual that is logged, and has the Hessian for less.
+    # The identity takes no product with the curvature.
     "identity": {"solver": Identity(), "curvature": "hessian"},
     "amortized": {},  # the default, with Gauss–Newton, as outputs are marked
 }

@@ -17,6 +17,7 @@ from lightning_ifthpo.callbacks.hyper_optimizer import HyperOptimizer
 from lightning_ifthpo.callbacks.outer_level import OuterLevel
 from lightning_ifthpo.core.autodiff import differentiable
 from lightning_ifthpo.core.loss import NoLossError
+from lightning_ifthpo.curvature.finite_difference import FiniteDifferenceOperator
 from lightning_ifthpo.curvature.kinds import Curvature
 from lightning_ifthpo.hypergradients import Hypergradient, implicit_hypergradient
 from lightning_ifthpo.hypergradients.result import OuterGradient
@@ -72,11 +73,12 @@ class HyperStepper:
             seed = ranks.broadcast_int(torch.initial_seed() % 2**31)
             loss_scale = first_loss_scale(trainer, precision)
             state = {"steps": 0, "seed": seed, "consumed": 0, "x0": None, "loss_scale": loss_scale}
-            state |= {"x0_names": [], "outer_losses": [], "curvature": self._curvature}
+            state |= {"x0_names": [], "outer_losses": [], "curvature": self._curvature, "difference_factor": None}
         self.steps, self._seed, self._loss_scale = state["steps"], state["seed"], state["loss_scale"]
         self._x0: Tensor | None = None if state["x0"] is None else state["x0"].to(module.device)
         self._x0_names: list[str] = state["x0_names"]  # of the weights that x0 belongs to
         self._moving: list[str] = []
+        self._losses.difference_factor = state["difference_factor"]
         self._outer_level = OuterLevel(state["outer_losses"])
         self._curvature = state["curvature"]
         self.outer_data = OuterData(
@@ -104,6 +106,8 @@ class HyperStepper:
             )
             self._outer_level.begin(min(abs(float(operator.loss)), abs(float(outer.value))))
             mixed = operator.mixed_product(outer.v, self._hyperparameters)
+            if isinstance(operator, FiniteDifferenceOperator) and self._losses.difference_factor is None:
+                self._losses.difference_factor = operator.factor
         pairs = zip(outer.direct, mixed, strict=True)
         self._check_influence({index for index, pair in enumerate(pairs) if pair == (None, None)})
 
@@ -162,6 +166,7 @@ class HyperStepper:
             "outer_losses": self._outer_level.accepted,
             "curvature": self._curvature,
             "loss_scale": self._loss_scale,
+            "difference_factor": self._losses.difference_factor,
         }
 
     def _names_of_moving(self, *, at_any_rate: bool = False) -> list[str]:

@@ -53,10 +53,10 @@ class IFTHypergradient(PeriodicCallback):
             needed, and the run then depends on the clock. None for no limit.
         precision: In mixed precision "32" evaluates the losses without autocast, "inherit" as training does.
 
-    Logs once per hyper step `hypergrad/norm`, `direct_norm`, `indirect_norm`, `outer_loss`, `residual`, `products`,
-    `skipped`, and `hyperparameter/<name>/mean`, `min` and `max`. If a callback or a scheduler monitors one of them, and
-    no hyper step has been made before the first validation or the end of the first epoch, a hypergradient is computed
-    there for `callback_metrics` alone.
+    Logs once per hyper step `hypergrad/norm`, `direct_norm`, `indirect_norm`, `outer_loss`, `residual` if the solver
+    measures it, `products`, `skipped`, and `hyperparameter/<name>/mean`, `min` and `max`. If a callback or a scheduler
+    monitors one of them, and no hyper step has been made before the first validation or the end of the first epoch, a
+    hypergradient is computed there for `callback_metrics` alone.
 
     Raises:
         ValueError: If an argument is out of range.

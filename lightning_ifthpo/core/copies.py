@@ -49,8 +49,8 @@ class TensorState:
 
     def __init__(self, tensor: Tensor, *, keeps_weights: bool = True, is_gradient: bool = False) -> None:
         self.tensor = tensor
-        # A frozen backbone, or all gradients, share their memory on an accelerator, too: a copy might not fit.
         self.is_exchanged = False
+        # A frozen backbone, or all gradients, share their memory on an accelerator, too: a copy might not fit.
         self._may_share = isinstance(tensor, nn.Parameter) or is_gradient
         self._memory = tensor.data  # the same memory, which `tensor.data = other` would exchange
         self._entries = _without_repetitions(self._memory)

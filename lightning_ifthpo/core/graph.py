@@ -36,10 +36,17 @@ def nodes(tensors: Sequence[Tensor | None]) -> Iterator[Node]:
                 waiting.append(following)
 
 
-def reaches(tensors: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> bool:
-    """Returns whether tensors were computed from one of the leaves."""
-    wanted = set(map(id, leaves))
-    return any(id(getattr(node, "variable", None)) in wanted for node in nodes(tensors))
+def leaves(tensors: Sequence[Tensor | None]) -> Iterator[Tensor]:
+    """Yields the leaf tensors that tensors were computed from."""
+    for node in nodes(tensors):
+        if hasattr(node, "variable"):
+            yield node.variable
+
+
+def reaches(tensors: Sequence[Tensor | None], others: Sequence[Tensor]) -> bool:
+    """Returns whether tensors were computed from one of the others, which may be leaves or results of operations."""
+    own, made = set(map(id, others)), {other.grad_fn for other in others if other.grad_fn is not None}
+    return any(id(leaf) in own for leaf in leaves(tensors)) or any(node in made for node in nodes(tensors))
 
 
 def custom_functions(tensors: Sequence[Tensor | None]) -> list[str]:

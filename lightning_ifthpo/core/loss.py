@@ -50,6 +50,7 @@ class Loss:
         forward_mode: Whether derivatives of the outputs along a direction are taken in forward mode, by a forward pass
             that carries them, which is cheaper with convolutions. No part may then be computed from the parameters
             inside `torch.no_grad`, where forward mode goes on; use `Tensor.detach`.
+        difference_factor: How much shorter than usual the steps of differences are, as an earlier batch has shown.
         scale: A power of two by which the loss is multiplied before it is differentiated, so that small gradients do
             not become zero in float16. `combine` divides by it.
 
@@ -74,6 +75,7 @@ class Loss:
     scale: float = 1.0
     is_verified: bool = False
     forward_mode: bool = False
+    difference_factor: float = 1.0
 
     def __post_init__(self) -> None:
         self.space = ParameterSpace(self.parameters)

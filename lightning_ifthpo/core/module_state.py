@@ -255,6 +255,7 @@ class ModuleState:
                 before = dict(vars(base))
                 self._restorers.append(partial(restore_class, base, before))
                 for name, value in before.items():
+                    value = getattr(value, "__func__", value)  # of static methods and class methods
                     if is_data(name, value):
                         self._add(value)
                     elif isinstance(value, types.FunctionType):

@@ -32,7 +32,9 @@ class CurvatureOperator(ABC):
         """
         if v.shape != (self.size,):
             raise ValueError(f"expected v of shape ({self.size},), got {tuple(v.shape)}")
-        return self._product(v.to(self.dtype))
+        v = v.to(self.dtype)
+        image = self._product(v)
+        return image.clone() if _share_memory(image, v) else image  # callers write to products
 
     def quadratic(self, v: Tensor) -> Tensor:
         """Returns vᵀ A v, a scalar, for v: [n]."""
@@ -50,6 +52,10 @@ class CurvatureOperator(ABC):
     def preconditioned(self, preconditioner: Tensor) -> CurvatureOperator:
         """Returns P^½ A P^½ for a diagonal P ≥ 0: [n]; it has the eigenvalues of PA."""
         return PreconditionedOperator(self, preconditioner)
+
+
+def _share_memory(left: Tensor, right: Tensor) -> bool:
+    return left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
 
 
 class LossOperator(CurvatureOperator):
@@ -97,7 +103,8 @@ class LossOperator(CurvatureOperator):
         Args:
             v: [n].
             hyperparameters: λ.
-            parts: v as a sum of numbers times vectors, if `matvec` was called for all of them. It may save work.
+            parts: v as a sum of numbers times vectors, if `matvec` was called for all of them. It may save work. Do not
+                write to them in between behind the version counter, by `.data`.
         """
         with second_derivatives_of(self._loss.name):
             own = self._own_mixed_product(v, hyperparameters, parts)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_ifthpo.core.autodiff import vjp, zeros_for_none
+from lightning_ifthpo.core.graph import leaves
 from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
 from lightning_ifthpo.core.step_length import natural_step, norm, relative_step, step_along
 from lightning_ifthpo.curvature.base import LossOperator
@@ -44,7 +45,7 @@ class FiniteDifferenceOperator(LossOperator):
     Cost: two gradients for a product, and one extra copy of the parameters; for the first product one gradient more,
     two more for each change of the step length, at most nine, and two more if there are weights without a gradient. A
     mixed product costs as much as a product; that of a verified loss, before any product, two gradients in the
-    hyperparameters alone.
+    hyperparameters alone. It then takes `Loss.difference_factor` for its step, and shows no noise.
 
     Args:
         loss: Callable without arguments that returns the scalar loss, or (loss, outputs); or a `Loss`.
@@ -103,17 +104,29 @@ class FiniteDifferenceOperator(LossOperator):
 
     def _slopes(self, v: Tensor, inputs: Sequence[Tensor]) -> tuple[_Gradients, _Gradients, float]:
         """Returns what `_gradients` does, without a gradient in the weights that could show a better step length."""
-        direction = self._loss.space.split(v)
-        if not bool(v.any()):
+        weights = self._loss.parameters
+        direction = [part if bool(part.any()) else None for part in self._loss.space.split(v)]
+        if all(part is None for part in direction):
             return [None] * len(inputs), [None] * len(inputs), 0.0
-        unit = relative_step(self.dtype) * step_along(direction, self._loss.parameters)
+        unit = self._loss.difference_factor * relative_step(self.dtype) * step_along(direction, weights)
         with self._loss.along(direction) as at:
             gradients, values = [], []
             for sign in (1.0, -1.0):
                 values.append(at(sign * unit))
                 gradients.append(vjp([values[-1]], inputs))
+        used = set(map(id, leaves(values)))
+        moved = [part is not None for part in direction]
+        known = [moves and id(weight) in used for moves, weight in zip(moved, weights, strict=True)]
+        if moved != known:  # weights that the loss detaches do not move
+            kept = [part if known else None for part, known in zip(direction, known, strict=True)]
+            return self._slopes(self._loss.space.flatten(kept), inputs)
         self._value = (values[0].detach() + values[1].detach()) / 2.0
         return gradients[0], gradients[1], 1.0 / (2.0 * unit)
+
+    @property
+    def factor(self) -> float:
+        """Of the step length, as the products so far have chosen it."""
+        return self._factor or 1.0
 
     def _gradients(
         self, v: Tensor, inputs: Sequence[Tensor], step: float | None = None

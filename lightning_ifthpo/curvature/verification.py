@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_ifthpo.core.autodiff import vjp
 from lightning_ifthpo.core.consistency import follows_its_gradient
 from lightning_ifthpo.core.functions import twice_differentiable_functions
-from lightning_ifthpo.core.graph import SecondDerivativeError, custom_functions, has_convolutions, is_smooth, nodes
+from lightning_ifthpo.core.graph import SecondDerivativeError, custom_functions, has_convolutions, is_smooth, leaves
 from lightning_ifthpo.core.loss import Loss
 from lightning_ifthpo.core.random_state import Stream, generator_of
 from lightning_ifthpo.core.space import ParameterSpace
@@ -143,7 +143,9 @@ def _in_forward_mode(loss: Loss) -> LossOperator | None:
     try:
         check_symmetric(operator, loss.name)
         faults = loss.combine(torch.tensor(float(not operator.has_adjoint()), device=operator.device))
-    except RuntimeError:
+    except (RuntimeError, TypeError, AttributeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         return None
     return None if float(faults) else operator  # the same in all processes
 
@@ -191,8 +193,7 @@ def _gradients_by_backward(value: Tensor, weights: Sequence[Tensor]) -> dict[Ten
 
     Leaves `.grad` of all tensors as it was.
     """
-    leaves = {*weights, *(node.variable for node in nodes([value]) if hasattr(node, "variable"))}
-    before = {leaf: leaf.grad for leaf in leaves}
+    before = {leaf: leaf.grad for leaf in {*weights, *leaves([value])}}
     try:
         for leaf in before:
             leaf.grad = None

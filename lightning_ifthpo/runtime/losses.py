@@ -45,6 +45,7 @@ class ModuleLosses:
     Attributes:
         is_verified: Whether the second derivatives of the inner loss are known to be right.
         forward_mode: Whether its derivatives in forward mode are known to be right, and cheaper.
+        difference_factor: How much shorter than usual the steps of differences are; None before it is known.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class ModuleLosses:
         self._state: ModuleState | None = None
         self._leaves_out_autocast = "mixed" in precision_of(trainer) and not is_autocast(trainer, precision)
         self.is_verified = self.forward_mode = False
+        self.difference_factor: float | None = None
 
     @property
     def has_low_precision(self) -> bool:
@@ -105,6 +107,7 @@ class ModuleLosses:
             all_reduce=None if self._ranks is None else self._ranks.sum_over_ranks,
             is_verified=self.is_verified,
             forward_mode=self.forward_mode,
+            difference_factor=self.difference_factor or 1.0,
             scale=scale,
         )
 

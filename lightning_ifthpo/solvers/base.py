@@ -163,7 +163,8 @@ class Solver(ABC):
         if norm == 0.0:
             return SolveResult(torch.zeros_like(b), 0.0, 0, Status.CONVERGED)
         # for b of length one, because the squares of very small or large entries under- or overflow
-        scale = 1.0 if self._scales_by_itself and 1e-6 < norm < 1e6 else norm
+        wide = torch.finfo(b.dtype).max > 1e30  # in float16, products with a b of length 1,000 overflow
+        scale = 1.0 if self._scales_by_itself and wide and 1e-6 < norm < 1e6 else norm
         if x0 is not None:
             start = length(x0) / norm
             # below max^(1/3), the sum of max^(1/3) squares does not overflow; a longer x0 is replaced by zero

@@ -126,6 +126,16 @@ class Stateful(Counting):
         last.update(value=len(cache))
         return cache, last
 
+    @staticmethod
+    def shared(value, kept=[]):  # noqa: B006
+        kept.append(value)
+        return kept
+
+    @classmethod
+    def of_class(cls, value, kept=[]):  # noqa: B006
+        kept.append(value)
+        return kept
+
     def counted(self):
         type(self).counted.calls = getattr(type(self).counted, "calls", 0) + 1
 
@@ -173,6 +183,8 @@ CHANGES = {
     "new attribute of a class": lambda module: setattr(type(module), "late", 1),
     "attribute of an object's class": lambda module: setattr(Meter, "made", Meter.made + 1),
     "default of a method": lambda module: module.kept(1),
+    "default of a static method": lambda module: module.shared(1),
+    "default of a class method": lambda module: module.of_class(1),
     "attribute of a method": lambda module: module.counted(),
 }
 
@@ -195,7 +207,8 @@ def contents(module):
         (others, list(module.partial.args[0]), module.nested, module.pair[0], module.meter.total, module.meter.values)
     )
     of_classes = Counting.calls, sorted(vars(Stateful)), vars(Stateful).get("calls"), list(module.seen), Meter.made
-    of_methods = copy.deepcopy(module.kept.__kwdefaults__), dict(vars(Stateful.counted))
+    defaults = module.kept.__kwdefaults__, module.shared.__defaults__, module.of_class.__func__.__defaults__
+    of_methods = copy.deepcopy(defaults), dict(vars(Stateful.counted))
     inside = (*inside, of_classes, of_methods)
     gradients = [p.grad for p in module.parameters()]
     memory = module.hook_memory()

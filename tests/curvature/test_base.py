@@ -7,12 +7,15 @@ from torch import nn
 
 from lightning_ifthpo.curvature import (
     AverageOperator,
+    CurvatureOperator,
     FiniteDifferenceOperator,
     GaussNewtonOperator,
     HessianOperator,
     MatrixOperator,
     mark_outputs,
 )
+from lightning_ifthpo.optimizers import UpdateRule
+from lightning_ifthpo.solvers import Amortized, ConjugateGradient
 from tests.checks import (
     check_documented_shapes,
     check_knows_its_loss,
@@ -168,3 +171,26 @@ def test_vectors_of_another_dtype_come_to_that_of_the_operator():
     product = MatrixOperator(torch.diag(torch.tensor([1.0, 2.0], **FLOAT64))).matvec(torch.ones(2, device=DEVICE))
     assert product.dtype == torch.float64
     assert product.tolist() == [1.0, 2.0]
+
+
+class Itself(CurvatureOperator):
+    """The identity, which returns the vector that it gets."""
+
+    size, dtype, device = 3, WHERE["dtype"], WHERE["device"]
+
+    def _product(self, v):
+        return v
+
+
+def test_a_product_never_shares_memory_with_its_vector():
+    """Solvers and damping write to products."""
+    v = torch.tensor([1.0, 2.0, 3.0], **WHERE)
+    before = v.clone()
+    assert torch.equal(Itself().damped(0.5).matvec(v), 1.5 * before)
+    assert torch.equal(v, before)
+    solvers = {1.0: ConjugateGradient(), 2.0: Amortized(horizon=10).with_optimizer(UpdateRule(0.1))}
+    for scale, solver in solvers.items():  # of the damped matrix
+        result = solver.solve(Itself(), v, before.clone())
+        true = float((v - scale * result.x).norm() / v.norm())
+        assert result.relative_residual == pytest.approx(true, abs=within(1e-12))
+    assert torch.equal(v, before)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lightning_ifthpo.core.loss import Loss
 from lightning_ifthpo.curvature import FiniteDifferenceOperator, HessianOperator
 from tests.helpers.device import DEVICE, FLOAT64, WHERE, randn, within
 from tests.helpers.networks import Net, batch
@@ -211,3 +212,42 @@ def test_weights_without_a_gradient_do_not_move(first):
     dense = operator.to_dense()
     assert torch.allclose(dense, HessianOperator(loss, weights).to_dense(), atol=1e-7)
     assert not dense[:3].any()
+
+
+def test_the_mixed_product_of_a_verified_loss_does_not_move_weights_that_it_detaches():
+    x, first, second = randn(8, 3, seed=1), randn(3, seed=2).requires_grad_(), randn(3, seed=3).requires_grad_()
+    h = torch.tensor(0.7, **WHERE, requires_grad=True)
+
+    def loss():
+        return h * (x @ first + x @ second.detach()).square().mean()
+
+    v = randn(6, seed=4)
+    (wanted,) = HessianOperator(loss, [first, second]).mixed_product(v, [h])
+    for verified in (False, True):
+        operator = FiniteDifferenceOperator(Loss(loss, [first, second], is_verified=verified), [first, second])
+        (got,) = operator.mixed_product(v, [h])
+        assert relative_error(got, wanted) < within(1e-7, power=2 / 3)
+        assert float(operator.loss) == pytest.approx(loss().item(), rel=within(1e-6, power=0.5))
+
+
+def test_the_step_of_a_mixed_product_is_as_short_as_an_earlier_batch_has_shown():
+    """Where a layer is a million times as small as the others, and moves as far."""
+    x = randn(16, 4, seed=1, dtype=torch.float64)
+    small, large = 1e-6 * randn(4, 5, seed=2, dtype=torch.float64), randn(5, 1, seed=3, dtype=torch.float64)
+    weights = [small.requires_grad_(), large.requires_grad_()]
+    h = torch.tensor(0.7, **FLOAT64, requires_grad=True)
+
+    def loss():
+        return h * (torch.relu(x @ weights[0]) @ weights[1] - 1.0).square().mean()
+
+    v = torch.cat([g.flatten() for g in torch.autograd.grad(loss(), weights)]).sign()
+    (wanted,) = HessianOperator(loss, weights).mixed_product(v, [h])
+    first = FiniteDifferenceOperator(loss, weights)
+    first.mixed_product(v, [h])
+    assert first.factor < 1.0
+    errors = []
+    for factor in (1.0, first.factor):
+        later = Loss(loss, weights, is_verified=True, difference_factor=factor)
+        (got,) = FiniteDifferenceOperator(later, weights).mixed_product(v, [h])
+        errors.append(relative_error(got, wanted))
+    assert errors[1] < 0.1 * errors[0]

@@ -319,3 +319,18 @@ class Double(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return 2.0 * gradient
+
+
+def test_the_mixed_product_is_exact_for_a_hyperparameter_that_is_no_leaf():
+    """It is the result of an operation outside of the loss, and enters before the model."""
+    x, _ = batch()
+    net = nn.Linear(4, 3).to(**WHERE)
+    weights, hyperparameter = list(net.parameters()), torch.ones(8, 1, **WHERE, requires_grad=True).exp()
+
+    def loss():
+        return mark_outputs(net(x * hyperparameter)).square().mean()
+
+    v = randn(sum(w.numel() for w in weights), seed=3)
+    (got,) = GaussNewtonOperator(loss, weights).mixed_product(v, [hyperparameter])
+    (wanted,) = HessianOperator(loss, weights).mixed_product(v, [hyperparameter])
+    assert relative_error(got, wanted) < within(1e-12)

@@ -116,6 +116,23 @@ def test_a_start_that_is_too_long_is_shortened_before_its_length_overflows():
         assert relative_error(result.next_start, b / 1e10) < 1000 * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.parametrize("length", [1e-4, 1.0, 1e3, 1e4])
+def test_the_length_of_the_right_hand_side_does_not_matter_in_half_precision(length):
+    values = torch.linspace(0.1, 1.0, 300, dtype=torch.float64, device=DEVICE)
+    b = randn(300, seed=0, dtype=torch.float64)
+    b = length * b / b.norm()
+
+    def solved(dtype):
+        solver, x = Amortized(damping=0.0).with_optimizer(UpdateRule(1.0)), None
+        for _ in range(3):
+            result = solver.solve(MatrixOperator(torch.diag(values).to(dtype)), b.to(dtype), x)
+            x = result.next_start
+        assert result.status is Status.COMPLETE
+        return result.x.double()
+
+    assert relative_error(solved(torch.float16), solved(torch.float64)) < 0.02
+
+
 def test_a_damping_beyond_all_numbers_is_told():
     operator = MatrixOperator(torch.eye(2, device=DEVICE))
     assert (
