@@ -106,7 +106,7 @@ def verified_operator(
         AsymmetricCurvatureError: If products are not symmetric, or not linear.
         SecondDerivativeError: If a second derivative is left out or wrong for another reason.
 
-    Cost: two forward passes; and one product and one gradient for the Hessian of a smooth loss, else two products.
+    Cost: a forward pass; and one product and one gradient for the Hessian of a smooth loss, else two products.
     What differs, and custom functions, cost up to one operator, two products and seven gradients more.
     """
     precise = structure.is_smooth or loss.space.dtype is torch.float64

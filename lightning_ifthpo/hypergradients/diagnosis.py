@@ -43,7 +43,7 @@ class Computation:
     def diagnosis(self, result: Hypergradient) -> str:
         """Returns what is wrong with a result and what to do; "" if nothing is known to be wrong.
 
-        Cost: four forward passes and a gradient in λ of the inner loss for a solve that succeeded, unless it is
+        Cost: two forward passes and a gradient in λ of the inner loss for a solve that succeeded, unless it is
         verified; else at most 62 products and a gradient.
         """
         solution = self._measured(result.solution)

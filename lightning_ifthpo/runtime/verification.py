@@ -53,7 +53,7 @@ def trusted_operator(
         SecondDerivativeError: If finite differences cannot replace the curvature: in half precision, because the
             gradient is not that of a function, or because `torch.autograd.grad` does not find all of it.
 
-    Cost: 1.3 gradients, .7 for hyperparameters, and see `verified_operator`.
+    Cost: 1.3 gradients, .3 for hyperparameters, and see `verified_operator`.
     """
     structure = check_complete(loss)
     if not bool(structure.value.isfinite()):
