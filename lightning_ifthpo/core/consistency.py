@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def follows_its_gradient(loss: Loss, gradient: Tensor | None = None, here: Tenso
         gradient: Its gradient, [n], if it is known.
         here: Its value, a scalar, if it is known.
 
-    Cost: one gradient and a forward pass unless they are known, and a forward pass; at most thirteen if the slopes
+    Cost: one gradient and a forward pass unless they are known, and a forward pass; at most twelve if the slopes
     differ.
     """
     gradient = loss.gradient() if gradient is None else gradient
@@ -48,6 +49,7 @@ def follows_its_gradient(loss: Loss, gradient: Tensor | None = None, here: Tenso
     longest = relative_step(dtype) * step_along(direction, loss.parameters)
     with loss.along(direction) as at:
 
+        @cache
         def value(alpha: float) -> float:
             return float(loss.combine(at(alpha)))
 

@@ -46,7 +46,7 @@ def leaves(tensors: Sequence[Tensor | None]) -> Iterator[Tensor]:
 def reaches(tensors: Sequence[Tensor | None], others: Sequence[Tensor]) -> bool:
     """Returns whether tensors were computed from one of the others, which may be leaves or results of operations."""
     own, made = set(map(id, others)), {other.grad_fn for other in others if other.grad_fn is not None}
-    return any(id(leaf) in own for leaf in leaves(tensors)) or any(node in made for node in nodes(tensors))
+    return any(node in made or id(getattr(node, "variable", None)) in own for node in nodes(tensors))
 
 
 def custom_functions(tensors: Sequence[Tensor | None]) -> list[str]:

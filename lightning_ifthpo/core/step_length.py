@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from lightning_ifthpo.core.vectors import length, wide
 
 
 def relative_step(dtype: torch.dtype, *, second: bool = False) -> float:
@@ -27,15 +28,15 @@ def natural_step(v: Tensor, w: Tensor, gradient: Tensor, loss: float) -> float:
     no length. There α is the step at which the slope would change the loss by itself, |L| / (‖∇L‖ ‖v‖), or 1 / ‖v‖
     without a slope. Another unit of the weights, or of the loss, changes αv by that unit only.
     """
-    used, length = gradient != 0.0, norm(v)
-    moved, extent = norm(v * used), norm(w * used)
+    used, extent_of_v = gradient != 0.0, length(v)
+    moved, extent = length(v * used), length(w * used)
     least = float(torch.finfo(w.dtype).tiny ** 0.5)  # products with shorter vectors may be rounded to zero
     if moved == 0.0:
-        moved, extent = length, norm(w)
+        moved, extent = extent_of_v, length(w)
     if extent <= least:
-        step = abs(loss) / norm(gradient) if used.any() else 0.0
+        step = abs(loss) / length(gradient) if used.any() else 0.0
         return (step if step > least else 1.0) / moved
-    return min(extent / moved, norm(w) / length)
+    return min(extent / moved, length(w) / extent_of_v)
 
 
 def step_along(direction: Sequence[Tensor | None], weights: Sequence[Tensor]) -> float:
@@ -44,18 +45,6 @@ def step_along(direction: Sequence[Tensor | None], weights: Sequence[Tensor]) ->
     Weights count as far as the direction moves them: those that it leaves alone have no effect.
     """
     pairs = [(v.detach(), w.detach()) for v, w in zip(direction, weights, strict=True) if v is not None]
-    squared = sum(norm(v) ** 2 for v, _ in pairs)
-    overlap = sum(float((v * w).abs().sum(dtype=_wide(w))) for v, w in pairs)
+    squared = sum(length(v) ** 2 for v, _ in pairs)
+    overlap = sum(float((v * w).abs().sum(dtype=wide(w))) for v, w in pairs)
     return float(overlap / squared or squared**-0.5)
-
-
-def norm(vector: Tensor) -> float:
-    """Returns ‖v‖ in units of its largest entry, whose square may be too large or too small for float32."""
-    largest = float(vector.abs().amax()) if vector.numel() else 0.0
-    if largest == 0.0 or not math.isfinite(largest):
-        return largest
-    return largest * float(torch.linalg.vector_norm(vector / largest, dtype=_wide(vector)))
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

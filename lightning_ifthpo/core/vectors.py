@@ -12,15 +12,21 @@ _CHUNK = 2**18  # entries
 
 
 def length(vector: Tensor) -> float:
-    """Returns ‖vector‖, also where the squares of its entries under- or overflow."""
-    squared, bounds = float(vector @ vector), torch.finfo(vector.dtype)
+    """Returns the Euclidean norm of all entries, also where their squares under- or overflow."""
+    flat = vector.flatten().to(wide(vector))
+    squared, bounds = float(flat @ flat), torch.finfo(flat.dtype)
     # the square is exact to rounding unless many entries underflow
     if bounds.tiny / bounds.eps < squared < math.inf:
         return math.sqrt(squared)
-    longest = largest(vector)
+    longest = largest(flat)
     if longest == 0.0 or not math.isfinite(longest):
         return longest
-    return longest * float(torch.linalg.vector_norm(vector / longest))
+    return longest * float(torch.linalg.vector_norm(flat / longest))
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    """Returns a dtype in which to sum the entries of a tensor: float32 for half precision."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def largest(vector: Tensor) -> float:
@@ -41,7 +47,7 @@ def weighted_square(x: Tensor, weight: Tensor) -> Tensor:
     return _summed(lambda x, weight: (x * weight) @ x, x, weight)
 
 
-def unweighted_square(x: Tensor, weight: Tensor) -> Tensor:
+def inverse_weighted_square(x: Tensor, weight: Tensor) -> Tensor:
     """Returns x·W⁻¹x for a diagonal W ≥ 0, a number or [n], without entries where W is zero: a scalar."""
     if weight.ndim == 0:
         return torch.where(weight > 0.0, (x @ x) / weight, 0.0)

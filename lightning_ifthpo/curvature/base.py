@@ -172,10 +172,10 @@ class DampedOperator(CurvatureOperator):
         self.operator = operator
         self.delta = delta.to(operator.device, operator.dtype) if isinstance(delta, Tensor) else delta
         self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
+        self._factor = torch.as_tensor(self.delta, dtype=self.dtype, device=self.device)
 
     def _product(self, v: Tensor) -> Tensor:
-        delta = torch.as_tensor(self.delta, dtype=self.dtype, device=self.device)
-        return self.operator.matvec(v).addcmul_(delta, v)
+        return self.operator.matvec(v).addcmul_(self._factor, v)
 
 
 class PreconditionedOperator(CurvatureOperator):

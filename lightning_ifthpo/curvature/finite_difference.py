@@ -14,7 +14,8 @@ from torch import Tensor
 from lightning_ifthpo.core.autodiff import vjp, zeros_for_none
 from lightning_ifthpo.core.graph import leaves
 from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
-from lightning_ifthpo.core.step_length import natural_step, norm, relative_step, step_along
+from lightning_ifthpo.core.step_length import natural_step, relative_step, step_along
+from lightning_ifthpo.core.vectors import length
 from lightning_ifthpo.curvature.base import LossOperator
 
 # Step lengths to try at the first product, over cbrt(eps) times the weights. The last ones are for tensors in units a
@@ -147,13 +148,13 @@ class FiniteDifferenceOperator(LossOperator):
             factor = (step or 0.0) / unit or self._factor
             chosen = pair(factor) if factor else None
             if chosen is None or (step and self._drowns(chosen)):
-                chosen = self._calibrated(pair, 1.0 / (natural * norm(v)))
+                chosen = self._calibrated(pair, 1.0 / (natural * length(v)))
         unseen = self._without_gradient(chosen) & (v != 0.0)
         if bool(unseen.any()):
             self._unseen = unseen if self._unseen is None else unseen | self._unseen
             return self._gradients(v, inputs, step)
         if step is None:
-            self._warn_of_noise(chosen, unit * norm(v))
+            self._warn_of_noise(chosen, unit * length(v))
         count = len(space.tensors)
         return chosen.ahead[count:], chosen.behind[count:], 1.0 / (2.0 * unit * chosen.factor)
 

@@ -86,11 +86,11 @@ def verified_operator(
     """Returns the curvature operator of a loss, and whether the loss follows its gradient (`follows_its_gradient`).
 
     A product with the Hessian must equal a difference of gradients, if the loss is smooth, or in float64, where steps
-    are so short that they cross few kinks. Otherwise products must be
-    symmetric and linear: u·A(sv)/s = v·Au for two random vectors and a scale s. This holds for every loss, also where
-    its gradient jumps, as with ReLU. It fails if a hook or a backward pass of the user's own changes gradients, or if
-    torch computes a second derivative wrongly. Products of losses with custom functions are also compared with
-    differences, unless these jump. Finite differences themselves are not checked.
+    are so short that they cross few kinks. Otherwise products must be symmetric and linear: u·A(sv)/s = v·Au for two
+    random vectors and a scale s. This holds for every loss, also where its gradient jumps, as with ReLU. It fails if a
+    hook or a backward pass of the user's own changes gradients, or if torch computes a second derivative wrongly.
+    Products of losses with custom functions are also compared with differences, unless these jump. Finite differences
+    themselves are not checked.
 
     With convolutions Gauss–Newton is tried in forward mode first, which is cheaper. It may lack a derivative, it goes
     on inside `torch.no_grad`, and activation checkpoints may not know it: then products fail, or Jv is not the adjoint

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.core.vectors import length, unweighted_square, weighted_square
+from lightning_ifthpo.core.vectors import inverse_weighted_square, length, weighted_square
 from lightning_ifthpo.curvature.base import CurvatureOperator
 from lightning_ifthpo.optimizers.update_rule import UpdateRule
 from lightning_ifthpo.solvers.base import Damping, Solver, SolveResult, Status, at_least, is_negative
@@ -72,7 +72,7 @@ class Amortized(Solver):
         if x is not None:
             x = _shortened(x, step, longest)
             image = system.matvec(x)
-            curvatures.append(_ratio(x @ image, unweighted_square(x, step)))
+            curvatures.append(_ratio(x @ image, inverse_weighted_square(x, step)))
             residual, left = image.neg_().add_(b), left - 1
             parts.append((1.0, x))
         while left:
@@ -94,8 +94,8 @@ class Amortized(Solver):
 
 def _shortened(x: Tensor, step: Tensor, longest: float) -> Tensor:
     """Returns x, or one in its direction that is as long as A⁻¹b can be at most; squares of lengths in S⁻¹."""
-    length = float(unweighted_square(x, step))
-    return x * math.sqrt(longest / length) if length > longest else x
+    squared = float(inverse_weighted_square(x, step))
+    return x * math.sqrt(longest / squared) if squared > longest else x
 
 
 def _ratio(curvature: Tensor, squared_length: Tensor) -> float:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_ifthpo.core.vectors import largest, length, unweighted_square, weighted_square
+from lightning_ifthpo.core.vectors import inverse_weighted_square, largest, length, weighted_square
 from tests.helpers.device import WHERE, randn, within
 
 SCALES = {torch.float32: [1e-30, 1e-20, 1.0, 1e20, 1e30], torch.float64: [1e-300, 1e-160, 1.0, 1e160, 1e300]}
@@ -35,11 +35,11 @@ def test_weighted_squares_are_those_of_a_diagonal_matrix(size):
     used = weight > 0.0
     assert float(weighted_square(x, weight)) == pytest.approx(float((weight * x * x).sum()), rel=within(1e-12))
     wanted = float((x[used].square() / weight[used]).sum())
-    assert float(unweighted_square(x, weight)) == pytest.approx(wanted, rel=within(1e-12))
+    assert float(inverse_weighted_square(x, weight)) == pytest.approx(wanted, rel=within(1e-12))
 
 
 def test_a_number_is_a_weight_of_all_entries():
     x = torch.tensor([3.0, 4.0], **WHERE)
     assert float(weighted_square(x, torch.tensor(2.0, **WHERE))) == 50.0
-    assert float(unweighted_square(x, torch.tensor(2.0, **WHERE))) == 12.5
-    assert float(unweighted_square(x, torch.tensor(0.0, **WHERE))) == 0.0
+    assert float(inverse_weighted_square(x, torch.tensor(2.0, **WHERE))) == 12.5
+    assert float(inverse_weighted_square(x, torch.tensor(0.0, **WHERE))) == 0.0

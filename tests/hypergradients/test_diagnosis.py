@@ -102,9 +102,9 @@ def test_the_diagnosis_of_a_success_costs_no_product():
             solver=ConjugateGradient(),
             diagnosed=diagnosed,
         )
-    # More evaluations show that the loss follows its gradient: three in the weights, because at a minimum a step on
-    # one side says nothing, and two in the hyperparameters.
-    assert len(calls) == (1 + 3 + 2) + 1
+    # More evaluations show that the loss follows its gradient: two in the weights, because at a minimum a step on one
+    # side says nothing, and two in the hyperparameters.
+    assert len(calls) == (1 + 2 + 2) + 1
 
 
 def test_a_solution_of_zero_is_no_hyperparameter_without_influence():
