@@ -58,7 +58,7 @@ class SharpnessMonitor(PeriodicCallback):
             for a large network and up to 1,000 for one with some hundred weights.
         trace: Log the trace too, by 60 more products.
         max_overhead: Upper bound of the time of measurements over the training time; measurements become as rare as
-            needed. The first measurement and figures are not counted. None for no limit.
+            needed. The first one is made in any case, and figures are not counted. None for no limit.
         name: Prefix of all metrics; several monitors need different ones.
 
     Logs `sharpness/lambda_max` (and `lambda_2` to `lambda_<top_k>`), `lambda_min`, `residual` (the largest
@@ -182,8 +182,9 @@ class SharpnessMonitor(PeriodicCallback):
                 f"rtol={self.rtol:g}, see {self.name}/residual; raise max_iterations, or rtol"
             )
         if self._cadence.postponed:
+            count = self._tracker.measurements
             rank_zero_info(
-                f"SharpnessMonitor: measured {self._tracker.measurements} times, more rarely than every "
+                f"SharpnessMonitor: measured {'once' if count == 1 else f'{count} times'}, more rarely than every "
                 f"{self.every_n_batches} batches, to stay below max_overhead={self.max_overhead}"
             )
 

@@ -123,7 +123,7 @@ class TensorState:
             return True
         # On an accelerator a comparison waits for the device; memory that must not be written to is on the CPU.
         plain = self._entries.device.type == "cpu" and _has_plain_memory(self._entries)
-        return plain and torch.equal(_as_integers(self._entries), _as_integers(self._copy))
+        return plain and _same_bits(self._entries, self._copy)
 
 
 def has_state(tensor: Tensor) -> bool:
@@ -144,10 +144,14 @@ def _has_plain_memory(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_quantized
 
 
-def _as_integers(tensor: Tensor) -> Tensor:
-    """Returns the bits of a tensor, for which NaN equals NaN, and −0 is not 0."""
-    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
+def _same_bits(tensor: Tensor, other: Tensor) -> bool:
+    """Returns whether two tensors of one shape and dtype have the same bits: NaN equals NaN, and −0 is not 0."""
+    pair = [torch.view_as_real(one.resolve_conj()) if one.is_complex() else one for one in (tensor, other)]
+    # eight bytes at once if possible, which takes half the time
+    begins = [one.storage_offset() * one.itemsize for one in pair]
+    wide = all(one.is_contiguous() and (begin | one.nbytes) % 8 == 0 for one, begin in zip(pair, begins, strict=True))
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[8 if wide else pair[0].itemsize]
+    return torch.equal(*((one.view(-1) if wide else one).view(integers) for one in pair))
 
 
 def _without_repetitions(tensor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.core.vectors import length, wide
+from lightning_ifthpo.core.vectors import length, overlap
 
 
 def relative_step(dtype: torch.dtype, *, second: bool = False) -> float:
@@ -46,5 +46,4 @@ def step_along(direction: Sequence[Tensor | None], weights: Sequence[Tensor]) ->
     """
     pairs = [(v.detach(), w.detach()) for v, w in zip(direction, weights, strict=True) if v is not None]
     squared = sum(length(v) ** 2 for v, _ in pairs)
-    overlap = sum(float((v * w).abs().sum(dtype=wide(w))) for v, w in pairs)
-    return float(overlap / squared or squared**-0.5)
+    return float(sum(overlap(v, w) for v, w in pairs) / squared or squared**-0.5)

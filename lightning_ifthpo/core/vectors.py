@@ -56,7 +56,12 @@ def inverse_weighted_square(x: Tensor, weight: Tensor) -> Tensor:
     return _summed(lambda x, weight: torch.where(weight > 0.0, x / weight, 0.0) @ x, x, weight)
 
 
-def _summed(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
+def overlap(x: Tensor, y: Tensor) -> float:
+    """Returns Σ|xᵢyᵢ| over all entries of two tensors of the same shape."""
+    return float(_summed(lambda x, y: (x * y).abs_().sum(dtype=wide(x)), x.reshape(-1), y.reshape(-1)))
+
+
+def _summed(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
     """Returns the sum of a function over chunks that fit into the cache: a new vector takes longer than a product."""
-    pairs = zip(torch.split(x, _CHUNK), torch.split(weight, _CHUNK), strict=True)
+    pairs = zip(torch.split(x, _CHUNK), torch.split(y, _CHUNK), strict=True)
     return torch.stack([function(*pair) for pair in pairs]).sum()

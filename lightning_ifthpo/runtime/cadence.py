@@ -13,9 +13,8 @@ class Cadence:
     """Decides after each training batch whether to fire.
 
     Inside an accumulation window it waits for the optimizer step. With a budget it fires as rarely as needed to keep
-    its own time below a fraction of the training time. The first firing does not count: it includes compilation and
-    other one-time work, which would delay all others. With a budget the firings depend on the clock, so that a run
-    cannot be repeated exactly.
+    its own time below a fraction of the training time; the first firing comes at once, and counts like all others. With
+    a budget the firings depend on the clock, so that a run cannot be repeated exactly.
 
     Args:
         every_n_batches: Training batches from one firing to the next, at least 1.
@@ -48,7 +47,6 @@ class Cadence:
         self._since_last = 0
         self._stepped = False
         self._last_cost = 0.0
-        self._fired = False
         self.postponed = 0
         self.begin()
 
@@ -88,17 +86,15 @@ class Cadence:
 
     @contextmanager
     def firing(self, synchronize: Callable[[], None]) -> Iterator[None]:
-        """Counts the time of the block as own time, except the first time."""
+        """Counts the time of the block as own time."""
         self._since_last = 0
         before = self._training_began
         try:
             with self.off_budget(synchronize):
                 yield
         finally:
-            if self._fired:
-                self._last_cost = self._training_began - before
-                self._own_seconds += self._last_cost
-            self._fired = True
+            self._last_cost = self._training_began - before
+            self._own_seconds += self._last_cost
 
     @contextmanager
     def off_budget(self, synchronize: Callable[[], None]) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import astuple
 from functools import partial
 from typing import Any, Literal
 
@@ -183,6 +184,7 @@ class ExactGeNLR(LRScheduler):
         return self._rates.state_dict() | {
             "last_epoch": self.last_epoch,
             "follows_gradient": self._follows_gradient,
+            "parabolas": [astuple(parabola) for parabola in self.parabolas],
             "update": None if self._update is None else self._update.omega,
         }
 
@@ -191,6 +193,7 @@ class ExactGeNLR(LRScheduler):
         self._rates.load_state_dict(state_dict)
         self.last_epoch = state_dict["last_epoch"]
         self._follows_gradient = state_dict["follows_gradient"]
+        self.parabolas = [Parabola(*parabola) for parabola in state_dict["parabolas"]]
         if state_dict["update"] is not None:
             weights = self._trainable()
             omegas = zip(state_dict["update"], weights, strict=True)
@@ -250,9 +253,11 @@ class ExactGeNLR(LRScheduler):
         """Measures the loss along each rule's part of an update, applied at these rates, and passes it to the rule."""
         if self._loss is None:
             raise RuntimeError("ExactGeNLR needs a loss to look at: call probe(loss) before optimizer.step()")
-        pairs = zip(self._rates.parts(update), applied, strict=True)
+        parts = self._rates.parts(update)
+        last = self.parabolas if len(self.parabolas) == len(parts) else [None] * len(parts)
+        looks = zip(parts, applied, last, strict=True)
         try:
-            parabolas = [self._parabola(self._loss, part, rate) for part, rate in pairs]
+            parabolas = [self._parabola(self._loss, *look) for look in looks]
         except NoLossError:  # training skips this batch, and the look is left out
             return
         self.looks += 1
@@ -261,7 +266,7 @@ class ExactGeNLR(LRScheduler):
         used = [rule.observe(parabola, decay) for rule, parabola in zip(self.rules, parabolas, strict=True)]
         self.accepted = any(used)
 
-    def _parabola(self, loss: LossFunction | Loss, update: Update, applied: float) -> Parabola:
+    def _parabola(self, loss: LossFunction | Loss, update: Update, applied: float, last: Parabola | None) -> Parabola:
         """Returns the parabola of the loss along an update; its origin is at the weights before the update."""
         if not update.parameters:
             return Parabola(0.0, 0.0, 0.0)
@@ -272,10 +277,12 @@ class ExactGeNLR(LRScheduler):
                 if not self._follows_gradient:
                     warnings.warn(_NOT_ITS_GRADIENT, stacklevel=2)
             if self.curvature == "three_point":
-                return three_point_parabola(along, update.parameters, update.omega, step=applied).at(-applied)
-            return exact_parabola(along, update.parameters, update.omega, curvature=self.curvature, step=applied).at(
-                -applied
-            )
+                parabola = three_point_parabola(along, update.parameters, update.omega, step=applied, last=last)
+            else:
+                parabola = exact_parabola(
+                    along, update.parameters, update.omega, curvature=self.curvature, step=applied
+                )
+            return parabola.at(-applied)
 
     def _trainable(self) -> list[Tensor]:
         groups = self.optimizer.param_groups

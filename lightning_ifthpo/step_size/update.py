@@ -38,13 +38,14 @@ class Update:
     def undo_step(cls, parameters: Sequence[Tensor], before: list[Tensor]) -> Update:
         """Undoes a step at learning rate one bit for bit, and returns its update.
 
-        `before` are copies of the weights before the step. They are overwritten with ω, which saves a copy.
+        `before`, copies of the weights before the step, is emptied on the way, which saves the memory of a copy.
         """
-        for parameter, value in zip(parameters, before, strict=True):
-            moved = value - parameter
+        omega = []
+        for parameter in parameters:
+            value = before.pop(0)
+            omega.append(value - parameter)
             parameter.copy_(value)
-            value.copy_(moved)
-        return cls(list(parameters), before)
+        return cls(list(parameters), omega)
 
     @torch.no_grad()
     def apply(self, rate: float) -> None:

@@ -142,6 +142,31 @@ def test_three_points_lengthen_a_step_that_float32_cannot_resolve():
     assert (model.slope, model.curvature) == pytest.approx((exact.slope, exact.curvature), rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("last", "evaluations"),
+    [
+        (None, 5),
+        (Parabola(1.0, 1.0, 6.0), 3),
+        (Parabola(1.0, 1e-8, 6e-8), 3),  # the same parabola, seen along a shorter update
+        (Parabola(1.0, 1e12, 6.0), 5),  # a curvature that would have shown
+        (Parabola(0.0, 0.0, 0.0), 5),
+        (Parabola(math.nan, math.nan, 6.0), 5),
+    ],
+    ids=str,
+)
+def test_three_points_know_from_the_last_time_that_a_step_drowns(last, evaluations):
+    weight, loss = quadratic(torch.float32)
+    direction, calls = [torch.ones(6, device=DEVICE)], []
+
+    def counted():
+        calls.append(1)
+        return loss()
+
+    expected = three_point_parabola(loss, [weight], direction, step=1e-6)
+    assert three_point_parabola(counted, [weight], direction, step=1e-6, last=last) == expected
+    assert len(calls) == evaluations
+
+
 def test_three_points_know_the_roughest_dtype():
     """A float64 scale among float32 weights does not make their losses any finer."""
     torch.manual_seed(0)
