@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_ifthpo.core.vectors import length
 from lightning_ifthpo.hypergradients import Hypergradient
 
 
@@ -30,12 +32,13 @@ def summaries(module: Any) -> dict[str, float]:
     """Returns mean, minimum and maximum of each registered tensor, or of all tensors of a registered module."""
     found: dict[str, float] = {}
     for name, members in groupby(module.named_hyperparameters(), lambda member: member[0].split(".")[0]):
-        flat = torch.cat([parameter.detach().reshape(-1) for _, parameter in members])
-        statistics = torch.stack([flat.mean(), flat.min(), flat.max()]).tolist()
+        parts = [parameter.detach().reshape(-1) for _, parameter in members]
+        flat = parts[0] if len(parts) == 1 else torch.cat(parts)
+        statistics = torch.stack([flat.mean(), *torch.aminmax(flat)]).tolist()
         names = [f"hyperparameter/{name}/{statistic}" for statistic in ("mean", "min", "max")]
         found |= dict(zip(names, statistics, strict=True))
     return found
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
-    return float(torch.linalg.vector_norm(torch.cat([tensor.reshape(-1) for tensor in tensors])))
+    return math.hypot(*map(length, tensors))

@@ -39,13 +39,15 @@ class HyperOptimizer:
         with torch.no_grad():
             triples = list(zip(self._hyperparameters, self._masters, gradients, strict=True))
             for hyperparameter, master, gradient in triples:
-                value = hyperparameter.to(master.dtype)
-                master.copy_(torch.where(hyperparameter == master.to(hyperparameter.dtype), master, value))
+                if master is not hyperparameter:
+                    value = hyperparameter.to(master.dtype)
+                    master.copy_(torch.where(hyperparameter == master.to(hyperparameter.dtype), master, value))
                 master.grad = gradient.to(master.dtype)
             self._optimizer.step()
             for hyperparameter, master, _ in triples:
                 master.grad = None
-                hyperparameter.copy_(master)
+                if master is not hyperparameter:
+                    hyperparameter.copy_(master)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of the optimizer, and the master copies."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from lightning_ifthpo.core.autodiff import vjp, zeros_for_none
 from lightning_ifthpo.core.loss import Loss
+from lightning_ifthpo.core.vectors import largest
 from lightning_ifthpo.solvers import SolveResult, Status
 from lightning_ifthpo.solvers.causes import Cause
 
@@ -34,7 +36,7 @@ class Hypergradient:
     diagnosis: str = ""
     unused: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def gradients(self) -> list[Tensor]:
         """Direct plus indirect term, shaped like the hyperparameters."""
         return [direct + indirect for direct, indirect in zip(self.direct, self.indirect, strict=True)]
@@ -102,6 +104,6 @@ def combine(
         raise ValueError(f"{Cause.NO_INFLUENCE.describe(name=name)}. Pass allow_unused=True to get zeros")
     direct = zeros_for_none(outer.direct, hyperparameters)
     indirect = zeros_for_none([None if m is None else -m for m in mixed], hyperparameters)
-    if not all(bool(torch.isfinite(t).all()) for t in [outer.value, *inner_losses, *direct, *indirect]):
+    if not all(math.isfinite(largest(tensor)) for tensor in [outer.value, *inner_losses, *direct, *indirect]):
         solution = replace(solution, status=Status.NONFINITE)
     return Hypergradient(direct, indirect, outer.value, solution, unused=unused)

@@ -11,16 +11,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ifthpo.core.space import ParameterSpace
-from lightning_ifthpo.optimizers.known import Response, responses
+from lightning_ifthpo.optimizers.known import responses
 
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """The linear rule w ← w − s∘(g + d∘w) that stands for an optimizer: the effect of a gradient g in the long run.
+    """The linear rule w ← (1 − c)∘w − s∘(g + d∘w) that stands for an optimizer: what a gradient g does in the long run.
 
     Attributes:
         step_size: s = lr · preconditioner / (1 − β) for momentum β, a number or [n]; in parameter² / loss.
-        decay: d, the weight decay of the optimizer, not of the loss: a number or [n]; in loss / parameter².
+        decay: d, the weight decay that is added to the gradient: a number or [n]; in loss / parameter².
+        shrinkage: c, the decoupled weight decay, by which a step shrinks the weights: a number or [n], without a unit.
 
     >>> round(UpdateRule(step_size=1.0).damping(horizon=100), 6)
     0.01
@@ -28,19 +29,25 @@ class UpdateRule:
 
     step_size: float | Tensor
     decay: float | Tensor = 0.0
+    shrinkage: float | Tensor = 0.0
 
-    def damping(self, horizon: int) -> float | Tensor:
-        """Returns 1 / (s · horizon), a number or [n]: with it H⁻¹ looks `horizon` training steps ahead.
+    def damping(self, horizon: float = math.inf) -> float | Tensor:
+        """Returns d + c/s + 1/(s · horizon), a number or [n]: with it H⁻¹ looks `horizon` training steps ahead.
 
         After T steps a direction of curvature h has gone a fraction 1 − (1 − sh)ᵀ of its way to the minimum, and
-        h / (h + 1/(sT)) is close to that. A weight that no optimizer moves gets the damping of the smallest step.
+        h / (h + 1/(sT)) is close to that. The decay of the optimizer acts like curvature. A weight that no optimizer
+        moves gets the damping of the smallest step.
         """
+        pull = self.shrinkage + 1.0 / horizon
         if not isinstance(self.step_size, Tensor):
-            return 1.0 / (horizon * (self.step_size or 1.0))
+            return pull / (self.step_size or 1.0) + self.decay
+        if not isinstance(pull, Tensor) and pull == 0.0:
+            return self.decay
         slowest = self.step_size.amin()
         if not slowest > 0.0:
             slowest = torch.where(self.step_size > 0.0, self.step_size, math.inf).amin().nan_to_num(posinf=1.0)
-        return self.step_size.clamp(min=slowest).mul_(horizon).reciprocal_()
+        damping = self.step_size.clamp(min=slowest).reciprocal_().mul_(pull)
+        return damping if not isinstance(self.decay, Tensor) and self.decay == 0.0 else damping.add_(self.decay)
 
     @classmethod
     def of(cls, optimizers: Iterable[Optimizer], parameters: Iterable[Tensor]) -> UpdateRule:
@@ -56,8 +63,9 @@ class UpdateRule:
         space = ParameterSpace(parameters)
         answers = responses(optimizers, space.tensors)
         steps = [answer.learning_rate * answer.total_gain * answer.preconditioner for answer in answers]
-        decays = [_decay(answer, step) for answer, step in zip(answers, steps, strict=True)]
-        return cls(concatenate_or_scalar(space, steps), concatenate_or_scalar(space, decays))
+        decays = [0.0 if answer.decoupled else answer.weight_decay for answer in answers]
+        shrinkages = [answer.learning_rate * answer.weight_decay if answer.decoupled else 0.0 for answer in answers]
+        return cls(*(concatenate_or_scalar(space, values) for values in (steps, decays, shrinkages)))
 
 
 def concatenate_or_scalar(space: ParameterSpace, values: Sequence[float | Tensor]) -> float | Tensor:
@@ -67,14 +75,3 @@ def concatenate_or_scalar(space: ParameterSpace, values: Sequence[float | Tensor
         return first
     pairs = zip(values, space.tensors, strict=True)
     return space.flatten([value if isinstance(value, Tensor) else torch.full_like(p, value) for value, p in pairs])
-
-
-def _decay(answer: Response, step: float | Tensor) -> float | Tensor:
-    """Returns d; a decoupled decay w ← (1 − lr·d₀)w gives lr·d₀ / s, and 0 where s = 0, because lr is 0 there too."""
-    decay = answer.weight_decay
-    if decay == 0.0 or not answer.decoupled:
-        return decay
-    shrinkage = answer.learning_rate * decay
-    if isinstance(step, Tensor):
-        return torch.where(step > 0.0, shrinkage / step, 0.0)
-    return shrinkage / step if step else 0.0

@@ -137,11 +137,9 @@ class Solver(ABC):
             )
         if self.rule is None:
             return LinearSystem(operator, self.damping)  # type: ignore[arg-type]
-        if not isinstance(self.damping, str):
-            return LinearSystem(operator, self.damping + self.rule.decay)
-        damping = self.rule.damping(self.horizon)
-        damping += self.rule.decay  # in place if it is a vector, which is new
-        return LinearSystem(operator, damping)
+        if isinstance(self.damping, str):
+            return LinearSystem(operator, self.rule.damping(self.horizon))
+        return LinearSystem(operator, self.damping + self.rule.damping())
 
     def solve(self, operator: CurvatureOperator, b: Tensor, x0: Tensor | None = None) -> SolveResult:
         """Returns an approximate solution of (A + δI) x = b; a failed solve is a status, never a NaN.

@@ -23,7 +23,7 @@ def test_an_own_subclass_is_read_like_its_base(name):
         assert is_known(optimizer)
         assert has_edge(optimizer)
         rule, edge = UpdateRule.of([optimizer], [weight]), StabilityEdge.of(optimizer, [weight])
-        found.append([torch.as_tensor(part) for part in (rule.step_size, rule.decay, edge.sharpness, edge.decay)])
+        found.append([torch.as_tensor(part) for part in (rule.step_size, rule.damping(), edge.sharpness, edge.decay)])
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
 
@@ -36,12 +36,12 @@ def test_a_group_at_rest_has_no_decay_in_half_precision_either():
     optimizer.step()
     rule = UpdateRule.of([optimizer], [moving, resting])
     # the step is the learning rate over |g| = 1, and so d = d₀, up to the rounding of float16
-    assert rule.decay.tolist() == pytest.approx([0.01, 0.01, 0.0, 0.0], rel=2e-3)
+    assert rule.damping().tolist() == pytest.approx([0.01, 0.01, 0.0, 0.0], rel=2e-3)
 
 
 def test_a_number_for_a_step_of_zero_has_no_decay_either():
     weight = torch.ones(2, requires_grad=True)
-    assert UpdateRule.of([torch.optim.AdamW([weight], lr=0.0)], [weight]).decay == 0.0
+    assert UpdateRule.of([torch.optim.AdamW([weight], lr=0.0)], [weight]).damping() == 0.0
 
 
 def response_of(kind, state=None, **options):
