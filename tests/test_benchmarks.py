@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.table import page
+from tests.benchmarks import peers
+from tests.benchmarks.table import page, section
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -17,6 +18,18 @@ def test_the_page_of_the_documentation_is_made_from_its_files():
     files = sorted((DOCS / "benchmarks").glob("*.json"))
     assert files
     assert (DOCS / "benchmarks.md").read_text() == page(files)
+
+
+@pytest.mark.slow  # four seconds
+def test_what_is_here_is_exact_beside_others_and_kept(tmp_path):
+    file = tmp_path / "kept.json"
+    peers.main(["--rounds", "1", "--json", str(file)])
+    kept = json.loads(file.read_text())
+    hypergradients, *eigenvalues = kept["peers"].values()
+    for name in ("here, ConjugateGradient, 100", "by hand, CG, 100", "here, Direct"):
+        assert hypergradients[name]["error"] < 1e-10
+    assert all(found["here, lanczos, rtol=1e-4"]["error"] < 1e-4 for found in eigenvalues)
+    assert "| here, Direct | " in section(kept)
 
 
 @pytest.mark.slow  # starts two processes

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
 
@@ -48,7 +49,7 @@ from lightning_ifthpo.curvature import (
     HessianOperator,
     KFACOperator,
 )
-from lightning_ifthpo.hyperparameters import IndexedDataset, SampleWeights
+from lightning_ifthpo.hyperparameters import IndexedDataset, InputNoise, SampleWeights
 from lightning_ifthpo.solvers import (
     Amortized,
     ConjugateGradient,
@@ -84,6 +85,45 @@ class Transformer(nn.Module):
         return logits
 
 
+class SentenceClassifier(nn.Module):
+    """A transformer of the size of MiniLM-L6, 22 million weights, that sorts sentences into ten classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.position = nn.Embedding(30_522, 384), nn.Parameter(0.02 * torch.randn(512, 384))
+        layer = nn.TransformerEncoderLayer(384, 12, 1536, dropout=0.0, batch_first=True)
+        self.layers, self.head = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False), nn.Linear(384, 10)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Returns logits [B, 10] for tokens [B, T]."""
+        features = self.layers(self.embed(tokens) + self.position[: tokens.shape[1]])
+        logits: Tensor = self.head(features.mean(1))
+        return logits
+
+
+class LowRank(nn.Module):
+    """Adds a trainable matrix of rank eight to a frozen one (LoRA)."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.left = nn.Parameter(torch.zeros(len(weight), 8))
+        self.right = nn.Parameter(0.02 * torch.randn(8, weight.shape[1]))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Returns the sum."""
+        return weight + self.left @ self.right
+
+
+def fine_tuned() -> nn.Module:
+    """Returns the classifier of sentences with its attention fine-tuned by LoRA, and all else frozen but the head."""
+    net = SentenceClassifier()
+    net.requires_grad_(False)
+    net.head.requires_grad_(True)
+    for layer in net.layers.layers:
+        register_parametrization(layer.self_attn, "in_proj_weight", LowRank(layer.self_attn.in_proj_weight))
+    return net
+
+
 @dataclass
 class Workload:
     """A network with data of its kind.
@@ -92,22 +132,27 @@ class Workload:
         net: Makes the network.
         batch: Examples of a batch.
         shape: Shape of an input.
-        tokens: Whether inputs are tokens, each of which has a label.
+        vocabulary: Number of different tokens, if inputs are tokens.
+        classes: Number of different labels.
+        per_token: Whether each token has a label.
     """
 
     net: Callable[[], nn.Module]
     batch: int
     shape: tuple[int, ...]
-    tokens: bool = False
+    vocabulary: int = 0
+    classes: int = 10
+    per_token: bool = False
 
     def data(self, count: int, seed: int) -> TensorDataset:
         """Returns random inputs and labels: costs do not depend on what they show."""
-        generator = torch.Generator().manual_seed(seed)
-        if self.tokens:
-            return TensorDataset(*torch.randint(64, (2, count, *self.shape), generator=generator))
-        return TensorDataset(
-            torch.rand(count, *self.shape, generator=generator), torch.randint(10, (count,), generator=generator)
-        )
+        generator, shape = torch.Generator().manual_seed(seed), (count, *self.shape)
+        if self.vocabulary:
+            inputs = torch.randint(self.vocabulary, shape, generator=generator)
+        else:
+            inputs = torch.rand(shape, generator=generator)
+        labels = torch.randint(self.classes, shape if self.per_token else (count,), generator=generator)
+        return TensorDataset(inputs, labels)
 
 
 MODELS: dict[str, Workload] = {
@@ -127,10 +172,14 @@ MODELS: dict[str, Workload] = {
         batch=64,
         shape=(1, 28, 28),
     ),
-    "transformer": Workload(Transformer, batch=16, shape=(64,), tokens=True),
+    "transformer": Workload(Transformer, batch=16, shape=(64,), vocabulary=64, classes=64, per_token=True),
     "ResNet-18": Workload(lambda: resnet18(num_classes=10), batch=16, shape=(3, 32, 32)),
+    "MiniLM-sized": Workload(SentenceClassifier, batch=16, shape=(64,), vocabulary=30_522),
+    "MiniLM-sized with LoRA": Workload(fine_tuned, batch=16, shape=(64,), vocabulary=30_522),
 }
 SMALL = ("perceptron", "convolutions")
+IMAGES = (*SMALL, "ResNet-18")
+LARGE = ("MiniLM-sized", "MiniLM-sized with LoRA")
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda weights: torch.optim.SGD(weights, lr=0.05, momentum=0.9),
     "AdamW": lambda weights: torch.optim.AdamW(weights, lr=1e-3),
@@ -177,6 +226,20 @@ class Classifier(BilevelLightningModule, L.LightningModule):
         return OPTIMIZERS[self.optimizer](self.inner_parameters())
 
 
+class NoisyClassifier(Classifier):
+    """A network with a scale of noise for each channel of its inputs, in front of the model."""
+
+    noise: InputNoise
+
+    def __init__(self, model: str, optimizer: str) -> None:
+        super().__init__(model, optimizer)
+        self.register_hyperparameter("noise", InputNoise((MODELS[model].shape[0], 1, 1)))
+
+    def inner_loss(self, batch: Sequence[Tensor]) -> Tensor:
+        """Returns the mean of the weighted losses on noisy inputs."""
+        return super().inner_loss([self.noise(batch[0]), *batch[1:]])
+
+
 def losses_of(logits: Tensor, y: Tensor) -> Tensor:
     """Returns the loss of each example, [B], for logits [B, C] or [B, T, C]."""
     return F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none").view(len(y), -1).mean(1)
@@ -198,17 +261,18 @@ class Bench:
     Args:
         model: Name of the network.
         optimizer: Name of the optimizer of its weights.
+        kind: What is tuned.
     """
 
-    def __init__(self, model: str, optimizer: str = "SGD") -> None:
+    def __init__(self, model: str, optimizer: str = "SGD", kind: type[Classifier] = Classifier) -> None:
         torch.manual_seed(0)
-        self.model, self.optimizer = model, optimizer
-        self.module = Classifier(model, optimizer).to(DEVICE)
+        self.model, self.optimizer, self.kind = model, optimizer, kind
+        self.module = kind(model, optimizer).to(DEVICE)
         self.workload = MODELS[model]
         self.data = IndexedDataset(self.workload.data(EXAMPLES, 3))
         x, y = (tensor.to(DEVICE) for tensor in self.workload.data(self.workload.batch, 1).tensors)
         self.batch = (x, y, torch.arange(self.workload.batch, device=DEVICE))
-        self.parameters = list(self.module.inner_parameters())
+        self.parameters = [weight for weight in self.module.inner_parameters() if weight.requires_grad]
         self.hyperparameters = list(self.module.hyperparameters())
 
     def inner_loss(self) -> Tensor:
@@ -252,7 +316,7 @@ class Bench:
             limit_val_batches=0,
         )
         loader = DataLoader(self.data, self.workload.batch, shuffle=True)
-        trainer.fit(Classifier(self.model, self.optimizer), loader)
+        trainer.fit(self.kind(self.model, self.optimizer), loader)
         return clock.seconds[2:]
 
 
@@ -290,9 +354,9 @@ class Call:
 
     def cost(self) -> tuple[float, float]:
         """Returns the time of a call over that of a training gradient, and its seconds."""
-        unit = _seconds(self.bench.gradient)
-        seconds = _seconds(self.run)
-        return seconds / statistics.mean([unit, _seconds(self.bench.gradient)]), seconds
+        unit = seconds_of(self.bench.gradient)
+        seconds = seconds_of(self.run)
+        return seconds / statistics.mean([unit, seconds_of(self.bench.gradient)]), seconds
 
     def once(self) -> None:
         """Makes one call."""
@@ -316,7 +380,7 @@ class Callback:
         acting = self.bench.fit(self.make())
         plain += self.bench.fit(None)
         seconds = statistics.median(acting) - statistics.median(plain)
-        return seconds / _seconds(self.bench.gradient), seconds
+        return seconds / seconds_of(self.bench.gradient), seconds
 
     def once(self) -> None:
         """Trains for some batches."""
@@ -339,7 +403,7 @@ def now() -> float:
     return time.process_time()
 
 
-def _seconds(run: Callable[[], Any]) -> float:
+def seconds_of(run: Callable[[], Any]) -> float:
     calls, began = 0, now()
     while (passed := now() - began) < LEAST_SECONDS:
         run()
@@ -351,13 +415,19 @@ def cases() -> dict[str, Callable[[], Case]]:
     """Returns all cases, each of which is set up when it is called."""
     found: dict[str, Callable[[], Case]] = {}
     for model in MODELS:
-        for optimizer in OPTIMIZERS:
+        for optimizer in ("AdamW",) if model in LARGE else OPTIMIZERS:
             for what, make in _callbacks(MODELS[model]).items():
+                if model in LARGE and "hyper step" not in what:
+                    continue  # which takes minutes
                 name = f"{what}, {model}, {optimizer}"
                 found[name] = lambda model=model, optimizer=optimizer, make=make: Callback(
                     Bench(model, optimizer), make
                 )
-        for curvature in OPERATORS if model in SMALL else ("hessian", "gauss_newton"):
+        if model in IMAGES:
+            found[f"hyper step with noise before the model, {model}, SGD"] = lambda model=model: Callback(
+                Bench(model, "SGD", NoisyClassifier), _callbacks(MODELS[model])["hyper step"]
+            )
+        for curvature in OPERATORS if model in SMALL else () if model in LARGE else ("hessian", "gauss_newton"):
             found[f"{curvature}: set up, {model}"] = lambda model=model, curvature=curvature: _setting_up(
                 Bench(model), curvature
             )
@@ -475,7 +545,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     return peak
 
 
-def _about() -> dict[str, str]:
+def about() -> dict[str, str]:
     """Returns what the figures depend on: device and versions."""
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"one core ({platform.machine()})"
     return {"device": name, "torch": torch.__version__, "lightning": L.__version__}
@@ -493,7 +563,7 @@ def serve() -> None:
         answers.write(json.dumps(content) + "\n")
         answers.flush()
 
-    answer(file=lightning_ifthpo.__file__, about=_about(), cases=list(available))
+    answer(file=lightning_ifthpo.__file__, about=about(), cases=list(available))
     for line in sys.stdin:
         request = json.loads(line)
         try:

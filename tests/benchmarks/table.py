@@ -30,7 +30,34 @@ def page(files: list[Path]) -> str:
 
 
 def section(run: dict[str, Any]) -> str:
-    """Returns the table of a run."""
+    """Returns the tables of a run."""
+    return beside_others(run) if "peers" in run else costs(run)
+
+
+def beside_others(run: dict[str, Any]) -> str:
+    """Returns the tables of a run of `tests.benchmarks.peers`."""
+    about = run["about"]
+    libraries = ", ".join(f"{name} {version}" for name, version in about["libraries"].items())
+    rows = [
+        f"## Beside other libraries, on {about['device']}",
+        "",
+        "Each method solves the same problem, described in `tests/benchmarks/peers.py`. The error is relative to a",
+        "dense solution; the cost is in gradients of the same loss. The default here includes checks that the others",
+        "lack: that the loss follows its gradient, and why a solve failed. They cost as much as four gradients of this",
+        "small problem, and `diagnosed=False` leaves them out.",
+        "",
+        f"torch {about['torch']}, {libraries}, {about['rounds']} rounds.",
+    ]
+    for problem, methods in run["peers"].items():
+        rows += ["", f"| {problem} | error | cost |", "|---|---|---|"]
+        for name, found in methods.items():
+            cost = f"{found['cost']:.1f} ({found['least']:.1f} to {found['most']:.1f})"
+            rows.append(f"| {name} | {found['error']:.1e} | {cost} |")
+    return "\n".join([*rows, ""])
+
+
+def costs(run: dict[str, Any]) -> str:
+    """Returns the table of a run of `tests.benchmarks`."""
     about, on_gpu = run["about"], "core" not in run["about"]["device"]
     heads = ["case", "cost", "ms" if on_gpu else "memory"]
     rows = [
