@@ -1,6 +1,12 @@
 """Hyperparameters by implicit differentiation, inside one Lightning training run."""
 
-from lightning_ifthpo.callbacks import ExactGeN, IFTHypergradient, SharpnessMonitor
+from lightning_ifthpo.callbacks import (
+    ExactGeN,
+    HyperparameterRecorder,
+    HyperparameterSchedule,
+    IFTHypergradient,
+    SharpnessMonitor,
+)
 from lightning_ifthpo.core.loss import Loss
 from lightning_ifthpo.hypergradients import (
     Hypergradient,
@@ -17,6 +23,8 @@ __all__ = [
     "ExactGeN",
     "Hypergradient",
     "HypergradientMismatchError",
+    "HyperparameterRecorder",
+    "HyperparameterSchedule",
     "IFTHypergradient",
     "LinearBestResponse",
     "Loss",

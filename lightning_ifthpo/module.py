@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from typing_extensions import Self
 from lightning_ifthpo.core.marking import mark_outputs
 from lightning_ifthpo.core.space import check_real
 from lightning_ifthpo.training_loss import derived, has_training_step, is_stub, loss_of_training_step
+
+HyperparameterValue: TypeAlias = float | Tensor | dict[str, float | Tensor]
+"""A number, a tensor, or one of them for each part."""
 
 
 class BilevelLightningModule:
@@ -43,6 +46,8 @@ class BilevelLightningModule:
     """
 
     _hyperparameter_names: tuple[str, ...] = ()
+    has_fixed_hyperparameters = False
+    """Whether `freeze_hyperparameters` was called."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Gives the class a training and a validation step where no base class has one."""
@@ -104,6 +109,30 @@ class BilevelLightningModule:
         """Yields the weights, for the optimizer of `configure_optimizers`."""
         return (parameter for _, parameter in self.named_inner_parameters())
 
+    def hyperparameter_values(self) -> dict[str, HyperparameterValue]:
+        """Returns what each hyperparameter means at present: a number, a tensor, or one of them for each part.
+
+        Ready-made hyperparameters give natural units (a decay and not its logarithm), by their `natural_values`. A
+        registered tensor gives itself, and another module its tensors by their names. Tensors are copies on the CPU.
+        """
+        return {
+            name: {part: _plain(tensor) for part, tensor in value.items()} if isinstance(value, dict) else _plain(value)
+            for name, value in self.named_natural_values()
+        }
+
+    def named_natural_values(self) -> Iterator[tuple[str, Tensor | dict[str, Tensor]]]:
+        """Yields each hyperparameter's name, and what `hyperparameter_values` is made of: detached, on its device."""
+        for name in self._hyperparameter_names:
+            yield name, _natural_values(getattr(self, name))
+
+    def freeze_hyperparameters(self) -> Self:
+        """Keeps the hyperparameters at their present values, and returns the module.
+
+        `IFTHypergradient` then makes no hyper steps. Use it to train anew with values that were tuned.
+        """
+        self.has_fixed_hyperparameters = True
+        return self
+
     def unfreeze(self) -> Self:
         """Unfreezes the weights, as Lightning does, and returns the module; hyperparameters stay frozen."""
         super().unfreeze()  # type: ignore[misc]
@@ -155,6 +184,20 @@ class BilevelLightningModule:
     def configure_hyper_optimizer(self) -> torch.optim.Optimizer:
         """Returns the optimizer of the hyperparameters; by default Adam with learning rate 1e-2."""
         return torch.optim.Adam(self.hyperparameters(), lr=1e-2)
+
+
+def _natural_values(value: Tensor | nn.Module) -> Tensor | dict[str, Tensor]:
+    """Returns what a registered tensor or module means: in natural units if it has `natural_values`, detached."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    with torch.no_grad():
+        natural: Any = getattr(value, "natural_values", lambda: dict(value.named_parameters()))
+        found: Tensor | dict[str, Tensor] = natural()
+    return {part: tensor.detach() for part, tensor in found.items()} if isinstance(found, dict) else found.detach()
+
+
+def _plain(tensor: Tensor) -> float | Tensor:
+    return tensor.item() if tensor.numel() == 1 else tensor.to("cpu", copy=True)
 
 
 def _step_with(loss_name: str) -> Callable[[Any, Any, int], Tensor | None]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_ifthpo import BilevelLightningModule, IFTHypergradient
+from lightning_ifthpo.hyperparameters import SampleWeights, WeightDecay
 from tests.helpers.trainers import Classifier, loader, quiet_trainer, trained
 
 
@@ -212,3 +213,29 @@ def test_checkpoints_carry_hyperparameters(tmp_path):
     trainer.fit(module, loader(), loader())
     trainer.save_checkpoint(tmp_path / "model.ckpt")
     assert Classifier.load_from_checkpoint(tmp_path / "model.ckpt").decay.log_decay[0].item() == -1.5
+
+
+def test_values_are_plain_and_in_natural_units():
+    class Tuned(BilevelLightningModule, L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(2, 1)
+            self.register_hyperparameter("one", torch.tensor([-2.0]))
+            self.register_hyperparameter("several", torch.tensor([[1.0, 2.0]]))
+            self.register_hyperparameter("decay", WeightDecay(self.net, "tensor", initial=0.25))
+            self.register_hyperparameter("weights", SampleWeights(3))
+            self.register_hyperparameter("plain", nn.ParameterDict({"a": torch.tensor(1.0), "b": torch.zeros(2)}))
+
+    module = Tuned()
+    values = module.hyperparameter_values()
+    assert values["one"] == -2.0
+    assert values["several"].tolist() == [[1.0, 2.0]]
+    assert values["decay"] == {"weight": pytest.approx(0.25), "bias": pytest.approx(0.25)}
+    assert values["weights"].tolist() == [1.0, 1.0, 1.0]
+    assert values["plain"]["a"] == 1.0
+    assert values["plain"]["b"].tolist() == [0.0, 0.0]
+    with torch.no_grad():
+        module.several += 1.0
+    assert values["several"].tolist() == [[1.0, 2.0]]  # a copy
+    again = WeightDecay(module.net, "tensor", initial=values["decay"])
+    assert torch.allclose(again(), module.decay())

@@ -108,7 +108,9 @@ class Classifier(BilevelLightningModule, L.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Notes the decays after the hyper step, because hooks of callbacks run before those of the module."""
         if self.decay is not None and (batch_idx + 1) % PATH_EVERY == 0:
-            self.path.append([float(decay.mean()) for decay in self.decay.decays()])
+            values = self.decay.natural_values()
+            decays = list(values.values()) if isinstance(values, dict) else [values]
+            self.path.append([float(decay.mean()) for decay in decays])
 
 
 class Run(NamedTuple):

@@ -2,6 +2,7 @@
 
 from lightning_ifthpo.callbacks.gen import ExactGeN
 from lightning_ifthpo.callbacks.hypergradient import IFTHypergradient
+from lightning_ifthpo.callbacks.schedule import HyperparameterRecorder, HyperparameterSchedule
 from lightning_ifthpo.callbacks.sharpness import SharpnessMonitor
 
-__all__ = ["ExactGeN", "IFTHypergradient", "SharpnessMonitor"]
+__all__ = ["ExactGeN", "HyperparameterRecorder", "HyperparameterSchedule", "IFTHypergradient", "SharpnessMonitor"]

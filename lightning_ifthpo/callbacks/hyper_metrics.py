@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +11,8 @@ from torch import Tensor
 
 from lightning_ifthpo.core.vectors import length
 from lightning_ifthpo.hypergradients import Hypergradient
+
+_FEW = 24  # entries that are logged one by one
 
 
 def result_metrics(result: Hypergradient) -> dict[str, float]:
@@ -29,15 +30,30 @@ def result_metrics(result: Hypergradient) -> dict[str, float]:
 
 
 def summaries(module: Any) -> dict[str, float]:
-    """Returns mean, minimum and maximum of each registered tensor, or of all tensors of a registered module."""
+    """Returns mean, minimum and maximum of each hyperparameter in natural units, and the parts of one with few parts.
+
+    A part is an entry of a vector, or a scalar with a name of its own.
+    """
     found: dict[str, float] = {}
-    for name, members in groupby(module.named_hyperparameters(), lambda member: member[0].split(".")[0]):
-        parts = [parameter.detach().reshape(-1) for _, parameter in members]
-        flat = parts[0] if len(parts) == 1 else torch.cat(parts)
-        statistics = torch.stack([flat.mean(), *torch.aminmax(flat)]).tolist()
-        names = [f"hyperparameter/{name}/{statistic}" for statistic in ("mean", "min", "max")]
-        found |= dict(zip(names, statistics, strict=True))
+    for name, values in module.named_natural_values():
+        parts = values if isinstance(values, dict) else {"": values}
+        flats = [part.reshape(-1) for part in parts.values()]
+        flat = flats[0] if len(flats) == 1 else torch.cat(flats)
+        has_few = 1 < len(flat) <= _FEW and all(part.ndim <= 1 for part in parts.values())
+        numbers = dict(zip(_part_names(parts), flat, strict=True)) if has_few else {}
+        numbers |= {"mean": flat.mean(), "min": flat.amin(), "max": flat.amax()}
+        plain = torch.stack(list(numbers.values())).tolist()
+        found |= {f"hyperparameter/{name}/{key}": value for key, value in zip(numbers, plain, strict=True)}
     return found
+
+
+def _part_names(parts: Mapping[str, Tensor]) -> Iterator[str]:
+    """Yields a name for each entry of each part."""
+    for name, part in parts.items():
+        if part.ndim == 0:
+            yield name
+        else:
+            yield from (f"{name}/{index}" if name else str(index) for index in range(len(part)))
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:

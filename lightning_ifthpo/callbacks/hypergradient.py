@@ -54,7 +54,8 @@ class IFTHypergradient(PeriodicCallback):
         precision: In mixed precision "32" evaluates the losses without autocast, "inherit" as training does.
 
     Logs once per hyper step `hypergrad/norm`, `direct_norm`, `indirect_norm`, `outer_loss`, `residual` if the solver
-    measures it, `products`, `skipped`, and `hyperparameter/<name>/mean`, `min` and `max`. If a callback or a scheduler
+    measures it, `products`, `skipped`, and `hyperparameter/<name>/mean`, `min` and `max`, in natural units. A
+    hyperparameter of at most 24 numbers is also logged number by number. If a callback or a scheduler
     monitors one of them, and no hyper step has been made before the first validation or the end of the first epoch, a
     hypergradient is computed there for `callback_metrics` alone.
 
@@ -177,6 +178,8 @@ class IFTHypergradient(PeriodicCallback):
         assert self._frozen is not None, "training has not started"
         if unfrozen := self._frozen.refreeze():
             self._warn_of_unfrozen(unfrozen)
+        if pl_module.has_fixed_hyperparameters:
+            return  # without a batch there is no hyper step
         if not self._is_tested:
             try:
                 self._active_stepper.dry_run(batch)

@@ -4,6 +4,7 @@ from lightning_ifthpo.hyperparameters.augmentation import AugmentationNetwork, I
 from lightning_ifthpo.hyperparameters.decay import WeightDecay
 from lightning_ifthpo.hyperparameters.distilled import DistilledData
 from lightning_ifthpo.hyperparameters.losses import LabelSmoothing, LossWeights
+from lightning_ifthpo.hyperparameters.positive import Positive
 from lightning_ifthpo.hyperparameters.weighting import IndexedDataset, SampleWeights
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "InputNoise",
     "LabelSmoothing",
     "LossWeights",
+    "Positive",
     "SampleWeights",
     "WeightDecay",
 ]

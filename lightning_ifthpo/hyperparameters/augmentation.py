@@ -36,8 +36,8 @@ class InputNoise(Bounded):
         require_shape("shape", shape)
         self.logits = nn.Parameter(torch.full(shape, self._logit(initial)), requires_grad=False)
 
-    def scales(self) -> Tensor:
-        """Returns s, in the unit of x."""
+    def natural_values(self) -> Tensor:
+        """Returns the scale s of the noise, in the unit of x, of the shape that was given."""
         return self._value(self.logits)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class InputNoise(Bounded):
         sizes = zip(reversed(shape), reversed(x.shape), strict=False)
         if len(shape) > x.ndim or any(size not in (1, wanted) for size, wanted in sizes):
             raise ValueError(f"scales of shape {tuple(shape)} do not broadcast to an input of shape {tuple(x.shape)}")
-        return x + self.scales().to(x.dtype) * torch.randn_like(x) if self.training else x
+        return x + self.natural_values().to(x.dtype) * torch.randn_like(x) if self.training else x
 
 
 class AugmentationNetwork(nn.Module):

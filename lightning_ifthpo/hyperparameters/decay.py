@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -23,17 +23,18 @@ class WeightDecay(Bounded):
     Args:
         module: Its parameters that require a gradient are decayed. They do not become parameters of this module.
         granularity: "global" for one decay for all weights, "tensor" for one per tensor, "weight" for one per weight.
-        initial: Decay at the start, in (0, maximum); in loss / parameter².
+        initial: Decay at the start, in (0, maximum); in loss / parameter². Or one for each weight tensor by its name,
+            such as `natural_values` of an earlier run with one decay per tensor.
         maximum: Upper bound of each decay, in loss / parameter². From 2/lr on, gradient descent diverges.
 
     Raises:
-        ValueError: If an argument is out of range, or no parameter requires a gradient.
+        ValueError: If an argument is out of range, no parameter requires a gradient, or names do not fit.
         TypeError: If `module` is not a module.
 
     >>> net = nn.Linear(2, 1, bias=False)
     >>> decay = WeightDecay(net, granularity="weight", initial=0.5)
-    >>> decay.decays()[0]
-    tensor([[0.5000, 0.5000]])
+    >>> decay.natural_values()
+    {'weight': tensor([[0.5000, 0.5000]])}
     >>> torch.allclose(decay(), 0.25 * net.weight.square().sum())
     True
     """
@@ -43,33 +44,46 @@ class WeightDecay(Bounded):
         module: nn.Module,
         granularity: Granularity = "global",
         *,
-        initial: float = 1e-4,
+        initial: float | Mapping[str, float] = 1e-4,
         maximum: float = 1.0,
     ) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"expected a module with weights to decay, got {module!r}")
         require_choice("granularity", granularity, get_args(Granularity))
-        super().__init__(initial, maximum)
-        self.weights = tuple(parameter for parameter in module.parameters() if parameter.requires_grad)
-        if not self.weights:
+        decayed = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        if not decayed:
             raise ValueError(f"{type(module).__name__} has no parameters that require a gradient")
+        names = [""] if granularity == "global" else list(decayed)
+        initials = initial if isinstance(initial, Mapping) else dict.fromkeys(names, initial)
+        if initials.keys() != set(names):
+            raise ValueError(
+                f"expected initial decays of {', '.join(names) or 'no single tensor'}, got {', '.join(initials)}"
+            )
+        for value in initials.values():
+            super().__init__(value, maximum)
+        self.names, self.weights = tuple(decayed), tuple(decayed.values())
         self.granularity = granularity
-        start = -math.log(1.0 / initial - 1.0 / maximum)
         device, dtype = self.weights[0].device, self.weights[0].dtype
+        starts = [-math.log(1.0 / initials[name] - 1.0 / maximum) for name in names]
         shapes = [weight.shape if granularity == "weight" else () for weight in self.weights]
         self.log_decay = nn.ParameterList(
             nn.Parameter(torch.full(shape, start, device=device, dtype=dtype), requires_grad=False)
-            for shape in shapes[: 1 if granularity == "global" else None]
+            for shape, start in zip(shapes, starts, strict=False)
         )
 
-    def decays(self) -> list[Tensor]:
-        """Returns the decay of each weight tensor, in loss / parameter²; it broadcasts to the tensor's shape."""
+    def natural_values(self) -> Tensor | dict[str, Tensor]:
+        """Returns the decay, in loss / parameter²: a scalar, or for each weight tensor by its name.
+
+        The decay of a tensor is a scalar, or has the tensor's shape.
+        """
         decays = [self._value(log_decay - math.log(self.maximum)) for log_decay in self.log_decay]
-        return decays * len(self.weights) if self.granularity == "global" else decays
+        return decays[0] if self.granularity == "global" else dict(zip(self.names, decays, strict=True))
 
     def forward(self) -> Tensor:
         """Returns ½ Σ d_i w_i², a scalar."""
-        penalties = [(d * w.square()).sum() for d, w in zip(self.decays(), self.weights, strict=True)]
+        values = self.natural_values()
+        decays = list(values.values()) if isinstance(values, dict) else [values] * len(self.weights)
+        penalties = [(d * w.square()).sum() for d, w in zip(decays, self.weights, strict=True)]
         return torch.stack(penalties).sum() / 2
 
     def check_training(self, parameters: Iterable[Tensor], lr: float | Tensor) -> None:

@@ -77,9 +77,13 @@ class DistilledData(nn.Module):
         self.images = nn.Parameter(start, requires_grad=False)
         self.register_buffer("labels", torch.arange(classes, device=start.device).repeat_interleave(per_class))
 
+    def natural_values(self) -> Tensor:
+        """Returns the examples, [C·k, *shape]."""
+        return self.images if self.bounds is None else between(self.images, *self.bounds)
+
     def forward(self) -> tuple[Tensor, Tensor]:
         """Returns the examples [C·k, *shape] and their labels [C·k]."""
-        return self.images if self.bounds is None else between(self.images, *self.bounds), self.labels
+        return self.natural_values(), self.labels
 
     def _unbounded(self, images: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Returns the parameter for which a call returns these examples; a copy, because tuning changes it in place."""

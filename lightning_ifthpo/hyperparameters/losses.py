@@ -47,8 +47,12 @@ class LossWeights(nn.Module):
             raise ValueError(f"expected distinct names, got {self.names}")
         self.logits = nn.Parameter(torch.zeros(count), requires_grad=False)
 
-    def weights(self) -> Tensor:
-        """Returns the weight of each term, [K], in the order of `names`."""
+    def natural_values(self) -> Tensor | dict[str, Tensor]:
+        """Returns the weight of each term: [K], or scalars by name."""
+        weights = self._weights()
+        return dict(zip(self.names, weights, strict=True)) if self.names else weights
+
+    def _weights(self) -> Tensor:
         return len(self.logits) * self.logits.softmax(0)
 
     def forward(self, losses: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> Tensor:
@@ -60,7 +64,7 @@ class LossWeights(nn.Module):
         stacked = losses if isinstance(losses, Tensor) else torch.stack(list(losses))
         if stacked.shape != self.logits.shape:
             raise ValueError(f"expected {len(self.logits)} scalar losses, got shape {tuple(stacked.shape)}")
-        return (self.weights() * stacked).sum()
+        return (self._weights() * stacked).sum()
 
 
 class LabelSmoothing(Bounded):
@@ -91,13 +95,13 @@ class LabelSmoothing(Bounded):
         shape = (classes if per_class else 1,)
         self.logits = nn.Parameter(torch.full(shape, self._logit(initial)), requires_grad=False)
 
-    def smoothing(self) -> Tensor:
-        """Returns s: [C] if each class has its own, else [1]."""
+    def natural_values(self) -> Tensor:
+        """Returns the smoothing s: [C] if each class has its own, else [1]."""
         return self._value(self.logits)
 
     def forward(self, targets: Tensor) -> Tensor:
         """Returns targets [B, C] for `F.cross_entropy`, from class indices [B]."""
         if targets.ndim != 1:
             raise ValueError(f"expected class indices of shape [B], got {tuple(targets.shape)}")
-        smoothing = self.smoothing().expand(self.classes)[targets].unsqueeze(1)
+        smoothing = self.natural_values().expand(self.classes)[targets].unsqueeze(1)
         return (1.0 - smoothing) * F.one_hot(targets, self.classes) + smoothing / self.classes

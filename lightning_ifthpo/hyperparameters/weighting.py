@@ -33,6 +33,10 @@ class SampleWeights(Bounded):
         super().__init__(initial=1.0, maximum=2.0)
         self.logits = nn.Parameter(torch.zeros(n), requires_grad=False)
 
+    def natural_values(self) -> Tensor:
+        """Returns the weight of each training example, [n]."""
+        return self._value(self.logits)
+
     def forward(self, index: Tensor) -> Tensor:
         """Returns the weights [B] of the examples with these indices, integers [B]."""
         return self._value(self.logits[index])

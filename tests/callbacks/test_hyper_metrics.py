@@ -8,6 +8,7 @@ from torch import nn
 from lightning_ifthpo import BilevelLightningModule
 from lightning_ifthpo.callbacks.hyper_metrics import result_metrics, summaries
 from lightning_ifthpo.hypergradients import implicit_hypergradient
+from lightning_ifthpo.hyperparameters import LossWeights, SampleWeights, WeightDecay
 from lightning_ifthpo.solvers import ConjugateGradient
 
 
@@ -34,6 +35,9 @@ def test_summaries_are_taken_over_each_registered_name():
     module.register_hyperparameter("tensor", torch.tensor([1.0, 2.0, 6.0]))
     module.register_hyperparameter("module", nn.ParameterList([torch.tensor(-1.0), torch.tensor([[5.0]])]))
     assert summaries(module) == {
+        "hyperparameter/tensor/0": 1.0,
+        "hyperparameter/tensor/1": 2.0,
+        "hyperparameter/tensor/2": 6.0,
         "hyperparameter/tensor/mean": 3.0,
         "hyperparameter/tensor/min": 1.0,
         "hyperparameter/tensor/max": 6.0,
@@ -41,3 +45,22 @@ def test_summaries_are_taken_over_each_registered_name():
         "hyperparameter/module/min": -1.0,
         "hyperparameter/module/max": 5.0,
     }
+
+
+def test_summaries_are_in_natural_units_and_name_few_parts():
+    """A decay and not its logarithm, by the names of the tensors; 25 numbers are too many to log one by one."""
+    module = type("Empty", (BilevelLightningModule, L.LightningModule), {})()
+    net = nn.Linear(2, 1)
+    module.register_hyperparameter("decay", WeightDecay(net, "tensor", initial=0.25))
+    module.register_hyperparameter("weights", LossWeights(["one", "mean"]))
+    module.register_hyperparameter("few", SampleWeights(24))
+    module.register_hyperparameter("many", SampleWeights(25))
+    found = summaries(module)
+    assert found["hyperparameter/decay/weight"] == found["hyperparameter/decay/bias"] == pytest.approx(0.25)
+    assert found["hyperparameter/decay/max"] == pytest.approx(0.25)
+    assert found["hyperparameter/few/23"] == found["hyperparameter/few/min"] == 1.0
+    assert "hyperparameter/many/24" not in found
+    assert found["hyperparameter/weights/one"] == 1.0
+    with torch.no_grad():
+        module.weights.logits[1] = 1.0
+    assert summaries(module)["hyperparameter/weights/mean"] == pytest.approx(1.0)  # the mean, not the term of this name

@@ -190,8 +190,8 @@ def test_a_module_trains_and_every_hyperparameter_moves(make):
 def test_the_weight_of_a_wrong_term_falls():
     module = WithLossWeights()
     quiet_trainer(max_epochs=5, callbacks=[IFTHypergradient(1)]).fit(module)
-    right, wrong = module.own.weights().tolist()
-    assert wrong < 0.8 < 1.2 < right
+    values = module.hyperparameter_values()["own"]
+    assert values["wrong"] < 0.8 < 1.2 < values["right"]
 
 
 @pytest.mark.parametrize("make", MODULES)

@@ -46,11 +46,11 @@ def test_squared_error_with_noise_is_ridge_regression():
 @pytest.mark.parametrize("extreme", EXTREMES)
 def test_noise_scales_stay_in_their_range(extreme):
     noise = InputNoise((3,), maximum=2.0)
-    assert noise.scales().tolist() == pytest.approx([0.1] * 3)
+    assert noise.natural_values().tolist() == pytest.approx([0.1] * 3)
     fill(noise, extreme)
-    assert all(0.0 <= scale <= 2.0 for scale in noise.scales().tolist())
+    assert all(0.0 <= scale <= 2.0 for scale in noise.natural_values().tolist())
     if extreme == 1e4:
-        assert noise.scales().tolist() == [2.0] * 3
+        assert noise.natural_values().tolist() == [2.0] * 3
 
 
 def test_noise_keeps_the_dtype_of_its_input():

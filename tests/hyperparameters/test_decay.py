@@ -23,7 +23,12 @@ def test_granularity(granularity, count):
     wanted = 0.01 * sum(p.square().sum() for p in module.parameters())
     assert torch.allclose(decay(), wanted)
     wanted = [w.shape if granularity == "weight" else () for w in module.parameters()]
-    assert [d.shape for d in decay.decays()] == wanted
+    values = decay.natural_values()
+    if granularity == "global":
+        assert values.shape == ()
+    else:
+        assert list(values) == [name for name, _ in module.named_parameters()]
+        assert [value.shape for value in values.values()] == wanted
 
 
 def test_each_decay_acts_on_its_own_weight():
@@ -49,7 +54,7 @@ def test_decay_is_bounded_whatever_lambda_is():
     for value in (-100.0, 0.0, 5.0, 1e4):
         with torch.no_grad():
             decay.log_decay[0].fill_(value)
-        assert 0.0 <= decay.decays()[0].item() <= 0.7 * (1 + 1e-6)
+        assert 0.0 <= decay.natural_values().item() <= 0.7 * (1 + 1e-6)
         assert math.isfinite(float(decay().detach()))
 
 
@@ -82,7 +87,7 @@ def test_training_stays_finite_when_decay_is_driven_to_its_bound():
 
     module = Driven(lr=0.5, hyper_lr=5.0)
     quiet_trainer(max_epochs=60, callbacks=[IFTHypergradient(1, on_failure="use")]).fit(module)
-    assert max(d.item() for d in module.decay.decays()) > 0.5
+    assert max(module.hyperparameter_values()["decay"].values()) > 0.5
     assert all(bool(p.isfinite().all()) for p in module.parameters())
 
 
@@ -93,6 +98,17 @@ def test_training_stays_finite_when_decay_is_driven_to_its_bound():
         (lambda: WeightDecay(net(), initial=0.0), ValueError, "0 < initial < maximum"),
         (lambda: WeightDecay(net(), initial=2.0), ValueError, "0 < initial < maximum"),
         (lambda: WeightDecay(nn.ReLU()), ValueError, "ReLU has no parameters"),
+        (
+            lambda: WeightDecay(net(), "tensor", initial={"0.weight": 0.1}),
+            ValueError,
+            "0.weight, 0.bias, 1.weight, 1.bias",
+        ),
+        (lambda: WeightDecay(net(), initial={"0.weight": 0.1}), ValueError, "no single tensor, got 0.weight"),
+        (
+            lambda: WeightDecay(nn.Linear(1, 1, bias=False), "tensor", initial={"weight": 2.0}),
+            ValueError,
+            "initial=2.0",
+        ),
     ],
 )
 def test_refuses(make, error, message):
@@ -139,14 +155,14 @@ def test_weights_of_a_part_of_the_module_are_enough():
 def test_the_decay_has_the_dtype_of_the_weights():
     decay = WeightDecay(net().double(), "tensor", initial=0.02)
     assert [part.dtype for part in decay.parameters()] == [torch.float64] * 4
-    assert decay.decays()[0].item() == pytest.approx(0.02, rel=1e-14)
+    assert decay.natural_values()["0.weight"].item() == pytest.approx(0.02, rel=1e-14)
 
 
 @pytest.mark.parametrize("maximum", [0.7, 5.0])
 def test_the_decay_is_that_of_its_formula(maximum):
     decay = WeightDecay(net().double(), initial=0.1, maximum=maximum)
-    assert decay.decays()[0].item() == pytest.approx(0.1, rel=1e-12)
+    assert decay.natural_values().item() == pytest.approx(0.1, rel=1e-12)
     for value in (-3.0, 0.5, 2.0):
         with torch.no_grad():
             decay.log_decay[0].fill_(value)
-        assert decay.decays()[0].item() == pytest.approx(1 / (math.exp(-value) + 1 / maximum), rel=1e-12)
+        assert decay.natural_values().item() == pytest.approx(1 / (math.exp(-value) + 1 / maximum), rel=1e-12)

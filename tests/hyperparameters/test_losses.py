@@ -18,7 +18,7 @@ def test_what_belongs_to_the_loss_does_not_depend_on_the_mode(make):
 
 
 def test_loss_weights_start_at_one():
-    assert LossWeights(3).weights().tolist() == pytest.approx([1.0, 1.0, 1.0])
+    assert LossWeights(3).natural_values().tolist() == pytest.approx([1.0, 1.0, 1.0])
     assert float(LossWeights(3)(torch.tensor([1.0, 2.0, 4.0]))) == pytest.approx(7.0)
 
 
@@ -26,7 +26,7 @@ def test_loss_weights_are_a_softmax_that_sums_to_their_number():
     weights = LossWeights(3)
     with torch.no_grad():
         weights.logits.copy_(torch.tensor([1.0, 2.0, 4.0]).log())
-    assert weights.weights().tolist() == pytest.approx([3 / 7, 6 / 7, 12 / 7])
+    assert weights.natural_values().tolist() == pytest.approx([3 / 7, 6 / 7, 12 / 7])
     assert float(weights(torch.tensor([1.0, 10.0, 100.0]))) == pytest.approx((3 + 60 + 1200) / 7)
 
 
@@ -35,7 +35,7 @@ def test_loss_weights_stay_between_zero_and_their_number(extreme):
     weights = LossWeights(3)
     with torch.no_grad():
         weights.logits[1] = extreme
-    values = weights.weights()
+    values = weights.natural_values()
     assert bool((values >= 0).all())
     assert values.sum().item() == pytest.approx(3.0)
 
@@ -46,7 +46,7 @@ def test_a_common_factor_of_all_terms_is_no_hyperparameter():
     assert gradient.tolist() == pytest.approx([-2.0, -1.0, 3.0])  # each loss less their mean
     with torch.no_grad():
         weights.logits.add_(5.0)
-    assert weights.weights().tolist() == pytest.approx([1.0, 1.0, 1.0])
+    assert weights.natural_values().tolist() == pytest.approx([1.0, 1.0, 1.0])
 
 
 def test_losses_may_be_a_vector_a_sequence_or_named():
@@ -75,8 +75,8 @@ def test_label_smoothing_of_each_class():
         smoothing.logits[2] = 0.0  # half of the maximum
     wanted = [[0.9 + 0.1 / 3, 0.1 / 3, 0.1 / 3], [0.2 / 3, 0.2 / 3, 0.8 + 0.2 / 3]]
     assert torch.allclose(smoothing(torch.tensor([0, 2])), torch.tensor(wanted))
-    assert smoothing.smoothing().tolist() == pytest.approx([0.1, 0.1, 0.2])
-    assert LabelSmoothing(3).smoothing().tolist() == pytest.approx([0.01])
+    assert smoothing.natural_values().tolist() == pytest.approx([0.1, 0.1, 0.2])
+    assert LabelSmoothing(3).natural_values().tolist() == pytest.approx([0.01])
 
 
 @pytest.mark.parametrize("extreme", EXTREMES)
@@ -89,7 +89,7 @@ def test_smoothed_targets_stay_distributions(extreme, maximum):
     assert bool((targets >= 0).all())
     assert bool((targets.diagonal() >= 1 - maximum + maximum / 3 - 1e-6).all())
     if extreme == 1e4:
-        assert float(smoothing.smoothing()) == pytest.approx(maximum)
+        assert float(smoothing.natural_values()) == pytest.approx(maximum)
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ class Mixed(Classifier):
         self.decay = WeightDecay(self.net[2], initial=0.01)
 
     def inner_loss(self, batch):
-        weight = self.net[2].weight
-        return F.cross_entropy(self.net(batch[0].to(self.inputs)), batch[1]) + self.decay.decays()[0] * weight.norm()
+        penalty = self.decay.natural_values() * self.net[2].weight.norm()
+        return F.cross_entropy(self.net(batch[0].to(self.inputs)), batch[1]) + penalty
 
     def outer_loss(self, batch):
         return F.cross_entropy(self.net(batch[0].to(self.inputs)), batch[1])

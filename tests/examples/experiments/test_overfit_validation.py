@@ -38,7 +38,7 @@ def test_decays_are_tuned_after_the_first_steps_and_only_if_there_is_a_solver(no
     for solver in (None, *example.SOLVERS):
         module = example.train(example.MODELS["linear"], noise, 0, steps, solver)
         assert [scores.step for scores in module.history] == [5, 10, steps]
-        lowest, highest = torch.cat([decay.flatten() for decay in module.decay.decays()]).aminmax()
+        lowest, highest = torch.cat([decay.flatten() for decay in module.decay.natural_values().values()]).aminmax()
         spans[solver] = (highest / lowest).item()
     assert spans.pop(None) == 1.0
     # Adam's first two steps are as long as its learning rate, up or down, on the logarithm of each decay.
@@ -50,7 +50,7 @@ def test_decays_are_tuned_after_the_first_steps_and_only_if_there_is_a_solver(no
 def test_every_weight_of_a_deep_network_has_its_decay(name, least, shape):
     examples = images, _ = torch.zeros(2, *shape), torch.tensor([0, 99])
     module = example.Overfitter(example.MODELS[name], example.Split(examples, examples, examples, classes=100))
-    weights, decays = list(module.inner_parameters()), module.decay.decays()
+    weights, decays = list(module.inner_parameters()), list(module.decay.natural_values().values())
     assert [decay.shape for decay in decays] == [weight.shape for weight in weights]
     assert sum(weight.numel() for weight in weights) > least
     assert module.net(images).shape == (2, 100)

@@ -1,0 +1,167 @@
+"""Recording how hyperparameters move in a run, and moving them the same way in another one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lightning_ifthpo.callbacks.hypergradient import IFTHypergradient
+from lightning_ifthpo.module import BilevelLightningModule
+
+_Moves = list[tuple[int, dict[str, Tensor]]]
+"""Values after so many training batches, for hyperparameters that had others before."""
+
+
+class HyperparameterRecorder(L.Callback):
+    """Writes the hyperparameters' values to a file, with the training batch after which they changed.
+
+    Name it behind `IFTHypergradient` in the list of callbacks. The file is written at the end of the fit, also when an
+    error ends it, and can be read by `HyperparameterSchedule`.
+
+    Args:
+        path: The file. It takes four bytes for each number at each hyper step: 72 MB for 60,000 example weights and 300
+            hyper steps.
+
+    Raises:
+        ValueError: At the start of the fit, if `IFTHypergradient` stands behind it.
+        TypeError: At the start of the fit, if the module has no `BilevelLightningModule` among its bases.
+
+    >>> recorder = HyperparameterRecorder("schedule.pt")
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        self.path = path
+        self._moves: _Moves = []
+        self._latest: dict[str, Tensor] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what was recorded so far, as tensors and plain numbers."""
+        return {"moves": self._moves}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues a record."""
+        self._moves = state_dict["moves"]
+        for _, values in self._moves:
+            self._latest |= values
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Begins a new record; a checkpoint that belongs to this fit is loaded after this."""
+        if stage == "fit":
+            _check(pl_module, type(self).__name__)
+            self._moves, self._latest = [], {}
+
+    def on_fit_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
+        """Refuses a place before the callback that moves the hyperparameters."""
+        behind = trainer.callbacks[trainer.callbacks.index(self) :]
+        if any(isinstance(callback, IFTHypergradient) for callback in behind):
+            raise ValueError("HyperparameterRecorder stands before IFTHypergradient; name it behind, to see its steps")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Records the values at the start."""
+        self._record(pl_module, batches_of(trainer))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Records the values that have changed."""
+        self._record(pl_module, batches_of(trainer))
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes the file."""
+        if trainer.is_global_zero and self._moves:
+            Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"moves": self._moves}, self.path)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Does the same; the Trainer does not call `on_fit_end` after an exception."""
+        self.on_fit_end(trainer, pl_module)
+
+    def _record(self, module: Any, batches: int) -> None:
+        changed = {
+            name: parameter.detach().to("cpu", copy=True)
+            for name, parameter in module.named_hyperparameters()
+            if name not in self._latest or not torch.equal(parameter.detach().cpu(), self._latest[name])
+        }
+        if changed:
+            self._moves.append((batches, changed))
+            self._latest |= changed
+
+
+class HyperparameterSchedule(L.Callback):
+    """Moves the hyperparameters as a `HyperparameterRecorder` has seen them move, without hyper steps.
+
+    Training anew with the schedule, and with the final values alone, shows whether a gain comes from the values or from
+    their change during training. With the data, seed and module of the recorded run, training repeats it bit for bit.
+
+    Args:
+        path: The file that was recorded.
+
+    Raises:
+        ValueError: At the start of the fit, if the module has other hyperparameters, or `IFTHypergradient` moves them.
+        TypeError: At the start of the fit, if the module has no `BilevelLightningModule` among its bases.
+
+    >>> schedule = HyperparameterSchedule("schedule.pt")
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        self.path = path
+        self._moves: dict[int, dict[str, Tensor]] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Reads the file."""
+        if stage != "fit":
+            return
+        name = type(self).__name__
+        _check(pl_module, name)
+        moves: _Moves = torch.load(self.path, map_location="cpu", weights_only=True)["moves"]
+        self._moves = dict(moves)
+        assert isinstance(pl_module, BilevelLightningModule)
+        own = {path: tuple(tensor.shape) for path, tensor in pl_module.named_hyperparameters()}
+        recorded = {path: tuple(tensor.shape) for _, values in moves for path, tensor in values.items()}
+        if own != recorded:
+            raise ValueError(
+                f"{name}: {self.path} was recorded for the hyperparameters {recorded}, and "
+                f"{type(pl_module).__name__} has {own}"
+            )
+
+    def on_fit_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
+        """Refuses a second callback that moves hyperparameters."""
+        if any(isinstance(callback, IFTHypergradient) for callback in trainer.callbacks):
+            raise ValueError(
+                "HyperparameterSchedule and IFTHypergradient both move the hyperparameters; use one of them"
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Sets the values at the start; a resumed run has its own."""
+        self._move(pl_module, batches_of(trainer))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Sets the values that changed after this batch."""
+        self._move(pl_module, batches_of(trainer))
+
+    def _move(self, module: Any, batches: int) -> None:
+        hyperparameters = dict(module.named_hyperparameters())
+        with torch.no_grad():
+            for name, value in self._moves.get(batches, {}).items():
+                hyperparameters[name].copy_(value)
+
+
+def batches_of(trainer: L.Trainer) -> int:
+    """Returns the number of training batches so far, inside `on_train_start` and `on_train_batch_end`."""
+    return trainer.fit_loop.epoch_loop.total_batch_idx + 1
+
+
+def _check(module: Any, name: str) -> None:
+    if not isinstance(module, BilevelLightningModule):
+        raise TypeError(
+            f"{name} needs hyperparameters: name BilevelLightningModule first among the bases of "
+            f"{type(module).__name__}"
+        )
