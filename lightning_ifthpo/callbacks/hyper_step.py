@@ -22,6 +22,7 @@ from lightning_ifthpo.curvature.kinds import Curvature
 from lightning_ifthpo.hypergradients import Hypergradient, implicit_hypergradient
 from lightning_ifthpo.hypergradients.result import OuterGradient
 from lightning_ifthpo.optimizers import UpdateRule, moving
+from lightning_ifthpo.runtime.advice import warn_of_direct_effects
 from lightning_ifthpo.runtime.batches import prepared
 from lightning_ifthpo.runtime.distributed import Ranks
 from lightning_ifthpo.runtime.losses import ModuleLosses
@@ -110,6 +111,9 @@ class HyperStepper:
                 self._losses.difference_factor = operator.factor
         pairs = zip(outer.direct, mixed, strict=True)
         self._check_influence({index for index, pair in enumerate(pairs) if pair == (None, None)})
+        paths = [path for path, _ in self._module.named_hyperparameters()]
+        has_effect = [direct is not None and bool(direct.any()) for direct in outer.direct]
+        warn_of_direct_effects(self._module, list(compress(paths, has_effect)))
 
     def compute(self, batch: Any, *, diagnosed: bool) -> tuple[Hypergradient, str]:
         """Returns the hypergradient for a training batch and the next outer batch, and why it should not be used.

@@ -19,6 +19,7 @@ from lightning_ifthpo.core.validation import require_choice, require_flag
 from lightning_ifthpo.curvature.kinds import OPERATORS, Curvature
 from lightning_ifthpo.hypergradients import Hypergradient
 from lightning_ifthpo.module import BilevelLightningModule
+from lightning_ifthpo.runtime.advice import tell_of_few_steps, warn_of_shared_examples
 from lightning_ifthpo.runtime.optimizer_state import include_hyperparameters
 from lightning_ifthpo.runtime.outer_data import find_outer_data
 from lightning_ifthpo.runtime.precision import CurvaturePrecision
@@ -154,10 +155,13 @@ class IFTHypergradient(PeriodicCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Opens the outer data and restores a checkpoint's state."""
         restored, self._restored = self._restored, {}
+        source = find_outer_data(trainer, pl_module, self.outer_dataloader)
+        warn_of_shared_examples(trainer, source)
+        tell_of_few_steps(trainer, self.every_n_batches, self.start_after_batches)
         self._stepper = HyperStepper(
             trainer,
             pl_module,
-            find_outer_data(trainer, pl_module, self.outer_dataloader),
+            source,
             curvature=self.curvature,
             solver=self.solver,
             warm_start=self.warm_start,
@@ -227,7 +231,13 @@ class IFTHypergradient(PeriodicCallback):
             self._frozen = None
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Reports how many hyper steps were skipped."""
+        """Reports how many hyper steps were skipped, or that there was none."""
+        if not self._active_stepper.steps and not pl_module.has_fixed_hyperparameters:
+            rank_zero_warn(
+                "IFTHypergradient made no hyper step, so that the hyperparameters are as they were: no batch with a loss "
+                f"came {self.every_n_batches} training batches after the first {self.start_after_batches} "
+                "(every_n_batches, start_after_batches)"
+            )
         if self.skipped:
             rank_zero_info(f"IFTHypergradient: {self.skipped} of {self._active_stepper.steps} hyper steps were skipped")
 

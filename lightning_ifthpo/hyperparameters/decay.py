@@ -39,6 +39,8 @@ class WeightDecay(Bounded):
     True
     """
 
+    is_for_training_loss = True
+
     def __init__(
         self,
         module: nn.Module,

@@ -33,6 +33,8 @@ class LossWeights(nn.Module):
     tensor(2.5000)
     """
 
+    is_for_training_loss = True
+
     def __init__(self, terms: int | Sequence[str]) -> None:
         super().__init__()
         counted = isinstance(terms, int) and not isinstance(terms, bool)
@@ -86,6 +88,8 @@ class LabelSmoothing(Bounded):
     tensor([[0.8500, 0.0500, 0.0500, 0.0500],
             [0.0500, 0.0500, 0.0500, 0.8500]])
     """
+
+    is_for_training_loss = True
 
     def __init__(self, classes: int, *, per_class: bool = False, initial: float = 0.01, maximum: float = 0.5) -> None:
         require_at_least("classes", classes, 2)

@@ -28,6 +28,8 @@ class SampleWeights(Bounded):
     tensor([1., 1.])
     """
 
+    is_for_training_loss = True
+
     def __init__(self, n: int) -> None:
         require_at_least("n", n, 1)
         super().__init__(initial=1.0, maximum=2.0)

@@ -17,7 +17,8 @@ difference of a training batch with it and without. In brackets the least and th
 highest sum of what tensors hold during a call, over that of a training gradient; for a callback, what it adds.
 
 Milliseconds are shown for a GPU alone, because those of a shared machine say nothing, and memory for a CPU alone: what
-a GPU's allocator holds depends on the run before. These networks are small for a GPU, which waits for Python.
+a GPU's allocator holds depends on the run before. These networks are small for a GPU, which waits for Python. Weights
+of examples are tuned, and with "noise before the model" the scale of noise on the inputs, too.
 
 Made by `python -m tests.benchmarks.table` from the files in `docs/benchmarks`, which `python -m tests.benchmarks
 --json` has written.
@@ -46,7 +47,7 @@ def beside_others(run: dict[str, Any]) -> str:
         "lack: that the loss follows its gradient, and why a solve failed. They cost as much as four gradients of this",
         "small problem, and `diagnosed=False` leaves them out.",
         "",
-        f"torch {about['torch']}, {libraries}, {about['rounds']} rounds.",
+        f"torch {about['torch']}, {libraries}; {about['rounds']} rounds.",
     ]
     for problem, methods in run["peers"].items():
         rows += ["", f"| {problem} | error | cost |", "|---|---|---|"]
@@ -61,9 +62,9 @@ def costs(run: dict[str, Any]) -> str:
     about, on_gpu = run["about"], "core" not in run["about"]["device"]
     heads = ["case", "cost", "ms" if on_gpu else "memory"]
     rows = [
-        f"## {about['device']}",
+        f"## {about['device']}, {about['rounds']} rounds",
         "",
-        f"torch {about['torch']}, Lightning {about['lightning']}, {about['rounds']} rounds.",
+        f"torch {about['torch']}, Lightning {about['lightning']}.",
         "",
         f"| {' | '.join(heads)} |",
         f"|{'---|' * len(heads)}",

@@ -166,7 +166,7 @@ def test_training_in_half_precision_tunes_as_float32_does(precision):
     ends = {}
     for kind in (precision, "32-true"):
         module = Half()
-        callback = IFTHypergradient(1, solver=Identity(), curvature="hessian", outer_dataloader=loader)
+        callback = IFTHypergradient(1, solver=Identity(), curvature="hessian", outer_dataloader=list(loader))
         quiet_trainer(max_epochs=10, callbacks=[callback], precision=kind).fit(module, loader)
         ends[kind] = module.scale.item()
         assert callback.skipped == 0

@@ -271,6 +271,7 @@ def test_it_serves_pytorch_lightning_too():
     assert set(dtypes) == {torch.float32}
 
 
+@pytest.mark.filterwarnings("ignore:outer_loss depends on hyperparameter 'decay' by itself")
 def test_an_outer_loss_that_does_not_depend_on_the_weights_is_reported_once():
     class Alone(Classifier):
         def outer_loss(self, batch):

@@ -132,6 +132,7 @@ SKIPS = {
 @pytest.mark.parametrize("make", [BilevelSkipping, OwnInnerLoss])
 @pytest.mark.parametrize("skips", SKIPS)
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}], ids=["plain", "accumulated"])
+@pytest.mark.filterwarnings("ignore:IFTHypergradient made no hyper step")
 def test_batches_without_a_loss_are_left_out(skips, make, options):
     """All callbacks wait for a batch with a loss, and training is what it is without them."""
 
@@ -191,6 +192,7 @@ SCHEDULES = {
 @pytest.mark.parametrize("at_epoch_end", [False, True], ids=["validation", "epoch"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", NEVER)
+@pytest.mark.filterwarnings("ignore:IFTHypergradient made no hyper step")
 def test_other_callbacks_find_the_metrics_they_monitor(name, schedule, at_epoch_end, tmp_path):
     """At the first validation, and after the first epoch, although no firing is due before."""
     metric = METRICS.get(name, "sharpness/lambda_max")

@@ -167,6 +167,7 @@ class OwnClock(IFTHypergradient):
     def on_train_start(self, trainer, pl_module):
         super().on_train_start(trainer, pl_module)
         self._cadence._clock = itertools.count(step=-1 if trainer.global_rank else 1).__next__
+        self._cadence.begin(self._active_stepper.ranks.broadcast_bool)
 
 
 CG = ConjugateGradient(20, damping=1.0)  # beyond the negative curvature of the first weights
