@@ -234,8 +234,8 @@ class IFTHypergradient(PeriodicCallback):
         """Reports how many hyper steps were skipped, or that there was none."""
         if not self._active_stepper.steps and not pl_module.has_fixed_hyperparameters:
             rank_zero_warn(
-                "IFTHypergradient made no hyper step, so that the hyperparameters are as they were: no batch with a loss "
-                f"came {self.every_n_batches} training batches after the first {self.start_after_batches} "
+                "IFTHypergradient made no hyper step, so that the hyperparameters are as they were: no batch with a "
+                f"loss came {self.every_n_batches} training batches after the first {self.start_after_batches} "
                 "(every_n_batches, start_after_batches)"
             )
         if self.skipped:
