@@ -181,8 +181,12 @@ class BilevelLightningModule:
         """
         return None
 
-    def configure_hyper_optimizer(self) -> torch.optim.Optimizer:
-        """Returns the optimizer of the hyperparameters; by default Adam with learning rate 1e-2."""
+    def configure_hyper_optimizer(self) -> Any:
+        """Returns the optimizer of the hyperparameters; by default Adam with learning rate 1e-2.
+
+        With a scheduler, as in Lightning: {"optimizer": ..., "lr_scheduler": ...}. It makes a step after each hyper
+        step.
+        """
         return torch.optim.Adam(self.hyperparameters(), lr=1e-2)
 
 

@@ -73,13 +73,15 @@ class Stopwatch(Callback):
 def seconds(augment: nn.Module, rounds: int, batch_size: int) -> list[list[float]]:
     """Returns how long each iteration takes, in stretches: plain and augmented ones take turns, in this order."""
     torch.manual_seed(0)
-    examples = TensorDataset(torch.rand(4 * batch_size, 3, 32, 32), torch.randint(10, (4 * batch_size,)))
+    examples, outer = (
+        TensorDataset(torch.rand(4 * batch_size, 3, 32, 32), torch.randint(10, (4 * batch_size,))) for _ in range(2)
+    )
     steps = STRETCH * (2 * rounds + 1) + 1  # the first stretch warms up, and the start of one more ends the last
     classifier = Classifier(resnet18(), augment, steps, hyper_rate=0.01, hyper_steps=rounds)
     hypergradient = IFTHypergradient(
         2 * STRETCH,
         start_after_batches=STRETCH,  # so that the hyper steps end the third stretch, the fifth, ...
-        outer_dataloader=DataLoader(examples, batch_size),
+        outer_dataloader=DataLoader(outer, batch_size),
         on_failure="use",
     )
     stopwatch = Stopwatch()

@@ -112,8 +112,9 @@ def main(argv: list[str] | None = None) -> Figures:
     args = parser.parse_args(argv)
     start(threads=2, ignore=["hyper step"])
     pixels, labels = mnist_5k()
-    images = TensorDataset(pixels / 255, labels)
-    outer = DataLoader(images, BATCH)
+    is_outer = torch.arange(len(labels)) % 5 == 0  # images are sorted by digit
+    images, others = (TensorDataset(pixels[part] / 255, labels[part]) for part in (~is_outer, is_outer))
+    outer = DataLoader(others, BATCH)
     ratios: dict[str, dict[str, float]] = {model: {} for model in args.models}
     for model, by_callback in ratios.items():
         seconds(model, [], images, min(args.steps, 50))

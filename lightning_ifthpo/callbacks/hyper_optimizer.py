@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 
 class HyperOptimizer:
@@ -19,16 +20,18 @@ class HyperOptimizer:
     the optimizer. After a step the rounded master copy is written to the module. If something else has changed a value
     in the module meanwhile, the master copy takes that value.
 
+    A scheduler that `configure_hyper_optimizer` returns makes a step after each hyper step.
+
     Args:
         module: A LightningModule with the bilevel mixin, on its device.
 
     Raises:
-        TypeError: If `configure_hyper_optimizer` does not return one torch optimizer.
+        TypeError: If `configure_hyper_optimizer` does not return one torch optimizer, alone or with one scheduler.
         ValueError: If the optimizer holds no hyperparameter or something else, or its step needs a closure.
     """
 
     def __init__(self, module: Any) -> None:
-        optimizer = module.configure_hyper_optimizer()
+        optimizer, self._scheduler = _unpacked(module.configure_hyper_optimizer())
         _check(optimizer, module)
         self._optimizer: Optimizer = optimizer
         self._hyperparameters = list(module.hyperparameters())
@@ -44,20 +47,28 @@ class HyperOptimizer:
                     master.copy_(torch.where(hyperparameter == master.to(hyperparameter.dtype), master, value))
                 master.grad = gradient.to(master.dtype)
             self._optimizer.step()
+            if self._scheduler is not None:
+                self._scheduler.step()
             for hyperparameter, master, _ in triples:
                 master.grad = None
                 if master is not hyperparameter:
                     hyperparameter.copy_(master)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state of the optimizer, and the master copies."""
-        return {**self._optimizer.state_dict(), "masters": [master.detach() for master in self._copies]}
+        """Returns the state of the optimizer and its scheduler, and the master copies."""
+        return {
+            **self._optimizer.state_dict(),
+            "masters": [master.detach() for master in self._copies],
+            "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores a result of `state_dict`."""
         state = state.copy()
-        masters = state.pop("masters")
+        masters, scheduler = state.pop("masters"), state.pop("scheduler")
         self._optimizer.load_state_dict(state)
+        if self._scheduler is not None and scheduler is not None:
+            self._scheduler.load_state_dict(scheduler)
         with torch.no_grad():
             for master, value in zip(self._copies, masters, strict=True):
                 master.copy_(value)
@@ -83,13 +94,39 @@ def _master(optimizer: Optimizer, hyperparameter: nn.Parameter) -> nn.Parameter:
     return master
 
 
-def _check(optimizer: Any, module: Any) -> None:
-    """Raises an error in words unless an optimizer can make hyper steps."""
-    if not isinstance(optimizer, Optimizer):
+def _unpacked(configured: Any) -> tuple[Optimizer, LRScheduler | None]:
+    """Returns the optimizer, and the scheduler if there is one, from what Lightning accepts for a single optimizer.
+
+    Raises:
+        TypeError: If it is anything else.
+    """
+    optimizer, scheduler = configured, None
+    if isinstance(configured, dict):
+        optimizer, scheduler = configured.get("optimizer"), configured.get("lr_scheduler")
+    elif isinstance(configured, (list, tuple)) and len(configured) == 2 and all(map(_is_list, configured)):
+        optimizers, schedulers = configured
+        if len(optimizers) == 1 and len(schedulers) <= 1:
+            optimizer, scheduler = optimizers[0], next(iter(schedulers), None)
+    scheduler = scheduler.get("scheduler") if isinstance(scheduler, dict) else scheduler
+    if not isinstance(optimizer, Optimizer) or not isinstance(scheduler, LRScheduler | None):
         raise TypeError(
-            f"expected configure_hyper_optimizer to return one torch optimizer, got {optimizer!r}; return the "
-            "optimizer alone, without a list and without schedulers"
+            "expected configure_hyper_optimizer to return one torch optimizer, or {'optimizer': ..., 'lr_scheduler': "
+            f"...}} with one scheduler, got {configured!r}"
         )
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise TypeError(
+            "ReduceLROnPlateau waits for a metric, and hyper steps have the loss of one batch; use another scheduler "
+            "for the hyper-optimizer"
+        )
+    return optimizer, scheduler
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _check(optimizer: Optimizer, module: Any) -> None:
+    """Raises an error in words unless an optimizer can make hyper steps."""
     hyperparameters = set(module.hyperparameters())
     weights = {weight: name for name, weight in module.named_inner_parameters()}
     held = [tensor for group in optimizer.param_groups for tensor in group["params"]]

@@ -66,7 +66,7 @@ class IFTHypergradient(PeriodicCallback):
     >>> callback = IFTHypergradient(every_n_batches=10, curvature="gauss_newton")
     """
 
-    headline = "hypergrad/norm"
+    headline = "hypergrad/outer_loss"
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ def warn_of_shared_examples(trainer: L.Trainer, outer: Iterable[Any]) -> None:
         rank_zero_warn(
             f"{shared} of {len(outer_indices)} outer examples are training examples, too. On them the hyperparameters "
             "learn what helps to fit the training data, such as less weight decay; take outer data that training does "
-            "not see"
+            "not see, unless both losses are meant for the same data, as in a game"
         )
 
 

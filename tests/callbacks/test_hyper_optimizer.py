@@ -28,10 +28,18 @@ def adam(module):
     return torch.optim.Adam(module.hyperparameters())
 
 
+def scheduled(module, scheduler=torch.optim.lr_scheduler.ExponentialLR, **options):
+    optimizer = torch.optim.SGD(module.hyperparameters(), lr=1.0)
+    return {"optimizer": optimizer, "lr_scheduler": scheduler(optimizer, **options)}
+
+
 REFUSED = {
-    "list": (lambda m: [adam(m)], TypeError, r"to return one torch optimizer, got \[Adam"),
-    "tuple with schedulers": (lambda m: ([adam(m)], []), TypeError, r"got \(\[Adam .*without schedulers"),
-    "dict": (lambda m: {"optimizer": adam(m)}, TypeError, "got {'optimizer'"),
+    "list": (lambda m: [adam(m)], TypeError, r"to return one torch optimizer, .*got \[Adam"),
+    "two optimizers": (lambda m: ([adam(m), adam(m)], []), TypeError, r"got \(\[Adam"),
+    "optimizer and number": (lambda m: (adam(m), 0.1), TypeError, r"got \(Adam"),
+    "dict without": (lambda m: {"lr_scheduler": None}, TypeError, "got {'lr_scheduler'"),
+    "no scheduler": (lambda m: {"optimizer": adam(m), "lr_scheduler": 0.1}, TypeError, "with one scheduler"),
+    "plateau": (lambda m: scheduled(m, torch.optim.lr_scheduler.ReduceLROnPlateau), TypeError, "waits for a metric"),
     "None": (lambda m: None, TypeError, "got None"),
     "class": (lambda m: torch.optim.Adam, TypeError, "got <class"),
     "LBFGS": (lambda m: torch.optim.LBFGS(m.hyperparameters()), ValueError, "LBFGS needs a closure"),
@@ -55,6 +63,39 @@ def test_another_kind_of_optimizer_is_refused_before_the_first_batch(kind):
         trainer.fit(module)
     assert trainer.global_step == 0
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda one: one,
+        lambda one: {"optimizer": one["optimizer"], "lr_scheduler": {"scheduler": one["lr_scheduler"]}},
+        lambda one: ([one["optimizer"]], [one["lr_scheduler"]]),
+    ],
+    ids=["dict", "dict of dicts", "lists"],
+)
+def test_a_scheduler_makes_a_step_after_each_hyper_step_and_resumes(form):
+    module = Ridge()
+    start = module.log_decay.item()
+    module.configure_hyper_optimizer = lambda: form(scheduled(module, gamma=0.5))
+    optimizer = HyperOptimizer(module)
+    for _ in range(2):
+        optimizer.step([torch.tensor(1.0, dtype=torch.float64)])
+    assert module.log_decay.item() == pytest.approx(start - 1.0 - 0.5)
+    check_state_is_plain(optimizer.state_dict())
+    resumed = HyperOptimizer(module)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    resumed.step([torch.tensor(1.0, dtype=torch.float64)])
+    assert module.log_decay.item() == pytest.approx(start - 1.0 - 0.5 - 0.25)
+
+
+@pytest.mark.parametrize("form", [lambda one: {"optimizer": one}, lambda one: ([one], [])], ids=["dict", "lists"])
+def test_an_optimizer_may_be_wrapped_as_in_lightning(form):
+    module = Ridge()
+    module.configure_hyper_optimizer = lambda: form(torch.optim.SGD(module.hyperparameters(), lr=1.0))
+    start = module.log_decay.item()
+    HyperOptimizer(module).step([torch.tensor(1.0, dtype=torch.float64)])
+    assert module.log_decay.item() == pytest.approx(start - 1.0)
 
 
 def test_some_of_the_hyperparameters_in_several_groups_are_enough():

@@ -62,14 +62,14 @@ def test_outer_examples_that_training_sees_are_told(training, outer, shared, rec
 @pytest.mark.filterwarnings("ignore:IFTHypergradient made no hyper step")
 def test_too_few_hyper_steps_are_told_at_the_beginning(batches, options, told, caplog):
     callback = IFTHypergradient(4, **options)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
         quiet_trainer(max_steps=batches, max_epochs=-1, callbacks=[callback]).fit(Classifier())
     assert ("moves the hyperparameters hardly at all" in caplog.text) == (told is not None)
     assert told is None or told in caplog.text
 
 
 def test_batches_and_not_optimizer_steps_are_counted(caplog):
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
         quiet_trainer(max_steps=5, max_epochs=-1, accumulate_grad_batches=8, callbacks=[IFTHypergradient(4)]).fit(
             Classifier()
         )

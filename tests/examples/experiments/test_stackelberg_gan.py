@@ -7,7 +7,7 @@ from examples.experiments.common import start
 
 @pytest.fixture(autouse=True)
 def _silent():
-    start()
+    start(ignore=["outer examples are training examples"])
 
 
 def run_of(samples):
