@@ -128,7 +128,8 @@ class BilevelLightningModule:
     def freeze_hyperparameters(self) -> Self:
         """Keeps the hyperparameters at their present values, and returns the module.
 
-        `IFTHypergradient` then makes no hyper steps. Use it to train anew with values that were tuned.
+        `IFTHypergradient` then makes no hyper steps, and needs no outer data. Use it to train anew with values that
+        were tuned, before `fit`. Checkpoints do not hold it.
         """
         self.has_fixed_hyperparameters = True
         return self

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,5 +55,5 @@ def _part_names(parts: Mapping[str, Tensor]) -> Iterator[str]:
             yield from (f"{name}/{index}" if name else str(index) for index in range(len(part)))
 
 
-def _norm(tensors: Iterable[Tensor]) -> float:
-    return math.hypot(*map(length, tensors))
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return length(tensors[0] if len(tensors) == 1 else torch.cat([tensor.reshape(-1) for tensor in tensors]))

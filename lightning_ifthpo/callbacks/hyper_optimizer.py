@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+# What Lightning accepts beside a scheduler, and holds here too
+_NAMES = ("scheduler", "name")
+_KEPT = (("interval", "step"), ("frequency", 1))
+
 
 class HyperOptimizer:
     """Makes the steps of a module's hyper-optimizer, in float32 where a hyperparameter is in half precision.
@@ -27,7 +31,8 @@ class HyperOptimizer:
 
     Raises:
         TypeError: If `configure_hyper_optimizer` does not return one torch optimizer, alone or with one scheduler.
-        ValueError: If the optimizer holds no hyperparameter or something else, or its step needs a closure.
+        ValueError: If the optimizer holds no hyperparameter or something else, its step needs a closure, or the
+            scheduler belongs to another one.
     """
 
     def __init__(self, module: Any) -> None:
@@ -107,7 +112,14 @@ def _unpacked(configured: Any) -> tuple[Optimizer, LRScheduler | None]:
         optimizers, schedulers = configured
         if len(optimizers) == 1 and len(schedulers) <= 1:
             optimizer, scheduler = optimizers[0], next(iter(schedulers), None)
-    scheduler = scheduler.get("scheduler") if isinstance(scheduler, dict) else scheduler
+    if isinstance(scheduler, dict):
+        ignored = {key: scheduler[key] for key in scheduler if (key, scheduler[key]) not in _KEPT and key not in _NAMES}
+        if ignored:
+            raise TypeError(
+                f"a scheduler of the hyper-optimizer makes a step after each hyper step, and {ignored} asks for another "
+                "time; leave it out"
+            )
+        scheduler = scheduler.get("scheduler")
     if not isinstance(optimizer, Optimizer) or not isinstance(scheduler, LRScheduler | None):
         raise TypeError(
             "expected configure_hyper_optimizer to return one torch optimizer, or {'optimizer': ..., 'lr_scheduler': "
@@ -118,6 +130,8 @@ def _unpacked(configured: Any) -> tuple[Optimizer, LRScheduler | None]:
             "ReduceLROnPlateau waits for a metric, and hyper steps have the loss of one batch; use another scheduler "
             "for the hyper-optimizer"
         )
+    if scheduler is not None and scheduler.optimizer is not optimizer:
+        raise ValueError("the scheduler of the hyper-optimizer belongs to another optimizer; create it with this one")
     return optimizer, scheduler
 
 

@@ -154,6 +154,9 @@ class IFTHypergradient(PeriodicCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Opens the outer data and restores a checkpoint's state."""
+        self._frozen = FrozenHyperparameters(pl_module)
+        if pl_module.has_fixed_hyperparameters:
+            return
         restored, self._restored = self._restored, {}
         source = find_outer_data(trainer, pl_module, self.outer_dataloader)
         warn_of_shared_examples(trainer, source)
@@ -168,7 +171,6 @@ class IFTHypergradient(PeriodicCallback):
             precision=self.precision,
             state=restored.get("stepper", {}),
         )
-        self._frozen = FrozenHyperparameters(pl_module)
         if restored:
             self.skipped, self._metrics = restored["skipped"], restored["metrics"]
             self._cadence.load_state_dict(restored["cadence"])
@@ -182,7 +184,7 @@ class IFTHypergradient(PeriodicCallback):
         assert self._frozen is not None, "training has not started"
         if unfrozen := self._frozen.refreeze():
             self._warn_of_unfrozen(unfrozen)
-        if pl_module.has_fixed_hyperparameters:
+        if self._stepper is None or pl_module.has_fixed_hyperparameters:
             return  # without a batch there is no hyper step
         if not self._is_tested:
             try:
@@ -232,14 +234,16 @@ class IFTHypergradient(PeriodicCallback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reports how many hyper steps were skipped, or that there was none."""
-        if not self._active_stepper.steps and not pl_module.has_fixed_hyperparameters:
+        if self._stepper is None:  # there was nothing to train
+            return
+        if not self._stepper.steps and not pl_module.has_fixed_hyperparameters:
             rank_zero_warn(
                 "IFTHypergradient made no hyper step, so that the hyperparameters are as they were: no batch with a "
                 f"loss came {self.every_n_batches} training batches after the first {self.start_after_batches} "
                 "(every_n_batches, start_after_batches)"
             )
         if self.skipped:
-            rank_zero_info(f"IFTHypergradient: {self.skipped} of {self._active_stepper.steps} hyper steps were skipped")
+            rank_zero_info(f"IFTHypergradient: {self.skipped} of {self._stepper.steps} hyper steps were skipped")
 
     def _warn_of_unfrozen(self, names: list[str]) -> None:
         if not self._has_warned_of_unfrozen:

@@ -24,7 +24,7 @@ class HyperparameterRecorder(L.Callback):
 
     Args:
         path: The file. It takes four bytes for each number at each hyper step: 72 MB for 60,000 example weights and 300
-            hyper steps.
+            hyper steps. Memory and the checkpoints of the run hold as much.
 
     Raises:
         ValueError: At the start of the fit, if `IFTHypergradient` stands behind it.
@@ -38,6 +38,7 @@ class HyperparameterRecorder(L.Callback):
         self.path = path
         self._moves: _Moves = []
         self._latest: dict[str, Tensor] = {}
+        self._versions: dict[str, tuple[int, int]] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what was recorded so far, as tensors and plain numbers."""
@@ -53,7 +54,7 @@ class HyperparameterRecorder(L.Callback):
         """Begins a new record; a checkpoint that belongs to this fit is loaded after this."""
         if stage == "fit":
             _check(pl_module, type(self).__name__)
-            self._moves, self._latest = [], {}
+            self._moves, self._latest, self._versions = [], {}, {}
 
     def on_fit_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Refuses a place before the callback that moves the hyperparameters."""
@@ -63,13 +64,13 @@ class HyperparameterRecorder(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Records the values at the start."""
-        self._record(pl_module, batches_of(trainer))
+        self._record(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Records the values that have changed."""
-        self._record(pl_module, batches_of(trainer))
+        self._record(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes the file."""
@@ -81,14 +82,20 @@ class HyperparameterRecorder(L.Callback):
         """Does the same; the Trainer does not call `on_fit_end` after an exception."""
         self.on_fit_end(trainer, pl_module)
 
-    def _record(self, module: Any, batches: int) -> None:
-        changed = {
-            name: parameter.detach().to("cpu", copy=True)
-            for name, parameter in module.named_hyperparameters()
-            if name not in self._latest or not torch.equal(parameter.detach().cpu(), self._latest[name])
-        }
+    def _record(self, trainer: L.Trainer, module: Any) -> None:
+        """Adds the values that have changed; the version counter shows most batches after which there are none."""
+        if not trainer.is_global_zero:
+            return
+        changed: dict[str, Tensor] = {}
+        for name, parameter in module.named_hyperparameters():
+            version = (id(parameter), parameter._version)
+            if self._versions.get(name) != version:
+                self._versions[name] = version
+                value = parameter.detach().to("cpu", copy=True)
+                if name not in self._latest or not torch.equal(value, self._latest[name]):
+                    changed[name] = value
         if changed:
-            self._moves.append((batches, changed))
+            self._moves.append((batches_of(trainer), changed))
             self._latest |= changed
 
 
@@ -102,7 +109,8 @@ class HyperparameterSchedule(L.Callback):
         path: The file that was recorded.
 
     Raises:
-        ValueError: At the start of the fit, if the module has other hyperparameters, or `IFTHypergradient` moves them.
+        ValueError: At the start of the fit, if the module has other hyperparameters, `IFTHypergradient` moves them, or
+            the record begins later.
         TypeError: At the start of the fit, if the module has no `BilevelLightningModule` among its bases.
 
     >>> schedule = HyperparameterSchedule("schedule.pt")
@@ -139,6 +147,11 @@ class HyperparameterSchedule(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Sets the values at the start; a resumed run has its own."""
+        if min(self._moves) > batches_of(trainer):
+            raise ValueError(
+                f"HyperparameterSchedule: {self.path} begins after {min(self._moves)} training batches; record a run "
+                "from its start"
+            )
         self._move(pl_module, batches_of(trainer))
 
     def on_train_batch_end(

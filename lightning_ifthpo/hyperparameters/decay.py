@@ -24,7 +24,7 @@ class WeightDecay(Bounded):
         module: Its parameters that require a gradient are decayed. They do not become parameters of this module.
         granularity: "global" for one decay for all weights, "tensor" for one per tensor, "weight" for one per weight.
         initial: Decay at the start, in (0, maximum); in loss / parameter². Or one for each weight tensor by its name,
-            such as `natural_values` of an earlier run with one decay per tensor.
+            such as `hyperparameter_values()["decay"]` of an earlier run with one decay per tensor.
         maximum: Upper bound of each decay, in loss / parameter². From 2/lr on, gradient descent diverges.
 
     Raises:
@@ -55,12 +55,15 @@ class WeightDecay(Bounded):
         decayed = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         if not decayed:
             raise ValueError(f"{type(module).__name__} has no parameters that require a gradient")
+        if isinstance(initial, Mapping) and granularity == "global":
+            raise ValueError("granularity='global' has one decay: pass a number as initial, or granularity='tensor'")
         names = [""] if granularity == "global" else list(decayed)
-        initials = initial if isinstance(initial, Mapping) else dict.fromkeys(names, initial)
-        if initials.keys() != set(names):
-            raise ValueError(
-                f"expected initial decays of {', '.join(names) or 'no single tensor'}, got {', '.join(initials)}"
-            )
+        if not isinstance(initial, Mapping):
+            initials = dict.fromkeys(names, initial)
+        elif initial.keys() == set(names):
+            initials = {name: float(value) for name, value in initial.items()}
+        else:
+            raise ValueError(f"expected initial decays of {', '.join(names)}, got {', '.join(initial)}")
         for value in initials.values():
             super().__init__(value, maximum)
         self.names, self.weights = tuple(decayed), tuple(decayed.values())

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ifthpo.core.space import ParameterSpace
+from lightning_ifthpo.core.vectors import wide
 from lightning_ifthpo.optimizers.known import responses
 
 
@@ -46,7 +47,8 @@ class UpdateRule:
         slowest = self.step_size.amin()
         if not slowest > 0.0:
             slowest = torch.where(self.step_size > 0.0, self.step_size, math.inf).amin().nan_to_num(posinf=1.0)
-        damping = self.step_size.clamp(min=slowest).reciprocal_().mul_(pull)
+        # a tensor, because torch divides a number by a tensor as number · 1/s, and in float16 1/s overflows first
+        damping = torch.as_tensor(pull, dtype=wide(slowest), device=slowest.device) / self.step_size.clamp(min=slowest)
         return damping if not isinstance(self.decay, Tensor) and self.decay == 0.0 else damping.add_(self.decay)
 
     @classmethod

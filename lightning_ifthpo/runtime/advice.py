@@ -3,47 +3,68 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence, Sized
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from lightning_ifthpo.hyperparameters import IndexedDataset
+from lightning_ifthpo.runtime.outer_data import draws_all
 
 _FEW = 10  # hyper steps
+_MANY = 10_000_000  # examples, for which a comparison takes seconds
 
 
 def warn_of_shared_examples(trainer: L.Trainer, outer: Iterable[Any]) -> None:
-    """Warns if outer examples are training examples, too, as far as the data sets show it."""
+    """Warns if outer examples are training examples, too, as far as data sets and samplers show it."""
     training: Any = trainer.train_dataloader
-    if not (isinstance(training, DataLoader) and isinstance(outer, DataLoader)):
+    if not all(
+        isinstance(loader, DataLoader) and draws_all(loader, trainer.world_size) for loader in (training, outer)
+    ):
         return
-    (root, indices), (outer_root, outer_indices) = _origin(training.dataset), _origin(outer.dataset)
-    if root is outer_root and (shared := len(set(indices) & set(outer_indices))):
+    assert isinstance(outer, DataLoader)
+    shared = _shared_examples(training.dataset, outer.dataset)
+    if shared:
         rank_zero_warn(
-            f"{shared} of {len(outer_indices)} outer examples are training examples, too. On them the hyperparameters "
-            "learn what helps to fit the training data, such as less weight decay; take outer data that training does "
-            "not see, unless both losses are meant for the same data, as in a game"
+            f"{shared} of {len(outer.dataset)} outer examples are training examples, too. On them the "  # type: ignore[arg-type]
+            "hyperparameters learn what helps to fit the training data, such as less weight decay; take outer data "
+            "that training does not see, unless both losses are meant for the same data, as in a game"
         )
 
 
-def _origin(data: Any) -> tuple[Any, Sequence[int]]:
-    """Returns the data set behind subsets and added indices, and which of its examples are in use."""
+def _shared_examples(data: Any, other: Any) -> int:
+    """Returns how many examples of one data set two subsets share; 0 if that is unknown, or takes long to find out."""
+    if _root(data) is not _root(other) or len(data) + len(other) > _MANY:
+        return 0
+    with suppress(TypeError, IndexError, KeyError):  # keys that are no indices
+        indices = set(_indices(other))
+        return sum(index in indices for index in _indices(data))
+    return 0
+
+
+def _root(data: Any) -> Any:
+    """Returns the data set behind subsets and added indices."""
+    return _root(data.dataset) if isinstance(data, (IndexedDataset, Subset)) else data
+
+
+def _indices(data: Any) -> Sequence[int]:
+    """Returns which examples of its root a data set has."""
     if isinstance(data, IndexedDataset):
-        return _origin(data.dataset)
+        return _indices(data.dataset)
     if isinstance(data, Subset):
-        root, indices = _origin(data.dataset)
-        return root, [indices[index] for index in data.indices]
-    return data, range(len(data)) if isinstance(data, Sized) else ()
+        indices, own = _indices(data.dataset), data.indices
+        return [indices[index] for index in (own.tolist() if isinstance(own, Tensor) else own)]
+    return range(len(data))
 
 
 def tell_of_few_steps(trainer: L.Trainer, every_n_batches: int, start_after_batches: int) -> None:
     """Says how many hyper steps the run will have, if they are too few to move anything."""
     batches = float(trainer.estimated_stepping_batches) * trainer.accumulate_grad_batches
-    if not math.isfinite(batches):
+    if not (0.0 <= batches < math.inf) or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     steps = max(0, int(batches - start_after_batches)) // every_n_batches
     if steps < _FEW:

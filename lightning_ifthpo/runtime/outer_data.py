@@ -168,7 +168,7 @@ def _endless_loader(
     source: Iterable[Any], seed: int, rank: int, world_size: int, consumed: int
 ) -> DataLoader[Any] | None:
     """Returns the loader with an endless sampler; None if that would change the user's choice of examples."""
-    if type(source) is not DataLoader or source.batch_size is None or not _draws_all(source, world_size):
+    if type(source) is not DataLoader or source.batch_size is None or not draws_all(source, world_size):
         return None
     size = len(source.dataset)  # type: ignore[arg-type]
     batches = EndlessBatchSampler(size, source.batch_size, seed, rank, world_size, consumed)
@@ -188,7 +188,7 @@ def _endless_loader(
     )
 
 
-def _draws_all(loader: DataLoader[Any], world_size: int) -> bool:
+def draws_all(loader: DataLoader[Any], world_size: int) -> bool:
     """Returns whether a loader draws each example exactly once, in all processes together."""
     sampler: Any = loader.sampler
     dataset: Any = loader.dataset

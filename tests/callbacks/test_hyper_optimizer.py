@@ -39,6 +39,19 @@ REFUSED = {
     "optimizer and number": (lambda m: (adam(m), 0.1), TypeError, r"got \(Adam"),
     "dict without": (lambda m: {"lr_scheduler": None}, TypeError, "got {'lr_scheduler'"),
     "no scheduler": (lambda m: {"optimizer": adam(m), "lr_scheduler": 0.1}, TypeError, "with one scheduler"),
+    "each epoch": (
+        lambda m: {
+            "optimizer": (one := scheduled(m, gamma=0.5))["optimizer"],
+            "lr_scheduler": {"scheduler": one["lr_scheduler"], "interval": "epoch", "frequency": 1, "name": "hyper"},
+        },
+        TypeError,
+        "{'interval': 'epoch'} asks for another time",
+    ),
+    "of another": (
+        lambda m: {"optimizer": adam(m), "lr_scheduler": scheduled(m, gamma=0.5)["lr_scheduler"]},
+        ValueError,
+        "belongs to another optimizer",
+    ),
     "plateau": (lambda m: scheduled(m, torch.optim.lr_scheduler.ReduceLROnPlateau), TypeError, "waits for a metric"),
     "None": (lambda m: None, TypeError, "got None"),
     "class": (lambda m: torch.optim.Adam, TypeError, "got <class"),

@@ -127,7 +127,7 @@ def test_metrics_are_logged_once_at_their_step_to_all_loggers(tmp_path):
         assert math.isfinite(float(rows[-1][name])), name
         assert float(trainer.callback_metrics[name]) == pytest.approx(float(rows[-1][name]), rel=1e-5)
     assert float(rows[-1]["hypergrad/products"]) == 2
-    assert "hypergrad/norm" in trainer.progress_bar_metrics
+    assert "hypergrad/outer_loss" in trainer.progress_bar_metrics
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -284,3 +284,15 @@ def test_an_outer_loss_that_does_not_depend_on_the_weights_is_reported_once():
     assert len([warning for warning in caught if "zero right-hand side" in str(warning.message)]) == 1
     assert float(trainer.callback_metrics["hypergrad/skipped"]) == 0
     assert float(trainer.callback_metrics["hypergrad/direct_norm"]) > 0
+
+
+@pytest.mark.parametrize("options", [{"max_epochs": 0}, {"max_epochs": 1, "limit_train_batches": 0}], ids=str)
+def test_a_fit_that_trains_nothing_ends_well(options):
+    quiet_trainer(callbacks=[IFTHypergradient(1)], **options).fit(Classifier())
+
+
+def test_a_finished_run_can_be_resumed(tmp_path):
+    trainer = quiet_trainer(max_epochs=1, callbacks=[IFTHypergradient(1)])
+    trainer.fit(Classifier())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    quiet_trainer(max_epochs=1, callbacks=[IFTHypergradient(1)]).fit(Classifier(), ckpt_path=tmp_path / "end.ckpt")

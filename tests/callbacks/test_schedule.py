@@ -77,6 +77,20 @@ def test_a_record_survives_an_interruption_and_a_schedule_resumes(path, tuned, t
     assert_equal(run(lambda: [HyperparameterSchedule(path)], "replayed"), resumed)
 
 
+def test_a_record_that_begins_late_is_refused(path, tmp_path):
+    """A recorder that was added to a resumed run has not seen the first values."""
+
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 4:
+                trainer.save_checkpoint(tmp_path / "four.ckpt")
+
+    trained([IFTHypergradient(2), Save()])
+    trained([IFTHypergradient(2), HyperparameterRecorder(path)], ckpt_path=tmp_path / "four.ckpt")
+    with pytest.raises(ValueError, match="begins after 4 training batches; record a run from its start"):
+        trained([HyperparameterSchedule(path)])
+
+
 def test_only_what_changes_is_recorded(path):
     trained([HyperparameterRecorder(path)])
     moves = torch.load(path, weights_only=True)["moves"]

@@ -103,7 +103,7 @@ def test_training_stays_finite_when_decay_is_driven_to_its_bound():
             ValueError,
             "0.weight, 0.bias, 1.weight, 1.bias",
         ),
-        (lambda: WeightDecay(net(), initial={"0.weight": 0.1}), ValueError, "no single tensor, got 0.weight"),
+        (lambda: WeightDecay(net(), initial={"0.weight": 0.1}), ValueError, "pass a number as initial"),
         (
             lambda: WeightDecay(nn.Linear(1, 1, bias=False), "tensor", initial={"weight": 2.0}),
             ValueError,
@@ -166,3 +166,12 @@ def test_the_decay_is_that_of_its_formula(maximum):
         with torch.no_grad():
             decay.log_decay[0].fill_(value)
         assert decay.natural_values().item() == pytest.approx(1 / (math.exp(-value) + 1 / maximum), rel=1e-12)
+
+
+def test_natural_values_are_a_start():
+    decay = WeightDecay(net(), "tensor", initial=0.02)
+    with torch.no_grad():
+        decay.log_decay[1] += 1.0
+    again = WeightDecay(net(), "tensor", initial=decay.natural_values())
+    for name, value in decay.natural_values().items():
+        assert again.natural_values()[name].item() == pytest.approx(value.item())

@@ -172,3 +172,11 @@ def test_all_that_are_held_move_if_all_rates_are_zero_and_all_trainable_ones_wit
     assert moving([torch.optim.SGD([first, frozen], lr=0.0)], every) == [True, False, False]
     assert moving([], every) == [True, True, False]
     assert moving([torch.optim.SGD([frozen, parameter()], lr=0.1)], every) == [True, True, False]
+
+
+def test_a_damping_does_not_overflow_where_one_over_the_step_does():
+    """1/s is beyond the largest float16, 65504, from steps of 1.5e-5 on; 1/(100 s) is not."""
+    first, second = (torch.ones(2, dtype=torch.float16, requires_grad=True) for _ in range(2))
+    optimizer = torch.optim.SGD([{"params": [first], "lr": 1e-5}, {"params": [second]}], lr=0.02)
+    damping = UpdateRule.of([optimizer], [first, second]).damping(100)
+    assert damping.tolist() == pytest.approx([1000.0, 1000.0, 0.5, 0.5], rel=2e-3)

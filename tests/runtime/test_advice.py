@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Subset, TensorDataset, random_split
+from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorDataset, random_split
 
 from lightning_ifthpo import IFTHypergradient
 from lightning_ifthpo.hyperparameters import IndexedDataset, LossWeights, WeightDecay
+from lightning_ifthpo.runtime.advice import _shared_examples
 from tests.helpers.trainers import Classifier, classification_data, quiet_trainer
 
 
@@ -49,6 +50,50 @@ def test_outer_examples_that_training_sees_are_told(training, outer, shared, rec
     )
 
 
+class WithoutLength:
+    def __getitem__(self, index):
+        return DATA[index]
+
+
+class Named(WithoutLength):
+    """Has keys that are no indices."""
+
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, key):
+        return DATA[int(key[1:])]
+
+
+def sampled(indices):
+    return DataLoader(DATA, batch_size=4, sampler=SubsetRandomSampler(indices))
+
+
+NAMED = Named()
+UNKNOWN = {
+    "disjoint samplers": (sampled(range(16)), sampled(range(16, 32))),
+    "no length": (DataLoader(Subset(WithoutLength(), range(8)), batch_size=4), DataLoader(DATA, batch_size=4)),
+    "names": [DataLoader(Subset(NAMED, [f"n{index}" for index in range(8)]), batch_size=4)] * 2,
+    "a list of batches": (DataLoader(DATA, batch_size=4), list(DataLoader(DATA, batch_size=4))),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_nothing_is_told_of_data_that_say_nothing(kind, recwarn):
+    training, outer = UNKNOWN[kind]
+    module = On(None)
+    module.train_dataloader = lambda: training
+    quiet_trainer(max_steps=2, callbacks=[IFTHypergradient(1, outer_dataloader=outer)]).fit(module)
+    assert not [one for one in recwarn if "training examples, too" in str(one.message)]
+
+
+def test_many_indices_are_counted_in_no_time():
+    """As tensors and not as numbers they took seconds for a million."""
+    order = torch.randperm(100_000, generator=torch.Generator().manual_seed(0))
+    data = TensorDataset(torch.zeros(100_000))
+    assert _shared_examples(Subset(data, order[:60_000]), Subset(data, order[50_000:])) == 10_000
+
+
 @pytest.mark.parametrize(
     ("batches", "options", "told"),
     [
@@ -68,6 +113,27 @@ def test_too_few_hyper_steps_are_told_at_the_beginning(batches, options, told, c
     assert told is None or told in caplog.text
 
 
+class Unsized:
+    """A loader of unknown length."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("options", [{"max_epochs": 2}, {"fast_dev_run": True}], ids=["unknown length", "fast_dev_run"])
+def test_nothing_is_told_where_the_length_says_nothing(options, caplog):
+    module = Classifier()
+    if "max_epochs" in options:
+        loader = Classifier.train_dataloader(module)
+        module.train_dataloader = lambda: Unsized(loader)
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        quiet_trainer(callbacks=[IFTHypergradient(1)], **options).fit(module)
+    assert "moves the hyperparameters hardly at all" not in caplog.text
+
+
 def test_batches_and_not_optimizer_steps_are_counted(caplog):
     with caplog.at_level("INFO", logger="lightning.pytorch"):
         quiet_trainer(max_steps=5, max_epochs=-1, accumulate_grad_batches=8, callbacks=[IFTHypergradient(4)]).fit(
@@ -82,10 +148,12 @@ def test_a_run_without_a_hyper_step_is_told_at_its_end():
         quiet_trainer(max_steps=6, max_epochs=-1, callbacks=[callback]).fit(Classifier())
 
 
-def test_frozen_hyperparameters_need_no_hyper_step():
-    quiet_trainer(max_steps=6, max_epochs=-1, callbacks=[IFTHypergradient(1)]).fit(
-        Classifier().freeze_hyperparameters()
-    )
+def test_frozen_hyperparameters_need_no_hyper_step_and_no_outer_data(caplog):
+    module = Classifier().freeze_hyperparameters()
+    module.outer_dataloader = lambda: None
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        quiet_trainer(max_steps=6, max_epochs=-1, limit_val_batches=0, callbacks=[IFTHypergradient(1)]).fit(module)
+    assert "IFTHypergradient" not in caplog.text
 
 
 class Penalized(Classifier):
