@@ -116,8 +116,8 @@ def _unpacked(configured: Any) -> tuple[Optimizer, LRScheduler | None]:
         ignored = {key: scheduler[key] for key in scheduler if (key, scheduler[key]) not in _KEPT and key not in _NAMES}
         if ignored:
             raise TypeError(
-                f"a scheduler of the hyper-optimizer makes a step after each hyper step, and {ignored} asks for another "
-                "time; leave it out"
+                f"a scheduler of the hyper-optimizer makes a step after each hyper step, and {ignored} asks for "
+                "another time; leave it out"
             )
         scheduler = scheduler.get("scheduler")
     if not isinstance(optimizer, Optimizer) or not isinstance(scheduler, LRScheduler | None):
