@@ -128,8 +128,8 @@ class BilevelLightningModule:
     def freeze_hyperparameters(self) -> Self:
         """Keeps the hyperparameters at their present values, and returns the module.
 
-        `IFTHypergradient` then makes no hyper steps, and needs no outer data. Use it to train anew with values that
-        were tuned, before `fit`. Checkpoints do not hold it.
+        Call it before `fit` to train again with tuned values. `IFTHypergradient` then makes no hyper steps and needs no
+        outer data. A checkpoint does not remember the call.
         """
         self.has_fixed_hyperparameters = True
         return self

@@ -36,8 +36,7 @@ def summaries(module: Any) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, values in module.named_natural_values():
         parts = values if isinstance(values, dict) else {"": values}
-        flats = [part.reshape(-1) for part in parts.values()]
-        flat = flats[0] if len(flats) == 1 else torch.cat(flats)
+        flat = _flat(list(parts.values()))
         has_few = 1 < len(flat) <= _FEW and all(part.ndim <= 1 for part in parts.values())
         numbers = dict(zip(_part_names(parts), flat, strict=True)) if has_few else {}
         numbers |= {"mean": flat.mean(), "min": flat.amin(), "max": flat.amax()}
@@ -56,4 +55,10 @@ def _part_names(parts: Mapping[str, Tensor]) -> Iterator[str]:
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
-    return length(tensors[0] if len(tensors) == 1 else torch.cat([tensor.reshape(-1) for tensor in tensors]))
+    return length(_flat(tensors))
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns all entries as one vector; a single tensor, which may be large, is not copied."""
+    parts = [tensor.reshape(-1) for tensor in tensors]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_ifthpo.callbacks.hypergradient import IFTHypergradient
 from lightning_ifthpo.module import BilevelLightningModule
+from lightning_ifthpo.runtime.requirements import check_bilevel
 
 _Moves = list[tuple[int, dict[str, Tensor]]]
 """Values after so many training batches, for hyperparameters that had others before."""
@@ -53,7 +54,7 @@ class HyperparameterRecorder(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Begins a new record; a checkpoint that belongs to this fit is loaded after this."""
         if stage == "fit":
-            _check(pl_module, type(self).__name__)
+            check_bilevel(pl_module, "HyperparameterRecorder")
             self._moves, self._latest, self._versions = [], {}, {}
 
     def on_fit_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
@@ -95,15 +96,16 @@ class HyperparameterRecorder(L.Callback):
                 if name not in self._latest or not torch.equal(value, self._latest[name]):
                     changed[name] = value
         if changed:
-            self._moves.append((batches_of(trainer), changed))
+            self._moves.append((_batches_of(trainer), changed))
             self._latest |= changed
 
 
 class HyperparameterSchedule(L.Callback):
     """Moves the hyperparameters as a `HyperparameterRecorder` has seen them move, without hyper steps.
 
-    Training anew with the schedule, and with the final values alone, shows whether a gain comes from the values or from
-    their change during training. With the data, seed and module of the recorded run, training repeats it bit for bit.
+    Train again with the schedule, and once more with the final values alone: this shows whether a gain comes from the
+    values or from their change during training. With the data, seed and module of the recorded run, training repeats
+    that run bit for bit.
 
     Args:
         path: The file that was recorded.
@@ -125,8 +127,7 @@ class HyperparameterSchedule(L.Callback):
         """Reads the file."""
         if stage != "fit":
             return
-        name = type(self).__name__
-        _check(pl_module, name)
+        check_bilevel(pl_module, "HyperparameterSchedule")
         moves: _Moves = torch.load(self.path, map_location="cpu", weights_only=True)["moves"]
         self._moves = dict(moves)
         assert isinstance(pl_module, BilevelLightningModule)
@@ -134,7 +135,7 @@ class HyperparameterSchedule(L.Callback):
         recorded = {path: tuple(tensor.shape) for _, values in moves for path, tensor in values.items()}
         if own != recorded:
             raise ValueError(
-                f"{name}: {self.path} was recorded for the hyperparameters {recorded}, and "
+                f"HyperparameterSchedule: {self.path} was recorded for the hyperparameters {recorded}, and "
                 f"{type(pl_module).__name__} has {own}"
             )
 
@@ -147,18 +148,18 @@ class HyperparameterSchedule(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Sets the values at the start; a resumed run has its own."""
-        if min(self._moves) > batches_of(trainer):
+        if min(self._moves) > _batches_of(trainer):
             raise ValueError(
                 f"HyperparameterSchedule: {self.path} begins after {min(self._moves)} training batches; record a run "
                 "from its start"
             )
-        self._move(pl_module, batches_of(trainer))
+        self._move(pl_module, _batches_of(trainer))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Sets the values that changed after this batch."""
-        self._move(pl_module, batches_of(trainer))
+        self._move(pl_module, _batches_of(trainer))
 
     def _move(self, module: Any, batches: int) -> None:
         hyperparameters = dict(module.named_hyperparameters())
@@ -167,14 +168,6 @@ class HyperparameterSchedule(L.Callback):
                 hyperparameters[name].copy_(value)
 
 
-def batches_of(trainer: L.Trainer) -> int:
+def _batches_of(trainer: L.Trainer) -> int:
     """Returns the number of training batches so far, inside `on_train_start` and `on_train_batch_end`."""
-    return trainer.fit_loop.epoch_loop.total_batch_idx + 1
-
-
-def _check(module: Any, name: str) -> None:
-    if not isinstance(module, BilevelLightningModule):
-        raise TypeError(
-            f"{name} needs hyperparameters: name BilevelLightningModule first among the bases of "
-            f"{type(module).__name__}"
-        )
+    return trainer.fit_loop.total_batch_idx + 1

@@ -17,9 +17,7 @@ class Bounded(nn.Module):
     """
 
     def __init__(self, initial: float, maximum: float, limit: float = math.inf) -> None:
-        if not is_ascending(0.0, initial, maximum, math.inf) or maximum > limit:
-            bound = "< inf" if limit == math.inf else f"<= {limit:g}"
-            raise ValueError(f"expected 0 < initial < maximum {bound}, got initial={initial!r} and maximum={maximum!r}")
+        require_inside(initial, maximum, limit)
         super().__init__()
         self.maximum = maximum
 
@@ -32,6 +30,13 @@ class Bounded(nn.Module):
 
     def _value(self, logits: Tensor) -> Tensor:
         return between(logits, 0.0, self.maximum)
+
+
+def require_inside(initial: float, maximum: float, limit: float = math.inf) -> None:
+    """Raises ValueError unless 0 < initial < maximum <= limit, with a finite maximum."""
+    if not is_ascending(0.0, initial, maximum, math.inf) or maximum > limit:
+        bound = "< inf" if limit == math.inf else f"<= {limit:g}"
+        raise ValueError(f"expected 0 < initial < maximum {bound}, got initial={initial!r} and maximum={maximum!r}")
 
 
 def between(logits: Tensor, lowest: float, highest: float) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from itertools import cycle
 from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_ifthpo.core.validation import require_choice
-from lightning_ifthpo.hyperparameters.bounded import Bounded
+from lightning_ifthpo.hyperparameters.bounded import Bounded, require_inside
 
 Granularity: TypeAlias = Literal["global", "tensor", "weight"]
 
@@ -65,7 +66,8 @@ class WeightDecay(Bounded):
         else:
             raise ValueError(f"expected initial decays of {', '.join(names)}, got {', '.join(initial)}")
         for value in initials.values():
-            super().__init__(value, maximum)
+            require_inside(value, maximum)
+        super().__init__(initials[names[0]], maximum)
         self.names, self.weights = tuple(decayed), tuple(decayed.values())
         self.granularity = granularity
         device, dtype = self.weights[0].device, self.weights[0].dtype
@@ -81,15 +83,16 @@ class WeightDecay(Bounded):
 
         The decay of a tensor is a scalar, or has the tensor's shape.
         """
-        decays = [self._value(log_decay - math.log(self.maximum)) for log_decay in self.log_decay]
+        decays = self._decays()
         return decays[0] if self.granularity == "global" else dict(zip(self.names, decays, strict=True))
 
     def forward(self) -> Tensor:
         """Returns ½ Σ d_i w_i², a scalar."""
-        values = self.natural_values()
-        decays = list(values.values()) if isinstance(values, dict) else [values] * len(self.weights)
-        penalties = [(d * w.square()).sum() for d, w in zip(decays, self.weights, strict=True)]
-        return torch.stack(penalties).sum() / 2
+        pairs = zip(cycle(self._decays()), self.weights, strict=False)  # a single decay serves all weights
+        return torch.stack([(d * w.square()).sum() for d, w in pairs]).sum() / 2
+
+    def _decays(self) -> list[Tensor]:
+        return [self._value(log_decay - math.log(self.maximum)) for log_decay in self.log_decay]
 
     def check_training(self, parameters: Iterable[Tensor], lr: float | Tensor) -> None:
         """Raises ValueError if a decayed weight is none of the module's `parameters`, or if lr · maximum >= 2."""

@@ -44,4 +44,4 @@ class Positive(nn.Module):
 
     def forward(self) -> Tensor:
         """Returns the numbers, of the shape that was given."""
-        return self.logarithms.exp()
+        return self.natural_values()

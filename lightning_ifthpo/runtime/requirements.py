@@ -23,11 +23,7 @@ from lightning_ifthpo.training_loss import has_inner_loss, has_training_step
 def check_module(trainer: L.Trainer, module: Any, trainable_before: Collection[str]) -> None:
     """Raises TypeError or ValueError unless implicit differentiation can tune the module in this Trainer."""
     name = type(module).__name__
-    if not isinstance(module, BilevelLightningModule):
-        raise TypeError(
-            f"IFTHypergradient needs a BilevelLightningModule, got {name}; add the mixin: "
-            f"class {name}(BilevelLightningModule, LightningModule)"
-        )
+    check_bilevel(module, "IFTHypergradient")
     check_strategy(trainer, "IFTHypergradient", gathers=True)
     if not any(True for _ in module.hyperparameters()):  # any(module.hyperparameters()) would test their values
         raise ValueError(
@@ -46,6 +42,16 @@ def check_module(trainer: L.Trainer, module: Any, trainable_before: Collection[s
     check_repeatable(module)
     names = {id(tensor): path for path, tensor in module.named_hyperparameters() if path in trainable_before}
     _check_optimizers(trainer, module, names)
+
+
+def check_bilevel(module: Any, callback: str) -> None:
+    """Raises TypeError unless a module has the bilevel mixin."""
+    if not isinstance(module, BilevelLightningModule):
+        name = type(module).__name__
+        raise TypeError(
+            f"{callback} needs a BilevelLightningModule, got {name}; add the mixin: "
+            f"class {name}(BilevelLightningModule, LightningModule)"
+        )
 
 
 def check_strategy(trainer: L.Trainer, callback: str, *, gathers: bool = False) -> None:

@@ -404,6 +404,7 @@ def now() -> float:
 
 
 def seconds_of(run: Callable[[], Any]) -> float:
+    """Returns the seconds of a call, the mean over calls of at least `LEAST_SECONDS`."""
     calls, began = 0, now()
     while (passed := now() - began) < LEAST_SECONDS:
         run()
@@ -418,7 +419,7 @@ def cases() -> dict[str, Callable[[], Case]]:
         for optimizer in ("AdamW",) if model in LARGE else OPTIMIZERS:
             for what, make in _callbacks(MODELS[model]).items():
                 if model in LARGE and "hyper step" not in what:
-                    continue  # which takes minutes
+                    continue  # the others take minutes
                 name = f"{what}, {model}, {optimizer}"
                 found[name] = lambda model=model, optimizer=optimizer, make=make: Callback(
                     Bench(model, optimizer), make

@@ -110,7 +110,9 @@ def test_what_does_not_fit_is_refused_in_words(path, tuned):
     with pytest.raises(ValueError, match="stands before IFTHypergradient"):
         trained([HyperparameterRecorder(path), IFTHypergradient(1)])
     for callback in (HyperparameterSchedule(path), HyperparameterRecorder(path)):
-        with pytest.raises(TypeError, match="name BilevelLightningModule first among the bases of Plain"):
+        with pytest.raises(
+            TypeError, match=r"needs a BilevelLightningModule, got Plain; add the mixin: class Plain\(Bilevel"
+        ):
             trained([callback], module=Plain())
 
 
