@@ -74,10 +74,6 @@ class Digits(BilevelLightningModule, L.LightningModule):
         """Returns the optimizer of the network."""
         return torch.optim.SGD(self.inner_parameters(), lr=0.05, momentum=0.9)
 
-    def configure_hyper_optimizer(self) -> torch.optim.Optimizer:
-        """Returns the optimizer of the strengths."""
-        return torch.optim.Adam(self.hyperparameters(), lr=0.05)
-
 
 def fit(seed: int, *, tuned: bool) -> tuple[float, list[float]]:
     """Returns test accuracy and the final strengths."""

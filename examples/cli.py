@@ -42,7 +42,7 @@ class Digits(BilevelLightningModule, L.LightningModule):
         self,
         width: int = 64,
         optimizer: OptimizerCallable = lambda weights: torch.optim.SGD(weights, lr=0.1, momentum=0.9),
-        hyper_optimizer: OptimizerCallable = lambda values: torch.optim.Adam(values, lr=0.05),
+        hyper_optimizer: OptimizerCallable | None = None,
     ) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
@@ -68,9 +68,9 @@ class Digits(BilevelLightningModule, L.LightningModule):
         """Returns the optimizer of the weights."""
         return self.optimizer(self.inner_parameters())
 
-    def configure_hyper_optimizer(self) -> torch.optim.Optimizer:
-        """Returns the optimizer of the hyperparameters."""
-        return self.hyper_optimizer(self.hyperparameters())
+    def configure_hyper_optimizer(self) -> torch.optim.Optimizer | None:
+        """Returns the optimizer of the hyperparameters; None for the default, which needs no learning rate."""
+        return self.hyper_optimizer and self.hyper_optimizer(self.hyperparameters())
 
 
 class DigitsData(L.LightningDataModule):

@@ -48,10 +48,6 @@ class Distiller(BilevelLightningModule, L.LightningModule):
         """Returns the optimizer of the network."""
         return torch.optim.SGD(self.inner_parameters(), lr=0.5, momentum=0.9)
 
-    def configure_hyper_optimizer(self) -> torch.optim.Optimizer:
-        """Returns the optimizer of the images."""
-        return torch.optim.Adam(self.hyperparameters(), lr=0.01)
-
 
 def quiet_trainer(callbacks: list[L.Callback]) -> L.Trainer:
     """Returns a Trainer for one epoch that writes nothing."""

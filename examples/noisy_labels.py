@@ -56,10 +56,6 @@ class Digits(BilevelLightningModule, L.LightningModule):
         """Returns the optimizer of the network."""
         return torch.optim.SGD(self.inner_parameters(), lr=0.1)
 
-    def configure_hyper_optimizer(self) -> torch.optim.Optimizer:
-        """Returns the optimizer of the weights."""
-        return torch.optim.Adam(self.hyperparameters(), lr=0.1)
-
 
 def load_data() -> tuple[TensorDataset, TensorDataset, TensorDataset, Tensor]:
     """Returns training, outer and test data, and which training labels are wrong."""

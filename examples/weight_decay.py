@@ -62,10 +62,6 @@ class Digits(BilevelLightningModule, L.LightningModule):
         """Returns the optimizer of the weights."""
         return torch.optim.SGD(self.inner_parameters(), lr=0.1, momentum=0.9)
 
-    def configure_hyper_optimizer(self) -> torch.optim.Optimizer:
-        """Returns the optimizer of the decays, which are tuned on a logarithmic scale."""
-        return torch.optim.Adam(self.hyperparameters(), lr=0.1)
-
 
 def trained(callbacks: list[Callback], decay: float | Mapping[str, float] = 0.1) -> tuple[float, Digits]:
     """Trains a network and returns its test loss, and the module."""
@@ -74,7 +70,7 @@ def trained(callbacks: list[Callback], decay: float | Mapping[str, float] = 0.1)
     data = TensorDataset(torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(labels))
     train, outer, test = (DataLoader(part, 100) for part in random_split(data, [200, 600, 997]))
     trainer = L.Trainer(
-        max_epochs=150, callbacks=callbacks, logger=False, enable_checkpointing=False, enable_progress_bar=False
+        max_epochs=300, callbacks=callbacks, logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
     module = Digits(decay)
     module.outer_dataloader = lambda: outer  # type: ignore[method-assign]

@@ -183,12 +183,12 @@ class BilevelLightningModule:
         return None
 
     def configure_hyper_optimizer(self) -> Any:
-        """Returns the optimizer of the hyperparameters; by default Adam with learning rate 1e-2.
+        """Returns the optimizer of the hyperparameters; None, the default, for one that needs no learning rate.
 
-        With a scheduler, as in Lightning: {"optimizer": ..., "lr_scheduler": ...}. It makes a step after each hyper
-        step.
+        That is `lightning_ifthpo.optimizers.PolyakRMSprop`. With a scheduler, as in Lightning: {"optimizer": ...,
+        "lr_scheduler": ...}. It makes a step after each hyper step.
         """
-        return torch.optim.Adam(self.hyperparameters(), lr=1e-2)
+        return None
 
 
 def _natural_values(value: Tensor | nn.Module) -> Tensor | dict[str, Tensor]:

@@ -1,9 +1,10 @@
-"""Plots of curvature; they need matplotlib (`pip install 'lightning_ifthpo[plots]'`)."""
+"""Plots of curvature and hyperparameters; they need matplotlib (`pip install 'lightning_ifthpo[plots]'`)."""
 
 from __future__ import annotations
 
 import csv
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 
 from lightning_ifthpo.spectrum import SpectralDensity
 
+_MEAN = re.compile(r"hyperparameter/[^/]+/mean")
 _LINES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("lambda_max", "λ_max", {"color": "tab:blue"}),
     ("lambda_min", "λ_min", {"color": "tab:red"}),
@@ -75,8 +77,7 @@ def plot_sharpness(
     Raises:
         ValueError: If the file has no such measurements.
     """
-    with Path(metrics_csv).open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get(f"{name}/lambda_max")]
+    rows = [row for row in _rows(metrics_csv) if row.get(f"{name}/lambda_max")]
     if not rows:
         raise ValueError(
             f"{metrics_csv} has no values of {name}/lambda_max; train with SharpnessMonitor and CSVLogger, and pass "
@@ -94,3 +95,39 @@ def plot_sharpness(
     axes.set(xlabel="step", ylabel="curvature")
     axes.legend(fontsize=8)
     return axes
+
+
+def plot_hyperparameters(metrics_csv: str | Path, axes: Axes | None = None, *, log: bool = True) -> Axes:
+    """Draws each hyperparameter's mean over a run, with a band from its minimum to its maximum, in natural units.
+
+    Args:
+        metrics_csv: The metrics.csv that a `CSVLogger` wrote in a run with an `IFTHypergradient`.
+        axes: Axes to draw on; a new figure if None.
+        log: Whether to draw values on a logarithmic scale, if all of them are positive.
+
+    Raises:
+        ValueError: If the file has no hyperparameters.
+    """
+    rows = _rows(metrics_csv)
+    names = [column.split("/")[1] for column in rows[0] if _MEAN.fullmatch(column)] if rows else []
+    if not names:
+        raise ValueError(f"{metrics_csv} has no hyperparameters; train with IFTHypergradient and CSVLogger")
+    if axes is None:
+        axes = Figure(figsize=(6.4, 3.6), layout="constrained").add_subplot()
+    is_positive = True
+    for name in names:
+        columns = [f"hyperparameter/{name}/{key}" for key in ("mean", "min", "max")]
+        table = [[int(row["step"]), *(float(row[column]) for column in columns)] for row in rows if row[columns[0]]]
+        steps, means, lowest, highest = zip(*table, strict=True)
+        (line,) = axes.plot(steps, means, label=name)
+        axes.fill_between(steps, lowest, highest, color=line.get_color(), alpha=0.2, linewidth=0)
+        is_positive = is_positive and min(lowest) > 0.0
+    axes.set(xlabel="step", ylabel="hyperparameter", yscale="log" if log and is_positive else "linear")
+    axes.legend(fontsize=8)
+    return axes
+
+
+def _rows(metrics_csv: str | Path) -> list[dict[str, str]]:
+    """Returns the rows of a file that a `CSVLogger` wrote."""
+    with Path(metrics_csv).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

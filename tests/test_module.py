@@ -121,15 +121,6 @@ def test_an_optimizer_of_all_parameters_leaves_them_alone():
     assert all(torch.equal(p, b) for p, b in zip(module.hyperparameters(), before, strict=True))
 
 
-def test_default_hyper_optimizer():
-    module = Empty()
-    module.register_hyperparameter("decay", torch.tensor([1.0]))
-    optimizer = module.configure_hyper_optimizer()
-    assert isinstance(optimizer, torch.optim.Adam)
-    assert optimizer.param_groups[0]["lr"] == 1e-2
-    assert optimizer.param_groups[0]["params"] == [module.decay]
-
-
 @pytest.mark.parametrize(
     ("name", "value", "error", "message"),
     [

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_ifthpo.curvature import MatrixOperator
-from lightning_ifthpo.plots import plot_sharpness, plot_spectral_density
+from lightning_ifthpo.plots import plot_hyperparameters, plot_sharpness, plot_spectral_density
 from lightning_ifthpo.spectrum import SpectralDensity, spectral_density
 
 
@@ -84,3 +84,40 @@ def test_a_monitor_with_a_name_and_a_logarithmic_scale(tmp_path):
     axes = plot_sharpness(tmp_path / "metrics.csv", name="held_out", log=True)
     assert axes.get_yscale() == "symlog"
     assert plot_sharpness(tmp_path / "metrics.csv", name="held_out").get_yscale() == "linear"
+
+
+def of_hyperparameter(name, step, mean, low, high):
+    return {
+        "step": step,
+        f"hyperparameter/{name}/mean": mean,
+        f"hyperparameter/{name}/min": low,
+        f"hyperparameter/{name}/max": high,
+    }
+
+
+def test_hyperparameters_are_drawn_from_the_log(tmp_path):
+    rows = [of_hyperparameter("decay", step, 10.0**-step, 10.0 ** -(step + 1), 1.0) for step in (1, 2, 3)]
+    rows[1]["hyperparameter/decay/net.weight"] = 0.5
+    write(tmp_path / "metrics.csv", [*rows, {"step": 3, "loss": 0.5}])
+    axes = plot_hyperparameters(tmp_path / "metrics.csv")
+    (line,) = axes.lines
+    assert line.get_label() == "decay"
+    assert list(line.get_xdata()) == [1, 2, 3]
+    assert list(line.get_ydata()) == pytest.approx([0.1, 0.01, 0.001])
+    (band,) = axes.collections
+    assert band.get_datalim(axes.transData).ymin == pytest.approx(1e-4)
+    assert axes.get_yscale() == "log"
+    assert plot_hyperparameters(tmp_path / "metrics.csv", log=False).get_yscale() == "linear"
+    assert plot_hyperparameters(tmp_path / "metrics.csv", axes) is axes
+
+
+def test_negative_hyperparameters_are_drawn_on_a_linear_scale(tmp_path):
+    write(tmp_path / "metrics.csv", [of_hyperparameter("shift", step, 0.0, -1.0, 1.0) for step in (1, 2)])
+    assert plot_hyperparameters(tmp_path / "metrics.csv").get_yscale() == "linear"
+
+
+def test_a_log_without_hyperparameters_is_refused(tmp_path):
+    for rows in ([{"step": 0, "loss": 1.0}], [{"step": 0, "hyperparameter/decay/0": 1.0}]):
+        write(tmp_path / "metrics.csv", rows)
+        with pytest.raises(ValueError, match="train with IFTHypergradient and CSVLogger"):
+            plot_hyperparameters(tmp_path / "metrics.csv")

@@ -45,6 +45,14 @@ def summaries(module: Any) -> dict[str, float]:
     return found
 
 
+def many(module: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yields the name and all values, in natural units, of each hyperparameter that is not logged one by one."""
+    for name, values in module.named_natural_values():
+        flat = _flat(list(values.values()) if isinstance(values, dict) else [values])
+        if len(flat) > _FEW:
+            yield name, flat
+
+
 def _part_names(parts: Mapping[str, Tensor]) -> Iterator[str]:
     """Yields a name for each entry of each part."""
     for name, part in parts.items():

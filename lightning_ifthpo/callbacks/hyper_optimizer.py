@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from lightning_ifthpo.optimizers import PolyakRMSprop
+
+_LONGEST_STEP, _LONGEST_TRAVEL = 0.5, 10.0  # units, in a step and in a horizon
+
 # What Lightning accepts beside a scheduler, and holds here too
 _NAMES = ("scheduler", "name")
 _KEPT = (("interval", "step"), ("frequency", 1))
@@ -26,24 +30,51 @@ class HyperOptimizer:
 
     A scheduler that `configure_hyper_optimizer` returns makes a step after each hyper step.
 
+    A step of an optimizer of the user that is far too long is replaced by one of `PolyakRMSprop`: one that moves the
+    hyperparameters by more than half a unit (root mean square; a unit is a factor of e for most of them), and by more
+    than ten units if kept up for a horizon. Such steps end in a collapse from which no hypergradient leads back.
+
+    A step of the user's optimizer that is far too long is replaced by one of the default: if it moves the
+    hyperparameters by over half a unit, and by over ten units if it is kept up for a horizon. (A unit is a factor of e,
+    for most of them; the sizes are root mean squares.) Such steps often lead to a state without hypergradients, from
+    which there is no way back.
+
     Args:
         module: A LightningModule with the bilevel mixin, on its device.
+        horizon: Number of hyper steps in which weights answer, for the default: `PolyakRMSprop`, if
+            `configure_hyper_optimizer` returns None.
+
+    Attributes:
+        replaced: Number of steps that were replaced.
 
     Raises:
-        TypeError: If `configure_hyper_optimizer` does not return one torch optimizer, alone or with one scheduler.
+        TypeError: If `configure_hyper_optimizer` returns neither None nor one torch optimizer, alone or with one
+            scheduler.
         ValueError: If the optimizer holds no hyperparameter or something else, its step needs a closure, or the
             scheduler belongs to another one.
     """
 
-    def __init__(self, module: Any) -> None:
-        optimizer, self._scheduler = _unpacked(module.configure_hyper_optimizer())
+    def __init__(self, module: Any, horizon: float) -> None:
+        configured = module.configure_hyper_optimizer()
+        self._hyperparameters = list(module.hyperparameters())
+        if configured is None:
+            configured = _default(module, self._hyperparameters, horizon)
+        optimizer, self._scheduler = _unpacked(configured)
         _check(optimizer, module)
         self._optimizer: Optimizer = optimizer
-        self._hyperparameters = list(module.hyperparameters())
         self._masters = [_master(optimizer, hyperparameter) for hyperparameter in self._hyperparameters]
+        is_own = isinstance(optimizer, PolyakRMSprop)
+        self._substitute = None if is_own else _default(module, self._masters, horizon)
+        self._longest = max(_LONGEST_STEP, _LONGEST_TRAVEL / horizon)
+        self.replaced = 0
 
-    def step(self, gradients: Iterable[Tensor]) -> None:
-        """Makes one step along gradients shaped like the hyperparameters."""
+    def step(self, gradients: Iterable[Tensor], loss: float) -> float:
+        """Makes one step along gradients shaped like the hyperparameters, which belong to this outer loss.
+
+        Returns:
+            The root mean square by which the optimizer would have moved the hyperparameters, in units, if its step was
+            replaced; else zero.
+        """
         with torch.no_grad():
             triples = list(zip(self._hyperparameters, self._masters, gradients, strict=True))
             for hyperparameter, master, gradient in triples:
@@ -51,29 +82,51 @@ class HyperOptimizer:
                     value = hyperparameter.to(master.dtype)
                     master.copy_(torch.where(hyperparameter == master.to(hyperparameter.dtype), master, value))
                 master.grad = gradient.to(master.dtype)
-            self._optimizer.step()
+            excess = self._step(loss)
             if self._scheduler is not None:
                 self._scheduler.step()
             for hyperparameter, master, _ in triples:
                 master.grad = None
                 if master is not hyperparameter:
                     hyperparameter.copy_(master)
+        return excess
+
+    def _step(self, loss: float) -> float:
+        """Makes a step of the optimizer, or of its substitute if that is far too long; see `step`."""
+        if self._substitute is None:
+            self._optimizer.step(lambda: loss)
+            return 0.0
+        before = [master.clone() for master in self._masters]
+        self._optimizer.step()
+        moved = self._substitute.units_from(dict(zip(self._masters, before, strict=True)))
+        if moved <= self._longest:
+            return 0.0
+        self.replaced += 1
+        for master, value in zip(self._masters, before, strict=True):
+            master.copy_(value)
+        self._substitute.step(lambda: loss)
+        return moved
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state of the optimizer and its scheduler, and the master copies."""
+        """Returns the state of the optimizer, its scheduler and its substitute, and the master copies."""
         return {
             **self._optimizer.state_dict(),
             "masters": [master.detach() for master in self._copies],
             "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
+            "substitute": None if self._substitute is None else self._substitute.state_dict(),
+            "replaced": self.replaced,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores a result of `state_dict`."""
         state = state.copy()
-        masters, scheduler = state.pop("masters"), state.pop("scheduler")
+        masters, scheduler, substitute = state.pop("masters"), state.pop("scheduler"), state.pop("substitute")
+        self.replaced = state.pop("replaced")
         self._optimizer.load_state_dict(state)
         if self._scheduler is not None and scheduler is not None:
             self._scheduler.load_state_dict(scheduler)
+        if self._substitute is not None and substitute is not None:
+            self._substitute.load_state_dict(substitute)
         with torch.no_grad():
             for master, value in zip(self._copies, masters, strict=True):
                 master.copy_(value)
@@ -83,6 +136,21 @@ class HyperOptimizer:
         """The masters that are not the hyperparameters themselves."""
         pairs = zip(self._masters, self._hyperparameters, strict=True)
         return [master for master, hyperparameter in pairs if master is not hyperparameter]
+
+
+def _default(module: Any, tensors: Iterable[Tensor], horizon: float) -> PolyakRMSprop:
+    """Returns the optimizer that needs no learning rate, with a group for each registered tensor or module.
+
+    Args:
+        module: A LightningModule with the bilevel mixin.
+        tensors: Its hyperparameters, or their master copies.
+        horizon: Number of hyper steps in which weights answer.
+    """
+    groups: dict[str, list[Tensor]] = {}
+    for (path, _), tensor in zip(module.named_hyperparameters(), tensors, strict=True):
+        groups.setdefault(path.split(".")[0], []).append(tensor)
+    units = {name: getattr(getattr(module, name), "unit", None) for name in groups}
+    return PolyakRMSprop([{"params": groups[name], "unit": units[name]} for name in groups], horizon=horizon)
 
 
 def _master(optimizer: Optimizer, hyperparameter: nn.Parameter) -> nn.Parameter:
@@ -122,8 +190,8 @@ def _unpacked(configured: Any) -> tuple[Optimizer, LRScheduler | None]:
         scheduler = scheduler.get("scheduler")
     if not isinstance(optimizer, Optimizer) or not isinstance(scheduler, LRScheduler | None):
         raise TypeError(
-            "expected configure_hyper_optimizer to return one torch optimizer, or {'optimizer': ..., 'lr_scheduler': "
-            f"...}} with one scheduler, got {configured!r}"
+            "expected configure_hyper_optimizer to return None, one torch optimizer, or {'optimizer': ..., "
+            f"'lr_scheduler': ...}} with one scheduler, got {configured!r}"
         )
     if isinstance(scheduler, ReduceLROnPlateau):
         raise TypeError(

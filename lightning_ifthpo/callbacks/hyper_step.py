@@ -7,12 +7,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import compress
+from operator import length_hint
+from statistics import fmean
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from lightning_ifthpo.callbacks.evidence import Evidence
 from lightning_ifthpo.callbacks.hyper_optimizer import HyperOptimizer
 from lightning_ifthpo.callbacks.outer_level import OuterLevel
 from lightning_ifthpo.core.autodiff import differentiable
@@ -40,7 +43,7 @@ class HyperStepper:
         trainer: The Trainer, with optimizers and data set up.
         module: A LightningModule with the bilevel mixin.
         source: Loader of outer batches.
-        curvature, solver, warm_start, precision: As in `IFTHypergradient`.
+        curvature, solver, warm_start, precision, every_n_batches: As in `IFTHypergradient`.
         state: A result of `state_dict`; empty for a new start.
     """
 
@@ -54,6 +57,7 @@ class HyperStepper:
         solver: Solver,
         warm_start: bool,
         precision: CurvaturePrecision,
+        every_n_batches: int,
         state: dict[str, Any],
     ) -> None:
         self._trainer = trainer
@@ -65,7 +69,7 @@ class HyperStepper:
         self._hyperparameters = list(module.hyperparameters())
         ranks = self.ranks = Ranks(trainer)
         ranks.broadcast(self._hyperparameters)  # not every strategy broadcasts frozen parameters
-        self._optimizer = HyperOptimizer(module)
+        self._optimizer = HyperOptimizer(module, max(1.0, solver.horizon / every_n_batches))
         self._losses = ModuleLosses(trainer, module, ranks, precision)
         if state:
             self._optimizer.load_state_dict(state["optimizer"])
@@ -75,6 +79,7 @@ class HyperStepper:
             loss_scale = first_loss_scale(trainer, precision)
             state = {"steps": 0, "seed": seed, "consumed": 0, "x0": None, "loss_scale": loss_scale}
             state |= {"x0_names": [], "outer_losses": [], "curvature": self._curvature, "difference_factor": None}
+            state |= {"evidence": {}}
         self.steps, self._seed, self._loss_scale = state["steps"], state["seed"], state["loss_scale"]
         self._x0: Tensor | None = None if state["x0"] is None else state["x0"].to(module.device)
         self._x0_names: list[str] = state["x0_names"]  # of the weights that x0 belongs to
@@ -82,6 +87,7 @@ class HyperStepper:
         self._losses.difference_factor = state["difference_factor"]
         self._outer_level = OuterLevel(state["outer_losses"])
         self._curvature = state["curvature"]
+        self.evidence = Evidence(state["evidence"])
         self.outer_data = OuterData(
             source, module.device, seed=self._seed, consumed=state["consumed"], rank=ranks.rank, world_size=ranks.count
         )
@@ -154,9 +160,30 @@ class HyperStepper:
         with self._session():
             return self._scaled_hypergradient(batch, outer_batch, solver, diagnosed=False)[0]
 
-    def apply(self, result: Hypergradient) -> None:
-        """Makes one step of the hyper-optimizer."""
-        self._optimizer.step(result.gradients)
+    def apply(self, result: Hypergradient) -> float:
+        """Makes one step of the hyper-optimizer; returns its size if that was far too long, see `HyperOptimizer`."""
+        loss = float(result.outer_loss)
+        before = [hyperparameter.detach().clone() for hyperparameter in self._hyperparameters]
+        excess = self._optimizer.step(result.gradients, loss)
+        self.evidence.add(result.gradients, before, self._hyperparameters, loss)
+        return excess
+
+    @property
+    def replaced(self) -> int:
+        """Number of steps of the hyper-optimizer that were far too long."""
+        return self._optimizer.replaced
+
+    def loss_on_first(self, source: Iterable[Any], count: int) -> float:
+        """Returns the outer loss on the first batches of a loader, in the order in which hyper steps take them."""
+        size = length_hint(source, count)
+        ranks = self.ranks
+        data = OuterData(source, self._module.device, seed=self._seed, rank=ranks.rank, world_size=ranks.count)
+        losses = []
+        for _ in range(min(count, size) if size else count):
+            with self._session():
+                losses.append(float(self._losses.outer(self._prepared(data.next())).value()))
+        data.close()
+        return fmean(losses)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that resuming needs, as tensors and plain numbers."""
@@ -171,6 +198,7 @@ class HyperStepper:
             "curvature": self._curvature,
             "loss_scale": self._loss_scale,
             "difference_factor": self._losses.difference_factor,
+            "evidence": self.evidence.state_dict(),
         }
 
     def _names_of_moving(self, *, at_any_rate: bool = False) -> list[str]:

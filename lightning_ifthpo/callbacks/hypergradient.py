@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from statistics import fmean
 from typing import Any, Literal
 
 import lightning as L
@@ -11,21 +12,25 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 
 from lightning_ifthpo.callbacks.frozen import FrozenHyperparameters
-from lightning_ifthpo.callbacks.hyper_metrics import result_metrics, summaries
+from lightning_ifthpo.callbacks.hyper_metrics import many, result_metrics, summaries
 from lightning_ifthpo.callbacks.hyper_step import HyperStepper
 from lightning_ifthpo.callbacks.periodic import PeriodicCallback, check_single_process, is_monitored
+from lightning_ifthpo.callbacks.summary import Change, TuningSummary, extents, judge
 from lightning_ifthpo.core.loss import NoLossError
 from lightning_ifthpo.core.validation import require_choice, require_flag
 from lightning_ifthpo.curvature.kinds import OPERATORS, Curvature
 from lightning_ifthpo.hypergradients import Hypergradient
 from lightning_ifthpo.module import BilevelLightningModule
 from lightning_ifthpo.runtime.advice import tell_of_few_steps, warn_of_shared_examples
+from lightning_ifthpo.runtime.loggers import log_histogram, log_result
 from lightning_ifthpo.runtime.optimizer_state import include_hyperparameters
-from lightning_ifthpo.runtime.outer_data import find_outer_data
+from lightning_ifthpo.runtime.outer_data import check_batches, find_outer_data
 from lightning_ifthpo.runtime.precision import CurvaturePrecision
 from lightning_ifthpo.runtime.requirements import check_module, check_precision
 from lightning_ifthpo.solvers import Amortized, Solver, Status
 from lightning_ifthpo.solvers.causes import Cause
+
+_HELD_OUT = 8  # batches
 
 
 class IFTHypergradient(PeriodicCallback):
@@ -46,6 +51,8 @@ class IFTHypergradient(PeriodicCallback):
         start_after_batches: Training batches before the first of every_n_batches is counted.
         outer_dataloader: Loader of outer batches. None takes the module's `outer_dataloader()`, or the data module's,
             or the validation data with a warning.
+        held_out_dataloader: Loader of batches that nothing learns from. The outer loss on its first eight batches, at
+            the start and at the end, is part of the summary.
         on_failure: "skip", "use" if it is finite, or "raise" an error for a solve that neither converged nor completed,
             and for an outer loss that is 32 times too large because running statistics, as those of BatchNorm, do not
             fit the weights yet. A hyper step that runs out of memory is skipped, except with "raise" or several
@@ -56,9 +63,10 @@ class IFTHypergradient(PeriodicCallback):
 
     Logs once per hyper step `hypergrad/norm`, `direct_norm`, `indirect_norm`, `outer_loss`, `residual` if the solver
     measures it, `products`, `skipped`, and `hyperparameter/<name>/mean`, `min` and `max`, in natural units. A
-    hyperparameter of at most 24 numbers is also logged number by number. If a callback or a scheduler
-    monitors one of them, and no hyper step has been made before the first validation or the end of the first epoch, a
-    hypergradient is computed there for `callback_metrics` alone.
+    hyperparameter of at most 24 numbers is also logged number by number, and of more as a histogram, once an epoch, to
+    loggers that accept histograms. At the end loggers get the mean of each as a hyperparameter of the run. If a
+    callback or a scheduler monitors one of the metrics, and no hyper step has been made before the first validation or
+    the end of the first epoch, a hypergradient is computed there for `callback_metrics` alone.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -77,6 +85,7 @@ class IFTHypergradient(PeriodicCallback):
         warm_start: bool = True,
         start_after_batches: int = 0,
         outer_dataloader: Iterable[Any] | None = None,
+        held_out_dataloader: Iterable[Any] | None = None,
         on_failure: Literal["skip", "use", "raise"] = "skip",
         max_overhead: float | None = None,
         precision: CurvaturePrecision = "32",
@@ -93,7 +102,10 @@ class IFTHypergradient(PeriodicCallback):
         if isinstance(self.solver, Amortized) and not warm_start:
             raise ValueError("Amortized improves one estimate over all solves; use it with warm_start=True")
         self.warm_start = warm_start
+        if held_out_dataloader is not None:
+            check_batches(held_out_dataloader)
         self.outer_dataloader = outer_dataloader
+        self.held_out_dataloader = held_out_dataloader
         self.on_failure = on_failure
         self.precision = precision
         self._restart()
@@ -101,6 +113,10 @@ class IFTHypergradient(PeriodicCallback):
     def _restart(self) -> None:
         super()._restart()
         self.skipped = 0
+        self._causes: dict[str, int] = {}
+        self._start: dict[str, tuple[float, float, float]] = {}
+        self._held_out_start: float | None = None
+        self._summary: TuningSummary | None = None
         self._restored: dict[str, Any] = {}
         self._stepper: HyperStepper | None = None
         self._frozen: FrozenHyperparameters | None = None
@@ -122,6 +138,9 @@ class IFTHypergradient(PeriodicCallback):
             return self._restored
         return {
             "skipped": self.skipped,
+            "causes": self._causes,
+            "start": self._start,
+            "held_out_start": self._held_out_start,
             "metrics": self._metrics,
             "cadence": self._cadence.state_dict(),
             "stepper": self._stepper.state_dict(),
@@ -169,10 +188,15 @@ class IFTHypergradient(PeriodicCallback):
             solver=self.solver,
             warm_start=self.warm_start,
             precision=self.precision,
+            every_n_batches=self.every_n_batches,
             state=restored.get("stepper", {}),
         )
+        self._source = source
+        self._start = extents(pl_module)
         if restored:
             self.skipped, self._metrics = restored["skipped"], restored["metrics"]
+            self._causes, self._start = restored["causes"], restored["start"]
+            self._held_out_start = restored["held_out_start"]
             self._cadence.load_state_dict(restored["cadence"])
         self._cadence.begin(self._stepper.ranks.broadcast_bool)
         super().on_train_start(trainer, pl_module)
@@ -204,8 +228,21 @@ class IFTHypergradient(PeriodicCallback):
             result, doubt = self._active_stepper.compute(batch, diagnosed=diagnosed)
             metrics = result_metrics(result)
             if self._accepts(result, doubt):
-                self._active_stepper.apply(result)
+                self._apply(result)
         return {**metrics, "hypergrad/skipped": float(self.skipped), **summaries(module)}
+
+    def _apply(self, result: Hypergradient) -> None:
+        stepper = self._active_stepper
+        if self.held_out_dataloader is not None and self._held_out_start is None:
+            self._held_out_start = stepper.loss_on_first(self.held_out_dataloader, _HELD_OUT)
+        moved = stepper.apply(result)
+        if moved and stepper.replaced == 1:
+            rank_zero_warn(
+                f"hyper step {stepper.steps}: the hyper-optimizer would have moved the hyperparameters by {moved:.2g} "
+                "units at once (1 is a factor of e, for a decay), which weights cannot follow. A step of the default "
+                "optimizer was made instead; further ones are counted in summary(). Lower its learning rate, or leave "
+                "out configure_hyper_optimizer"
+            )
 
     def _preview(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
         """Returns the metrics of a hyper step that is not made."""
@@ -232,18 +269,62 @@ class IFTHypergradient(PeriodicCallback):
             self._frozen.release()
             self._frozen = None
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Reports how many hyper steps were skipped, or that there was none."""
-        if self._stepper is None:  # there was nothing to train
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes histograms of the hyperparameters that are too many to be logged one by one."""
+        if self._metrics and trainer.loggers:
+            for name, values in many(pl_module):
+                log_histogram(trainer, f"hyperparameter/{name}", values)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Summarizes the hyper steps, for the console, the loggers and `summary`."""
+        if self._stepper is None or pl_module.has_fixed_hyperparameters:
             return
-        if not self._stepper.steps and not pl_module.has_fixed_hyperparameters:
+        if not self._stepper.steps:
             rank_zero_warn(
                 "IFTHypergradient made no hyper step, so that the hyperparameters are as they were: no batch with a "
                 f"loss came {self.every_n_batches} training batches after the first {self.start_after_batches} "
                 "(every_n_batches, start_after_batches)"
             )
-        if self.skipped:
-            rank_zero_info(f"IFTHypergradient: {self.skipped} of {self._stepper.steps} hyper steps were skipped")
+            return
+        self._summary = self._summarize(self._stepper, pl_module)
+        rank_zero_info(str(self._summary))
+        tuned = {f"hyperparameter/{change.name}": change.end[0] for change in self._summary.hyperparameters}
+        log_result(trainer, tuned, {self.headline: self._stepper.evidence.last_loss})
+
+    def summary(self) -> TuningSummary:
+        """Returns what the hyper steps of the last fit have done.
+
+        Raises:
+            RuntimeError: If no fit with hyper steps has come to its end.
+        """
+        if self._summary is None:
+            raise RuntimeError("there is no summary before the end of a fit with hyper steps; call trainer.fit first")
+        return self._summary
+
+    def _summarize(self, stepper: HyperStepper, module: L.LightningModule) -> TuningSummary:
+        evidence, outer, held_out = stepper.evidence, None, None
+        if evidence.first_losses:
+            first = evidence.first_losses
+            outer = (fmean(first), stepper.loss_on_first(self._source, len(first)))
+        if self.held_out_dataloader is not None and self._held_out_start is not None:
+            held_out = (self._held_out_start, stepper.loss_on_first(self.held_out_dataloader, _HELD_OUT))
+        verdict, reason, advice = judge(evidence, outer, held_out)
+        ends = extents(module)
+        return TuningSummary(
+            verdict=verdict,
+            reason=reason,
+            advice=advice,
+            hyperparameters=tuple(Change(name, self._start[name], ends[name]) for name in ends),
+            outer_loss=outer,
+            held_out_loss=held_out,
+            predicted=evidence.predicted,
+            confirmed=evidence.confirmed,
+            error=evidence.error,
+            hyper_steps=stepper.steps,
+            skipped=dict(self._causes),
+            replaced=stepper.replaced,
+            share_of_time=self._cadence.share_of_time,
+        )
 
     def _warn_of_unfrozen(self, names: list[str]) -> None:
         if not self._has_warned_of_unfrozen:
@@ -271,10 +352,12 @@ class IFTHypergradient(PeriodicCallback):
             reason = f"hyper step {self._active_stepper.steps} ran out of memory ({str(error).splitlines()[0]})"
         if reason:
             garbage_collection_cuda()  # outside the except block, the error no longer holds its tensors
-            self._skip(f"{reason}; a smaller outer batch or curvature='finite_difference' needs less")
+            advice = "a smaller outer batch or curvature='finite_difference' needs less"
+            self._skip("out of memory", f"{reason}; {advice}")
 
-    def _skip(self, reason: str) -> None:
+    def _skip(self, cause: str, reason: str) -> None:
         self.skipped += 1
+        self._causes[cause] = self._causes.get(cause, 0) + 1
         self._warn_once(f"{reason}. It is skipped; further ones are not reported, but counted in hypergrad/skipped")
 
     def _remark(self, diagnosis: str) -> None:
@@ -296,5 +379,5 @@ class IFTHypergradient(PeriodicCallback):
         if usable:
             self._warn_once(f"{reason}. It is used nevertheless; further ones are not reported")
         else:
-            self._skip(reason)
+            self._skip("doubtful outer loss" if doubt else result.status.value, reason)
         return usable

@@ -16,6 +16,8 @@ class Bounded(nn.Module):
         ValueError: Unless 0 < initial < maximum <= limit, with a finite maximum.
     """
 
+    unit = 1.0  # λ is a logarithm, or nearly so
+
     def __init__(self, initial: float, maximum: float, limit: float = math.inf) -> None:
         require_inside(initial, maximum, limit)
         super().__init__()

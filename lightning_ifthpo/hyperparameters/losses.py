@@ -33,6 +33,7 @@ class LossWeights(nn.Module):
     tensor(2.5000)
     """
 
+    unit = 1.0  # λ is a logarithm
     is_for_training_loss = True
 
     def __init__(self, terms: int | Sequence[str]) -> None:

@@ -27,6 +27,8 @@ class Positive(nn.Module):
     tensor(0.1000)
     """
 
+    unit = 1.0  # λ is a logarithm
+
     def __init__(self, initial: float | Tensor) -> None:
         super().__init__()
         if not isinstance(initial, Tensor):

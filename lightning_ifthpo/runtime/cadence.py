@@ -59,6 +59,12 @@ class Cadence:
         self._training_began = self._clock()  # moved forward by the time that is not training
         self._own_seconds = 0.0
 
+    @property
+    def share_of_time(self) -> float:
+        """Own time over own time and training time, since `begin`."""
+        total = self._own_seconds + self._clock() - self._training_began
+        return self._own_seconds / total if total > 0.0 else 0.0
+
     def optimizer_stepped(self) -> None:
         """Records an optimizer step during the current batch."""
         self._stepped = True

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,6 +48,31 @@ def log_figure(trainer: L.Trainer, name: str, figure: Figure) -> None:
             logger.log_image(key=name, images=[_image(figure)], step=step)
         elif hasattr(experiment, "log_figure"):
             experiment.log_figure(logger.version, figure, f"{name}/{step:06d}.png")
+
+
+def log_histogram(trainer: L.Trainer, name: str, values: Tensor) -> None:
+    """Writes a histogram of values [n] to all loggers that accept histograms, such as TensorBoard.
+
+    Of many values, about 100,000 at equal distances are taken.
+    """
+    loggers: list[Any] = list(trainer.loggers)
+    for logger in loggers:
+        if hasattr(logger.experiment, "add_histogram"):
+            some = values[:: math.ceil(len(values) / 100_000)]
+            logger.experiment.add_histogram(name, some.float().cpu(), global_step=_step(trainer))
+
+
+def log_result(trainer: L.Trainer, hyperparameters: dict[str, float], metric: dict[str, float]) -> None:
+    """Writes tuned values to all loggers as hyperparameters of the run.
+
+    TensorBoard shows a run by the last ones it got, with a metric, so it gets the earlier ones again.
+    """
+    loggers: list[Any] = list(trainer.loggers)
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams({**logger.hparams, **hyperparameters}, metric)
+        else:
+            logger.log_hyperparams(hyperparameters)
 
 
 def _step(trainer: L.Trainer) -> int:

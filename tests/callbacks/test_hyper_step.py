@@ -61,8 +61,10 @@ def test_the_stepper_uses_a_new_outer_batch_each_time():
             return super().outer_loss(batch)
 
     trained([IFTHypergradient(1)], Spy, limit_val_batches=0)
-    assert len(batches) == 1 + 12  # the dry run and each of twelve hyper steps evaluate it once
+    # the dry run and each of twelve hyper steps evaluate it once, and the summary the first four again
+    assert len(batches) == 1 + 12 + 4
     assert batches[0] == batches[1]  # the dry run uses nothing up
+    assert batches[13:] == batches[1:5]
     assert len(set(batches[1:])) > 6
 
 

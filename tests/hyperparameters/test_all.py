@@ -194,6 +194,7 @@ def test_the_weight_of_a_wrong_term_falls():
     assert values["wrong"] < 0.8 < 1.2 < values["right"]
 
 
+@pytest.mark.filterwarnings("ignore:hyper step 1. the hyper-optimizer would have moved")
 @pytest.mark.parametrize("make", MODULES)
 def test_training_stays_finite_whatever_the_hyper_optimizer_does(make):
     module = make()

@@ -85,7 +85,7 @@ def test_training_stays_finite_when_decay_is_driven_to_its_bound():
         def outer_loss(self, batch):
             return super().outer_loss(batch) + 10 * sum(p.square().sum() for p in self.net.parameters())
 
-    module = Driven(lr=0.5, hyper_lr=5.0)
+    module = Driven(lr=0.5, hyper_lr=0.5)
     quiet_trainer(max_epochs=60, callbacks=[IFTHypergradient(1, on_failure="use")]).fit(module)
     assert max(module.hyperparameter_values()["decay"].values()) > 0.5
     assert all(bool(p.isfinite().all()) for p in module.parameters())

@@ -9,6 +9,7 @@ from examples.experiments.common import HERE, read
 
 QUICK = {
     "clean_noisy_labels": ["--seeds", "0", "--learn-steps", "120", "--final-steps", "40", "--controls"],
+    "without_tuning": ["--steps", "20", "--problems", "regression"],
     "tune_weight_decay": ["--seeds", "0", "--steps", "20"],
     "edge_of_stability": ["--fraction", "0.02"],
     "callback_overhead": ["--steps", "20", "--models", "perceptron"],

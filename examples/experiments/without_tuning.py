@@ -1,0 +1,264 @@
+"""Eight problems with the callback as it comes, against the best of a grid of hyper learning rates.
+
+Each problem is run for several lengths of training, with hyperparameters that start at a usual value or 30 times off to
+either side, and several seeds. "Gain" is what a method takes off the loss without tuning, as a fraction of what the
+best of the grid takes off, which is chosen for each problem, length and start by the very loss that is shown. The
+held-out examples decide nothing else. A run without tuning trains with the start values.
+
+    python -m examples.experiments.without_tuning                                       # a minute: 300 steps, one seed
+    python -m examples.experiments.without_tuning --steps 300 1000 --seeds 0 1 2 --grid 5 --workers 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
+from statistics import fmean, median, pstdev
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader
+
+from examples.experiments.common import (
+    Figures,
+    Results,
+    conclude,
+    make_parser,
+    markdown,
+    number,
+    quiet_trainer,
+    random_batches,
+    start,
+)
+from examples.experiments.problems.eight import PROBLEMS, Problem
+from lightning_ifthpo import IFTHypergradient
+
+NAME = "without_tuning"
+RATES = (0.01, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0)  # of Adam
+FACTORS = (1 / 30, 1.0, 30.0)
+STARTS = dict(zip(FACTORS, ("30 times less", "usual", "30 times more"), strict=True))
+EVERY = 5
+CEILING = 20.0  # of a loss, where training diverged
+SAME = 0.03  # change of a loss that is not counted as a change
+SMALL = 0.02  # a gain of the best method below this fraction of the loss is not counted
+UNTUNED, DEFAULT = "untuned", "default"
+
+
+class Run(NamedTuple):
+    """One run of one method on one problem; the method is "untuned", "default" or "<every>:<rate>"."""
+
+    problem: str
+    steps: int
+    factor: float
+    method: str
+    seed: int
+
+
+def measure(run: Run) -> dict[str, Any]:
+    """Returns the losses after a run, on all outer and all held-out examples, and the verdict of the callback."""
+    start(ignore=["a training loss", "outer_loss"])
+    kind = PROBLEMS[run.problem]
+    split = kind.data(run.seed)
+    torch.manual_seed(run.seed)
+    module = kind(run.factor, split)
+    every, _, rate = run.method.partition(":")
+    if rate:
+        module.configure_hyper_optimizer = lambda: torch.optim.Adam(module.hyperparameters(), lr=float(rate))  # type: ignore[method-assign]
+    callbacks = []
+    if run.method != UNTUNED:
+        outer = DataLoader(split.outer, module.batch_size, shuffle=True)
+        callbacks = [IFTHypergradient(int(every) if rate else EVERY, outer_dataloader=outer)]
+    batch_size = min(module.batch_size, len(split.train))
+    quiet_trainer(callbacks, limit_val_batches=0).fit(
+        module, random_batches(split.train, batch_size, run.steps, run.seed)
+    )
+    found: dict[str, Any] = {"outer": loss(module, split.outer), "held out": loss(module, split.held_out)}
+    if callbacks:
+        summary = callbacks[0].summary()
+        found |= {"verdict": summary.verdict, "replaced": summary.replaced}
+    return found
+
+
+@torch.no_grad()
+def loss(module: Problem, examples: Any) -> float:
+    """Returns the outer loss on all examples of a part; the ceiling if it is higher or not a number."""
+    module.eval()
+    value = float(module.outer_loss(examples.tensors))
+    return value if value < CEILING else CEILING
+
+
+# Results: {problem: {steps: {factor: {method: {seed: what `measure` returns}}}}}
+
+
+def nested(runs: Iterable[Run], measured: Iterable[dict[str, Any]]) -> Results:
+    """Returns what runs have measured, as nested dicts."""
+    results: Results = {}
+    for run, values in zip(runs, measured, strict=True):
+        level = results
+        for key in (run.problem, str(run.steps), f"{run.factor:.3g}", run.method):
+            level = level.setdefault(key, {})
+        level[str(run.seed)] = values
+    return results
+
+
+class Cell(NamedTuple):
+    """Means over seeds for one problem, number of steps and start, of one of the two losses."""
+
+    problem: str
+    steps: int
+    factor: str
+    losses: dict[str, float]
+    untuned_error: float
+
+    @property
+    def best(self) -> float:
+        """The lowest mean loss of the grid, or without tuning."""
+        return min(value for method, value in self.losses.items() if method != DEFAULT)
+
+    def gain(self, method: str) -> float:
+        """Returns how much of the gain of the best method a method has; NaN if there is hardly anything to gain."""
+        possible = self.losses[UNTUNED] - self.best
+        if possible < SMALL * self.losses[UNTUNED]:
+            return math.nan
+        return (self.losses[UNTUNED] - self.losses[method]) / possible
+
+    def harm(self, method: str) -> bool:
+        """Returns whether a method is worse than no tuning, by more than the standard error and by over one percent."""
+        return self.losses[method] - self.losses[UNTUNED] > max(self.untuned_error, 0.01 * self.losses[UNTUNED])
+
+
+def cells(results: Results, which: str, steps: int | None = None) -> Iterator[Cell]:
+    """Yields all cells in which the default, no tuning and the grid were run, with the seeds that they share."""
+    for problem, by_steps in results.items():
+        if problem not in PROBLEMS:
+            continue
+        for length, by_factor in by_steps.items():
+            for factor, by_method in by_factor.items() if steps in (None, int(length)) else ():
+                if not {UNTUNED, DEFAULT} <= by_method.keys():
+                    continue
+                seeds = sorted(set.intersection(*(set(by_seed) for by_seed in by_method.values())))
+                of_untuned = [by_method[UNTUNED][seed][which] for seed in seeds]
+                losses = {
+                    method: fmean(by_seed[seed][which] for seed in seeds) for method, by_seed in by_method.items()
+                }
+                yield Cell(problem, int(length), factor, losses, pstdev(of_untuned) / math.sqrt(len(seeds)))
+
+
+def over_untuned(cells: Iterable[Cell], method: str) -> float:
+    """Returns the geometric mean of the loss of a method over that without tuning."""
+    return math.exp(fmean(math.log(cell.losses[method] / cell.losses[UNTUNED]) for cell in cells))
+
+
+def lengths(results: Results) -> list[int]:
+    """Returns the numbers of steps that were run."""
+    return sorted({cell.steps for cell in cells(results, "outer")})
+
+
+def grid(results: Results) -> list[str]:
+    """Returns the methods of the grid that were run in all cells."""
+    methods = [set(cell.losses) for cell in cells(results, "outer")]
+    common = set.intersection(*methods) if methods else set()
+    return sorted(common - {UNTUNED, DEFAULT}, key=lambda method: tuple(map(float, method.split(":"))))
+
+
+def summary(results: Results) -> dict[str, float]:
+    """Returns, for outer and held-out loss, the median gain of the default, and the fraction of cells that it harms."""
+    found = {}
+    for which in ("outer", "held out"):
+        every = list(cells(results, which))
+        gains = [gain for cell in every if not math.isnan(gain := cell.gain(DEFAULT))]
+        if gains:
+            found[f"{which}: median gain of the default"] = median(gains)
+        found[f"{which}: loss over untuned"] = over_untuned(every, DEFAULT)
+        found[f"{which}: fraction of cells harmed"] = fmean(cell.harm(DEFAULT) for cell in every)
+    return found
+
+
+def table(results: Results) -> str:
+    """Returns the gain of each method over all cells, for each number of steps, and the verdicts on the default."""
+    rows = []
+    for length in lengths(results):
+        for method in (DEFAULT, *grid(results)):
+            row = [f"{length:,}", label(method)]
+            for which in ("outer", "held out"):
+                every = list(cells(results, which, length))
+                gains = [gain for cell in every if not math.isnan(gain := cell.gain(method))]
+                reached = sum(gain >= 0.6 for gain in gains)
+                row += [
+                    number(median(gains), 2) if gains else "–",
+                    f"{reached} of {len(gains)}",
+                    f"{sum(cell.harm(method) for cell in every)} of {len(every)}",
+                    number(over_untuned(every, method), 2),
+                ]
+            rows.append(row)
+    header = ["steps", "method"]
+    for which in ("outer", "held out"):
+        header += [f"{which}: median gain", "gain of 0.6 or more", "worse than untuned", "loss over untuned"]
+    return f"{markdown(header, rows)}\n\n{verdicts(results)}"
+
+
+def verdicts(results: Results, methods: Sequence[str] = (DEFAULT,)) -> str:
+    """Returns how often each verdict was given to runs that helped, did little and harmed, by the held-out loss."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for problem in results.keys() & PROBLEMS.keys():
+        for by_factor in results[problem].values():
+            for by_method in by_factor.values():
+                for seed, untuned in by_method.get(UNTUNED, {}).items():
+                    for method in methods:
+                        run = by_method.get(method, {}).get(seed, {})
+                        if "verdict" in run:
+                            change = math.log(run["held out"] / untuned["held out"])
+                            truth = "same" if abs(change) <= SAME else "lower" if change < 0.0 else "higher"
+                            counts[run["verdict"], truth] += 1
+    truths = ("lower", "same", "higher")
+    rows = [
+        [f'"{verdict}"', *(str(counts[verdict, truth]) for truth in truths)]
+        for verdict in ("helped", "did nothing", "unclear", "harmed")
+    ]
+    return markdown(["verdict", *(f"held-out loss is {truth}" for truth in truths)], rows)
+
+
+def label(method: str) -> str:
+    """Returns the name of a method for people."""
+    every, _, rate = method.partition(":")
+    return f"Adam {rate}, every {every}" if rate else "**the default**" if method == DEFAULT else method
+
+
+def details(results: Results) -> str:
+    """Returns the held-out loss in each cell: without tuning, by default, and of the best of the grid."""
+    header = ["problem", "steps", "start", "untuned", "default", "best of the grid", "which"]
+    rows = []
+    for cell in cells(results, "held out"):
+        best = min((method for method in cell.losses if method != DEFAULT), key=cell.losses.__getitem__)
+        row = [cell.problem, f"{cell.steps:,}", next(STARTS[f] for f in FACTORS if f"{f:.3g}" == cell.factor)]
+        row += [number(cell.losses[method]) for method in (UNTUNED, DEFAULT, best)]
+        rows.append([*row, label(best)])
+    return markdown(header, rows)
+
+
+def main(argv: Sequence[str] | None = None) -> Figures:
+    """Runs the experiment."""
+    parser = make_parser(__doc__, seeds=[0])
+    parser.add_argument("--steps", type=int, nargs="+", default=[300])
+    parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))
+    parser.add_argument("--grid", type=int, nargs="*", default=[], help="cadences of the grid, such as 5 1")
+    parser.add_argument("--only", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--workers", type=int, default=1)
+    args = parser.parse_args(argv)
+    methods = args.only or [UNTUNED, DEFAULT, *(f"{every}:{rate}" for every in args.grid for rate in RATES)]
+    runs = [Run(*run) for run in product(args.problems, args.steps, FACTORS, methods, args.seeds)]
+    if args.workers == 1:
+        results = nested(runs, map(measure, runs))
+    else:
+        with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
+            results = nested(runs, pool.map(measure, runs))
+    return conclude(NAME, results, args, summary=summary, table=table)
+
+
+if __name__ == "__main__":
+    main()

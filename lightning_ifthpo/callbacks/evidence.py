@@ -1,0 +1,87 @@
+"""Whether hyper steps did what they predicted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FIRST = 4  # outer batches whose loss is compared with that at the end
+
+
+class Evidence:
+    """Compares what each hyper step predicts with what the next hypergradient says of it.
+
+    A hyper step moves λ by d and predicts that the outer loss changes by g·d. The next hypergradient g' comes from
+    another outer batch and from weights that are trained further, and g'·d is an estimate without the selection that
+    made g·d negative. The sum of −g'·d over a run is the decrease of the outer loss that is confirmed. In wrong or too
+    long steps it is small or negative. Cost: a copy of the hyperparameters, and one pass over them.
+
+    Args:
+        state: A result of `state_dict`; empty for a new start.
+
+    Attributes:
+        steps: Number of hyper steps that were made.
+        predicted: Sum of −g·d, in the unit of the outer loss.
+        confirmed: Sum of −g'·d.
+        travel: Sum of the root mean squares of d.
+        first_losses: The outer losses of the first hyper steps.
+        last_loss: The outer loss of the last one; NaN before the first.
+    """
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.steps: int = state.get("steps", 0)
+        self.predicted: float = state.get("predicted", 0.0)
+        self.confirmed: float = state.get("confirmed", 0.0)
+        self._squares: float = state.get("squares", 0.0)
+        self.travel: float = state.get("travel", 0.0)
+        self.first_losses: list[float] = state.get("first_losses", [])
+        self.last_loss: float = state.get("last_loss", math.nan)
+        self._move: list[Tensor] = state.get("move", [])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns everything that resuming needs, as tensors and plain numbers."""
+        return {
+            "steps": self.steps,
+            "predicted": self.predicted,
+            "confirmed": self.confirmed,
+            "squares": self._squares,
+            "travel": self.travel,
+            "first_losses": self.first_losses,
+            "last_loss": self.last_loss,
+            "move": self._move,
+        }
+
+    @property
+    def error(self) -> float:
+        """The standard error of `confirmed`, from its terms."""
+        return math.sqrt(max(0.0, self._squares - self.confirmed**2 / max(1, self.steps)))
+
+    @torch.no_grad()
+    def add(self, gradients: Sequence[Tensor], before: Sequence[Tensor], after: Sequence[Tensor], loss: float) -> None:
+        """Adds a hyper step: its hypergradient, the hyperparameters before and after it, and its outer loss."""
+        if self._move:
+            confirmed = -_dot(
+                gradients, [move.to(gradient) for move, gradient in zip(self._move, gradients, strict=True)]
+            )
+            self.confirmed += confirmed
+            self._squares += confirmed**2
+        self._move = [new - old for new, old in zip(after, before, strict=True)]
+        self.predicted -= _dot(gradients, self._move)
+        size = sum(move.numel() for move in self._move)
+        self.travel += math.sqrt(_dot(self._move, self._move) / size)
+        self.steps += 1
+        self.last_loss = loss
+        if len(self.first_losses) < _FIRST:
+            self.first_losses.append(loss)
+
+
+def _dot(these: Sequence[Tensor], those: Sequence[Tensor]) -> float:
+    products = [
+        torch.sum(this * that, dtype=torch.promote_types(this.dtype, torch.float32))
+        for this, that in zip(these, those, strict=True)
+    ]
+    return float(torch.stack([product.double().cpu() for product in products]).sum())

@@ -1,0 +1,68 @@
+"""What later hypergradients say of a hyper step."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from lightning_ifthpo.callbacks.evidence import Evidence
+from tests.checks import check_state_is_plain
+
+
+def descent(rate, steps, noise=0.0, seed=0):
+    """Gradient descent on λ² / 2 in three dimensions, with gradients from other batches at each step."""
+    generator = torch.Generator().manual_seed(seed)
+    evidence, value = Evidence({}), torch.ones(3, dtype=torch.float64)
+    for _ in range(steps):
+        gradient = value + noise * torch.randn(3, dtype=torch.float64, generator=generator)
+        after = value - rate * gradient
+        evidence.add(
+            [gradient[:1], gradient[1:]], [value[:1], value[1:]], [after[:1], after[1:]], float(value @ value) / 2
+        )
+        value = after
+    return evidence, value
+
+
+def test_it_sums_what_is_predicted_and_what_the_next_hypergradient_confirms():
+    evidence, _ = descent(0.5, 3)
+    # λ = 1, 1/2, 1/4, and moves of −1/2, −1/4, −1/8, for each of three entries
+    assert evidence.predicted == pytest.approx(3 * (1 / 2 + 1 / 8 + 1 / 32))
+    assert evidence.confirmed == pytest.approx(3 * (1 / 4 + 1 / 16))
+    terms = [3 / 4, 3 / 16]
+    assert evidence.error == pytest.approx(math.sqrt(sum(term**2 for term in terms) - sum(terms) ** 2 / 3))
+    assert evidence.travel == pytest.approx(1 / 2 + 1 / 4 + 1 / 8)
+    assert evidence.first_losses == pytest.approx([3 / 2, 3 / 8, 3 / 32])
+    assert evidence.last_loss == pytest.approx(3 / 32)
+
+
+def test_short_steps_are_confirmed_in_full_and_long_ones_are_not():
+    assert descent(0.01, 50)[0].confirmed == pytest.approx(descent(0.01, 50)[0].predicted, rel=0.05)
+    too_long, _ = descent(1.9, 10)
+    assert too_long.confirmed < 0.0 < too_long.predicted
+
+
+def test_noise_predicts_a_decrease_and_confirms_none():
+    found = [descent(0.01, 400, noise=5.0, seed=seed)[0] for seed in range(10)]
+    errors = [(evidence.confirmed - evidence.predicted) / evidence.error for evidence in found]
+    assert max(errors) < -10.0
+    # the true decrease, 1.5 of 300 predicted ones, is hidden in the error
+    assert sum(abs(evidence.confirmed) < 3.0 * evidence.error for evidence in found) >= 8
+
+
+def test_it_keeps_four_first_losses_and_resumes():
+    evidence, value = descent(0.1, 6)
+    assert len(evidence.first_losses) == 4
+    check_state_is_plain(evidence.state_dict())
+    resumed = Evidence(copy.deepcopy(evidence.state_dict()))
+    for one in (evidence, resumed):
+        one.add([value[:1], value[1:]], [value[:1], value[1:]], [value[:1] - 1.0, value[1:]], 7.0)
+    for name in ("steps", "predicted", "confirmed", "error", "travel", "first_losses", "last_loss"):
+        assert getattr(resumed, name) == getattr(evidence, name), name
+
+
+def test_half_precision_is_summed_in_float32():
+    evidence = Evidence({})
+    before, after = torch.zeros(10_000, dtype=torch.bfloat16), torch.full((10_000,), -1.0, dtype=torch.bfloat16)
+    evidence.add([-after], [before], [after], 1.0)
+    assert evidence.predicted == 10_000.0

@@ -1,0 +1,168 @@
+"""The verdict on a run, and what people see of it."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
+
+from lightning_ifthpo import IFTHypergradient
+from lightning_ifthpo.callbacks.summary import Change, extents, judge
+from lightning_ifthpo.hyperparameters import SampleWeights
+from tests.helpers.trainers import Classifier, Ridge, loader, quiet_trainer
+
+
+def evidence(confirmed=0.0, error=0.1, travel=5.0, steps=60):
+    return SimpleNamespace(predicted=1.0, confirmed=confirmed, error=error, travel=travel, steps=steps)
+
+
+JUDGED = {
+    "confirmed": (evidence(0.5), (1.0, 0.8), None, "helped", "confirm 0.5 ± 0.1", ""),
+    "confirmed, by heart": (evidence(0.5), (1.0, 0.2), (1.0, 0.5), "helped", "confirm", "2.5 times the outer loss"),
+    "confirmed, held out too": (evidence(0.5), (1.0, 0.4), (1.0, 0.5), "helped", "confirm", ""),
+    "too little": (evidence(0.02, 0.001), (1.0, 0.8), None, "unclear", "hardly fell", "freeze_hyperparameters"),
+    "taken back": (evidence(-0.5), (1.0, 0.8), None, "harmed", "past the best", "freeze_hyperparameters"),
+    "not sure": (evidence(0.15), (1.0, 0.5), None, "did nothing", "confirm 0.15 ± 0.1", ""),
+    "no travel": (evidence(0.0, 0.0, 0.2), (1.0, 0.5), None, "did nothing", "moved by 0.2 units", "train longer"),
+    "few": (evidence(0.0, 0.0, 0.2, 3), (1.0, 0.5), None, "did nothing", "moved", "3 hyper steps are few"),
+    "training overfits by itself": (evidence(0.0, 0.0, 0.2), (1.0, 4.0), None, "did nothing", "moved", "longer"),
+    "exploded": (evidence(0.5), (1.0, 4.0), None, "harmed", "from 1 to 4: training diverges", "freeze"),
+    "not a number": (evidence(0.5, travel=0.1), (1.0, math.nan), None, "harmed", "to nan", "freeze"),
+    "zero": (evidence(0.5), (1.0, 0.0), None, "helped", "confirm", ""),
+    "no step": (evidence(), None, None, "did nothing", "as they were", ""),
+}
+
+
+@pytest.mark.parametrize("case", JUDGED)
+def test_verdicts(case):
+    found, outer, held_out, verdict, reason, advice = JUDGED[case]
+    judged, why, told = judge(found, outer, held_out)
+    assert judged == verdict
+    assert reason in why
+    assert advice in " ".join(told)
+    assert bool(told) == bool(advice)
+
+
+def fitted(callback, make=Classifier, **options):
+    torch.manual_seed(0)
+    module = make()
+    quiet_trainer(**{"callbacks": [callback], "max_epochs": 3, "limit_val_batches": 0, **options}).fit(module)
+    return module
+
+
+def test_a_summary_has_values_in_natural_units_losses_and_counts():
+    callback = IFTHypergradient(1, held_out_dataloader=loader(20, batch_size=5, seed=3))
+    module = fitted(callback)
+    summary = callback.summary()
+    assert summary.hyper_steps == 12
+    assert summary.skipped == {}
+    assert 0.0 < summary.share_of_time < 1.0
+    (change,) = summary.hyperparameters
+    assert change.name == "decay"
+    assert change.start == pytest.approx((Classifier().decay.natural_values()["0.weight"].item(),) * 3)
+    assert change.end == pytest.approx(extents(module)["decay"])
+    module.eval()
+    with torch.no_grad():
+        held_out = [float(module.outer_loss(batch)) for batch in loader(20, batch_size=5, seed=3)]
+    # batches of the loader are shuffled, so that only means of equal batches agree
+    assert summary.held_out_loss[1] == pytest.approx(sum(held_out) / 4, rel=1e-5)
+    assert summary.held_out_loss[0] != summary.held_out_loss[1]
+    assert summary.outer_loss[0] != summary.outer_loss[1]
+    json.dumps(summary.as_dict())
+    assert summary.rows() == [
+        {
+            "name": "decay",
+            **dict(zip(("start_mean", "start_min", "start_max"), change.start, strict=True)),
+            **dict(zip(("end_mean", "end_min", "end_max"), change.end, strict=True)),
+        }
+    ]
+    assert set(summary.as_dict()) == {field.name for field in dataclasses.fields(summary)}
+
+
+def test_the_outer_loss_at_the_end_is_of_the_examples_at_the_start():
+    """With one full batch of outer examples both are known."""
+    callback = IFTHypergradient(1)
+    module = fitted(callback, Ridge, max_epochs=4)
+    expected = module.outer_loss((module.xv, module.yv)).item()
+    assert callback.summary().outer_loss[1] == pytest.approx(expected)
+    assert callback.summary().outer_loss[0] > expected
+
+
+def test_the_console_shows_it(capsys, caplog):
+    caplog.set_level("INFO")
+    callback = IFTHypergradient(1)
+    fitted(callback)
+    shown = [record.message for record in caplog.records if "Verdict" in record.message]
+    assert shown == [str(callback.summary())]
+    assert "made 12 hyper steps in" in shown[0]
+    assert "decay: 0.01 → " in shown[0]
+
+
+def test_a_skipped_hyper_step_is_counted_with_its_cause():
+    class Failing(Classifier):
+        def outer_loss(self, batch):
+            loss = super().outer_loss(batch)
+            return loss * math.nan if self.trainer.global_step == 3 else loss
+
+    callback = IFTHypergradient(1)
+    with pytest.warns(UserWarning, match="nonfinite"):
+        fitted(callback, Failing)
+    summary = callback.summary()
+    assert summary.skipped == {"nonfinite": 1}
+    assert "(skipped: 1 nonfinite)" in str(summary)
+
+
+def test_there_is_none_before_the_end_of_a_fit():
+    with pytest.raises(RuntimeError, match=r"call trainer\.fit first"):
+        IFTHypergradient().summary()
+
+
+def test_held_out_data_are_checked_early():
+    with pytest.raises(TypeError, match="one DataLoader, or a list of batches"):
+        IFTHypergradient(held_out_dataloader=loader().dataset)
+
+
+def test_held_out_data_and_the_summary_change_nothing():
+    held_out = DataLoader(loader(20, seed=3).dataset, batch_size=5, shuffle=True)
+    modules = [fitted(IFTHypergradient(2, held_out_dataloader=data)) for data in (None, held_out)]
+    state, other = (module.state_dict() for module in modules)
+    assert all(torch.equal(value, other[name]) for name, value in state.items())
+
+
+def test_a_change_says_what_it_was_and_is():
+    assert str(Change("decay", (1e-4, 1e-4, 1e-4), (2e-3, 1e-3, 3e-3))) == "decay: 0.0001 → 0.002 (0.001 to 0.003)"
+
+
+def test_loggers_get_tuned_values_as_hyperparameters_and_histograms(tmp_path):
+    """Read back from the files."""
+
+    class Many(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.save_hyperparameters({"width": 8})
+            self.register_hyperparameter("weights", SampleWeights(30))
+
+        def inner_loss(self, batch):
+            return super().inner_loss(batch) * self.weights(torch.arange(30)).mean()
+
+    loggers = [CSVLogger(tmp_path, "csv"), TensorBoardLogger(tmp_path, "tensorboard", default_hp_metric=False)]
+    callback = IFTHypergradient(1)
+    fitted(callback, Many, logger=loggers)
+    ends = {f"hyperparameter/{change.name}": change.end[0] for change in callback.summary().hyperparameters}
+    written = yaml.safe_load((Path(loggers[0].log_dir) / "hparams.yaml").read_text())
+    assert written == {"width": 8, **ends}
+    events = EventAccumulator(loggers[1].log_dir, size_guidance={"histograms": 0})
+    events.Reload()
+    assert events.Tags()["histograms"] == ["hyperparameter/weights"]
+    assert len(events.Histograms("hyperparameter/weights")) == 3
+    assert events.Histograms("hyperparameter/weights")[-1].histogram_value.num == 30
+    plugin = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert all(name.encode() in plugin for name in ("width", *ends))
+    assert "hypergrad/outer_loss" in events.Tags()["scalars"]
