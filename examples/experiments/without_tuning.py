@@ -61,7 +61,7 @@ class Run(NamedTuple):
 
 def measure(run: Run) -> dict[str, Any]:
     """Returns the losses after a run, on all outer and all held-out examples, and the verdict of the callback."""
-    start(ignore=["a training loss", "outer_loss"])
+    start(ignore=["would have moved the hyperparameters", "ended with status"])
     kind = PROBLEMS[run.problem]
     split = kind.data(run.seed)
     torch.manual_seed(run.seed)

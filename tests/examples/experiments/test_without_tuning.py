@@ -45,7 +45,7 @@ def test_summary_table_and_details(results):
     assert summary["outer: median gain of the default"] == pytest.approx(0.8)
     assert summary["held out: fraction of cells harmed"] == 0.5
     assert summary["outer: loss over untuned"] == pytest.approx(math.sqrt(0.5 / 0.9 * 1.1))
-    default, first, second = example.table(results).splitlines()[2:]
+    default, first, second = example.table(results).split("\n\n")[0].splitlines()[2:]
     assert default.startswith("| 300 | **the default** | .80 | 1 of 1 | 1 of 2 | .78 |")
     assert first.startswith("| 300 | Adam 0.1, every 5 | 1.00 | 1 of 1 | 0 of 2 |")
     assert second.startswith("| 300 | Adam 0.5, every 5 | -1.20 | 0 of 1 | 2 of 2 |")
