@@ -28,6 +28,7 @@ class Evidence:
         predicted: Sum of −g·d, in the unit of the outer loss.
         confirmed: Sum of −g'·d.
         travel: Sum of the root mean squares of d.
+        last_gradient: For each tensor of hyperparameters the last hyper step with a hypergradient that is not zero.
         first_losses: The outer losses of the first hyper steps.
         last_loss: The outer loss of the last one; NaN before the first.
     """
@@ -40,6 +41,7 @@ class Evidence:
         self.travel: float = state.get("travel", 0.0)
         self.first_losses: list[float] = state.get("first_losses", [])
         self.last_loss: float = state.get("last_loss", math.nan)
+        self.last_gradient: list[int] = state.get("last_gradient", [])
         self._move: list[Tensor] = state.get("move", [])
 
     def state_dict(self) -> dict[str, Any]:
@@ -52,6 +54,7 @@ class Evidence:
             "travel": self.travel,
             "first_losses": self.first_losses,
             "last_loss": self.last_loss,
+            "last_gradient": self.last_gradient,
             "move": self._move,
         }
 
@@ -74,6 +77,10 @@ class Evidence:
         size = sum(move.numel() for move in self._move)
         self.travel += math.sqrt(_dot(self._move, self._move) / size)
         self.steps += 1
+        earlier = self.last_gradient or [0] * len(gradients)
+        self.last_gradient = [
+            self.steps if bool(gradient.any()) else last for gradient, last in zip(gradients, earlier, strict=True)
+        ]
         self.last_loss = loss
         if len(self.first_losses) < _FIRST:
             self.first_losses.append(loss)

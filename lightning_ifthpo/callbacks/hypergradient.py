@@ -15,7 +15,7 @@ from lightning_ifthpo.callbacks.frozen import FrozenHyperparameters
 from lightning_ifthpo.callbacks.hyper_metrics import many, result_metrics, summaries
 from lightning_ifthpo.callbacks.hyper_step import HyperStepper
 from lightning_ifthpo.callbacks.periodic import PeriodicCallback, check_single_process, is_monitored
-from lightning_ifthpo.callbacks.summary import Change, TuningSummary, extents, judge
+from lightning_ifthpo.callbacks.summary import Change, TuningSummary, extents, judge, remarks
 from lightning_ifthpo.core.loss import NoLossError
 from lightning_ifthpo.core.validation import require_choice, require_flag
 from lightning_ifthpo.curvature.kinds import OPERATORS, Curvature
@@ -313,7 +313,7 @@ class IFTHypergradient(PeriodicCallback):
         return TuningSummary(
             verdict=verdict,
             reason=reason,
-            advice=advice,
+            advice=(*advice, *remarks(module, evidence)),
             hyperparameters=tuple(Change(name, self._start[name], ends[name]) for name in ends),
             outer_loss=outer,
             held_out_loss=held_out,

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_ifthpo.callbacks.evidence import Evidence
+from lightning_ifthpo.hyperparameters import SampleWeights
+from lightning_ifthpo.hyperparameters.bounded import Bounded
 
 Verdict: TypeAlias = Literal["helped", "did nothing", "harmed", "unclear"]
 
@@ -21,6 +23,7 @@ _FAR = 1.0  # units of the hyperparameters
 _FEW = 10  # hyper steps
 _EXPLODED = 3.0  # times the outer loss at the start
 _FELL = 0.75  # of the outer loss at the start
+_AT_BOUND = 0.99
 _APART = 1.5  # times the outer loss
 
 
@@ -145,6 +148,28 @@ def _learned_by_heart(outer: tuple[float, float], held_out: tuple[float, float] 
         f"The held-out loss is {held_out[1] / outer[1]:.1f} times the outer loss: the hyperparameters learn the outer "
         "examples by heart. Fewer hyperparameters or more outer examples help, and early stopping on held-out data.",
     )
+
+
+def remarks(module: Any, evidence: Evidence) -> tuple[str, ...]:
+    """Returns sentences on hyperparameters that stand at their upper bound, or have stopped having a hypergradient."""
+    found = []
+    for name, value in module.named_natural_values():
+        kind = getattr(module, name)
+        if isinstance(kind, Bounded) and not isinstance(kind, SampleWeights):
+            largest = max(float(part.amax()) for part in (value.values() if isinstance(value, Mapping) else [value]))
+            if largest > _AT_BOUND * kind.maximum:
+                found.append(
+                    f"{name!r} stands at its bound, maximum={kind.maximum:g}. If that is no sign of a fault in the "
+                    "losses, raise it."
+                )
+    paths = [path for path, _ in module.named_hyperparameters()]
+    for path, last in zip(paths, evidence.last_gradient, strict=False):
+        if evidence.steps - last >= _FEW:
+            found.append(
+                f"{path!r} has had no hypergradient since hyper step {last}: a clamp or a saturated function cuts it "
+                "off, and nothing can bring it back. Register positive numbers as Positive(initial)."
+            )
+    return tuple(found)
 
 
 def extents(module: Any) -> dict[str, tuple[float, float, float]]:

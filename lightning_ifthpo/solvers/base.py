@@ -156,7 +156,7 @@ class Solver(ABC):
             if vector is not None and vector.shape != (operator.size,):
                 raise ValueError(f"expected {name} of shape ({operator.size},), got {tuple(vector.shape)}")
         norm = length(b)
-        if not math.isfinite(norm):
+        if not norm <= torch.finfo(b.dtype).max:  # nor can b be divided by a norm beyond the largest number
             return SolveResult(b, math.nan, 0, Status.NONFINITE).failed()
         if norm == 0.0:
             return SolveResult(torch.zeros_like(b), 0.0, 0, Status.CONVERGED)

@@ -61,6 +61,13 @@ def test_it_keeps_four_first_losses_and_resumes():
         assert getattr(resumed, name) == getattr(evidence, name), name
 
 
+def test_it_knows_since_when_a_tensor_has_no_hypergradient():
+    evidence, one, none = Evidence({}), torch.ones(2), torch.zeros(2)
+    for first, second in ((one, none), (none, one), (one, one), (one, none)):
+        evidence.add([first, second], [one, one], [one, one], 1.0)
+    assert evidence.last_gradient == [4, 3]
+
+
 def test_half_precision_is_summed_in_float32():
     evidence = Evidence({})
     before, after = torch.zeros(10_000, dtype=torch.bfloat16), torch.full((10_000,), -1.0, dtype=torch.bfloat16)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_ifthpo import IFTHypergradient
 from lightning_ifthpo.callbacks.summary import Change, extents, judge
 from lightning_ifthpo.hyperparameters import SampleWeights
+from lightning_ifthpo.solvers import Identity
 from tests.helpers.trainers import Classifier, Ridge, loader, quiet_trainer
 
 
@@ -166,3 +167,48 @@ def test_loggers_get_tuned_values_as_hyperparameters_and_histograms(tmp_path):
     plugin = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert all(name.encode() in plugin for name in ("width", *ends))
     assert "hypergrad/outer_loss" in events.Tags()["scalars"]
+
+
+class Clamped(Classifier):
+    """A positive number that is registered as it is: a step makes it negative, and the clamp keeps it dead."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_hyperparameter("raw", torch.tensor(1e-4))
+
+    def squares(self):
+        return sum(weight.square().sum() for weight in self.net.parameters())
+
+    def inner_loss(self, batch):
+        return super().inner_loss(batch) - self.raw.clamp(min=0.0) * self.squares()
+
+    def outer_loss(self, batch):
+        return super().outer_loss(batch) + 10.0 * self.squares()
+
+    def configure_hyper_optimizer(self):
+        return None
+
+
+def test_a_hyperparameter_that_a_clamp_cuts_off_is_named():
+    callback = IFTHypergradient(1, solver=Identity(0.1, horizon=1))  # one hyper step may travel four units
+    module = fitted(callback, Clamped, max_epochs=5)
+    assert module.raw.item() < 0.0
+    (told,) = (advice for advice in callback.summary().advice if "hypergradient since" in advice)
+    assert "'raw' has had no hypergradient since hyper step" in told
+    assert "Positive(initial)" in told
+
+
+def test_a_value_at_its_bound_is_named():
+    class AtBound(Classifier):
+        def __init__(self):
+            super().__init__()
+            with torch.no_grad():
+                for value in self.decay.parameters():
+                    value.fill_(10.0)
+
+    callback = IFTHypergradient(4)
+    fitted(callback, AtBound)
+    assert any("'decay' stands at its bound, maximum=1." in advice for advice in callback.summary().advice)
+    other = IFTHypergradient(4)
+    fitted(other)
+    assert not any("bound" in advice for advice in other.summary().advice)

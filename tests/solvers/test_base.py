@@ -86,6 +86,15 @@ def test_a_multiple_of_the_identity_is_solved_in_one_product_and_not_by_zero(sol
     assert result.products == (7 if isinstance(solver, Direct) else 1)
 
 
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_a_right_hand_side_longer_than_the_largest_number_is_not_finite(solver):
+    """Training that diverges passes through such gradients: each entry is finite, and the length is not."""
+    b = torch.full((8,), 0.9 * torch.finfo(torch.float32).max)
+    result = solver.solve(MatrixOperator(spd_matrix(8, 5.0, dtype=torch.float32)), b)
+    assert result.status is Status.NONFINITE
+    assert not bool(result.x.any())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("b_scale", [1e-30, 1e-10, 1e10, 1e30])
 @pytest.mark.parametrize("a_scale", [1e-10, 1e10])
