@@ -11,7 +11,6 @@ held-out examples decide nothing else. A run without tuning trains with the star
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,6 +36,7 @@ from examples.experiments.common import (
 )
 from examples.experiments.problems.eight import PROBLEMS, Problem
 from lightning_ifthpo import IFTHypergradient
+from lightning_ifthpo.solvers import SAMA, Amortized, Solver
 
 NAME = "without_tuning"
 RATES = (0.01, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0)  # of Adam
@@ -49,8 +49,39 @@ SMALL = 0.02  # a gain of the best method below this fraction of the loss is not
 UNTUNED, DEFAULT = "untuned", "default"
 
 
+class Variant(NamedTuple):
+    """Another choice of a default.
+
+    Args:
+        every: Training batches between two hyper steps.
+        cost: Of a hyper step, in gradients of the training loss, as in docs/benchmarks.md.
+        solver: Of the linear system.
+    """
+
+    every: int = EVERY
+    cost: float = 5.0
+    solver: Solver = Amortized(products=2, horizon=100)
+
+    def steps(self, budget: int) -> int:
+        """Returns how many training steps take as long as so many with the defaults."""
+        return round(budget * (1.0 + Variant().cost / EVERY) / (1.0 + self.cost / self.every))
+
+
+VARIANTS = {
+    "every batch": Variant(1),
+    "every 2": Variant(2),
+    "every 10": Variant(10),
+    "every 20": Variant(20),
+    "every 50": Variant(50),
+    "horizon 30": Variant(solver=Amortized(products=2, horizon=30)),
+    "horizon 300": Variant(solver=Amortized(products=2, horizon=300)),
+    "five products": Variant(cost=10.0, solver=Amortized(products=5, horizon=100)),
+    "SAMA": Variant(cost=3.0, solver=SAMA()),
+}
+
+
 class Run(NamedTuple):
-    """One run of one method on one problem; the method is "untuned", "default" or "<every>:<rate>"."""
+    """One run of one method on one problem; the method is "untuned", "default", a variant or "<every>:<rate>"."""
 
     problem: str
     steps: int
@@ -67,16 +98,16 @@ def measure(run: Run) -> dict[str, Any]:
     torch.manual_seed(run.seed)
     module = kind(run.factor, split)
     every, _, rate = run.method.partition(":")
+    variant = VARIANTS.get(run.method, Variant(int(every) if rate else EVERY))
     if rate:
         module.configure_hyper_optimizer = lambda: torch.optim.Adam(module.hyperparameters(), lr=float(rate))  # type: ignore[method-assign]
     callbacks = []
     if run.method != UNTUNED:
         outer = DataLoader(split.outer, module.batch_size, shuffle=True)
-        callbacks = [IFTHypergradient(int(every) if rate else EVERY, outer_dataloader=outer)]
+        callbacks = [IFTHypergradient(variant.every, solver=variant.solver, outer_dataloader=outer)]
     batch_size = min(module.batch_size, len(split.train))
-    quiet_trainer(callbacks, limit_val_batches=0).fit(
-        module, random_batches(split.train, batch_size, run.steps, run.seed)
-    )
+    steps = variant.steps(run.steps) if run.method in VARIANTS else run.steps
+    quiet_trainer(callbacks, limit_val_batches=0).fit(module, random_batches(split.train, batch_size, steps, run.seed))
     found: dict[str, Any] = {"outer": loss(module, split.outer), "held out": loss(module, split.held_out)}
     if callbacks:
         summary = callbacks[0].summary()
@@ -118,7 +149,7 @@ class Cell(NamedTuple):
     @property
     def best(self) -> float:
         """The lowest mean loss of the grid, or without tuning."""
-        return min(value for method, value in self.losses.items() if method != DEFAULT)
+        return min(value for method, value in self.losses.items() if method == UNTUNED or ":" in method)
 
     def gain(self, method: str) -> float:
         """Returns how much of the gain of the best method a method has; NaN if there is hardly anything to gain."""
@@ -132,21 +163,23 @@ class Cell(NamedTuple):
         return self.losses[method] - self.losses[UNTUNED] > max(self.untuned_error, 0.01 * self.losses[UNTUNED])
 
 
-def cells(results: Results, which: str, steps: int | None = None) -> Iterator[Cell]:
-    """Yields all cells in which the default, no tuning and the grid were run, with the seeds that they share."""
-    for problem, by_steps in results.items():
-        if problem not in PROBLEMS:
-            continue
-        for length, by_factor in by_steps.items():
+def cells(
+    results: Results, which: str, steps: int | None = None, methods: Iterable[str] = (UNTUNED, DEFAULT)
+) -> Iterator[Cell]:
+    """Yields all cells in which some methods were run, with the seeds that these share, and who else has them."""
+    needed = {UNTUNED, DEFAULT, *methods}
+    for problem in PROBLEMS:
+        for length, by_factor in results.get(problem, {}).items():
             for factor, by_method in by_factor.items() if steps in (None, int(length)) else ():
-                if not {UNTUNED, DEFAULT} <= by_method.keys():
-                    continue
-                seeds = sorted(set.intersection(*(set(by_seed) for by_seed in by_method.values())))
-                of_untuned = [by_method[UNTUNED][seed][which] for seed in seeds]
-                losses = {
-                    method: fmean(by_seed[seed][which] for seed in seeds) for method, by_seed in by_method.items()
-                }
-                yield Cell(problem, int(length), factor, losses, pstdev(of_untuned) / math.sqrt(len(seeds)))
+                if needed <= by_method.keys():
+                    seeds = sorted(set.intersection(*(set(by_method[method]) for method in needed)))
+                    losses = {
+                        method: fmean(by_seed[seed][which] for seed in seeds)
+                        for method, by_seed in by_method.items()
+                        if by_seed.keys() >= set(seeds)
+                    }
+                    error = pstdev(by_method[UNTUNED][seed][which] for seed in seeds) / math.sqrt(len(seeds))
+                    yield Cell(problem, int(length), factor, losses, error)
 
 
 def over_untuned(cells: Iterable[Cell], method: str) -> float:
@@ -163,7 +196,9 @@ def grid(results: Results) -> list[str]:
     """Returns the methods of the grid that were run in all cells."""
     methods = [set(cell.losses) for cell in cells(results, "outer")]
     common = set.intersection(*methods) if methods else set()
-    return sorted(common - {UNTUNED, DEFAULT}, key=lambda method: tuple(map(float, method.split(":"))))
+    return sorted(
+        (method for method in common if ":" in method), key=lambda method: tuple(map(float, method.split(":")))
+    )
 
 
 def summary(results: Results) -> dict[str, float]:
@@ -202,6 +237,19 @@ def table(results: Results) -> str:
     return f"{markdown(header, rows)}\n\n{verdicts(results)}"
 
 
+def variants(results: Results) -> str:
+    """Returns what other defaults would have reached in the time that the defaults take."""
+    rows = []
+    for length in lengths(results):
+        every = {which: list(cells(results, which, length, VARIANTS)) for which in ("outer", "held out")}
+        for method in (DEFAULT, *VARIANTS) if every["outer"] else ():
+            ratios = [number(over_untuned(some, method), 2) for some in every.values()]
+            harmed = sum(cell.harm(method) for cell in every["held out"])
+            rows.append([f"{length:,}", label(method), *ratios, f"{harmed} of {len(every['held out'])}"])
+    header = ["time of so many steps", "defaults", "outer loss over untuned", "held-out loss over untuned"]
+    return markdown([*header, "worse than untuned"], rows)
+
+
 def verdicts(results: Results, methods: Sequence[str] = (DEFAULT,)) -> str:
     """Returns how often each verdict was given to runs that helped, did little and harmed, by the held-out loss."""
     counts: Counter[tuple[str, str]] = Counter()
@@ -234,7 +282,8 @@ def details(results: Results) -> str:
     header = ["problem", "steps", "start", "untuned", "default", "best of the grid", "which"]
     rows = []
     for cell in cells(results, "held out"):
-        best = min((method for method in cell.losses if method != DEFAULT), key=cell.losses.__getitem__)
+        tried = (method for method in cell.losses if method == UNTUNED or ":" in method)
+        best = min(tried, key=cell.losses.__getitem__)
         row = [cell.problem, f"{cell.steps:,}", next(STARTS[f] for f in FACTORS if f"{f:.3g}" == cell.factor)]
         row += [number(cell.losses[method]) for method in (UNTUNED, DEFAULT, best)]
         rows.append([*row, label(best)])
@@ -247,10 +296,11 @@ def main(argv: Sequence[str] | None = None) -> Figures:
     parser.add_argument("--steps", type=int, nargs="+", default=[300])
     parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))
     parser.add_argument("--grid", type=int, nargs="*", default=[], help="cadences of the grid, such as 5 1")
-    parser.add_argument("--only", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--variants", action="store_true", help="other defaults, too, in the same time")
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args(argv)
-    methods = args.only or [UNTUNED, DEFAULT, *(f"{every}:{rate}" for every in args.grid for rate in RATES)]
+    methods = [UNTUNED, DEFAULT, *(f"{every}:{rate}" for every in args.grid for rate in RATES)]
+    methods += VARIANTS if args.variants else ()
     runs = [Run(*run) for run in product(args.problems, args.steps, FACTORS, methods, args.seeds)]
     if args.workers == 1:
         results = nested(runs, map(measure, runs))

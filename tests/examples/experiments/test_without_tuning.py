@@ -58,6 +58,26 @@ def test_verdicts_are_counted_by_what_became_of_the_held_out_loss(results):
     assert lines[5] == '| "harmed" | 0 | 1 | 1 |'
 
 
+def test_variants_take_the_time_of_the_defaults():
+    """In gradients: 1,000 steps and 200 hyper steps of five gradients are 2,000."""
+    steps = {name: variant.steps(1000) for name, variant in example.VARIANTS.items()}
+    assert example.Variant().steps(1000) == 1000
+    for name, variant in example.VARIANTS.items():
+        assert steps[name] * (1 + variant.cost / variant.every) == pytest.approx(2000, rel=0.01)
+
+
+def test_variants_are_compared_on_the_seeds_that_they_share():
+    runs, values = [], []
+    for method, seeds in {"untuned": 2, "default": 2, **dict.fromkeys(example.VARIANTS, 1)}.items():
+        for seed in range(seeds):
+            runs.append(example.Run("text", 1000, 1.0, method, seed))
+            value = {"untuned": 1.0, "default": 0.5 + seed}.get(method, 0.8)
+            values.append({"outer": value, "held out": value})
+    lines = example.variants(example.nested(runs, values)).splitlines()
+    assert lines[2] == "| 1,000 | **the default** | .50 | .50 | 0 of 1 |"
+    assert lines[3] == "| 1,000 | every batch | .80 | .80 | 0 of 1 |"
+
+
 def test_a_short_run(tmp_path, capsys):
     argv = ["--steps", "10", "--problems", "weight decay", "--grid", "5", "--output", str(tmp_path)]
     figures = example.main(argv)
@@ -68,3 +88,5 @@ def test_a_short_run(tmp_path, capsys):
     assert by_method["default"]["0"]["held out"] != by_method["untuned"]["0"]["held out"]
     assert by_method["default"]["0"]["replaced"] == 0
     assert by_method["5:1.0"]["0"]["verdict"] in ("helped", "did nothing", "unclear", "harmed")
+    variants = [example.measure(example.Run("weight decay", 10, 1.0, name, 0)) for name in ("SAMA", "every 2")]
+    assert len({run["held out"] for run in (*variants, by_method["default"]["0"])}) == 3
