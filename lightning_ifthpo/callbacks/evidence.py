@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_ifthpo.core.vectors import wide
+
 _FIRST = 4  # outer batches whose loss is compared with that at the end
 
 
@@ -18,7 +20,7 @@ class Evidence:
     A hyper step moves λ by d and predicts that the outer loss changes by g·d. The next hypergradient g' comes from
     another outer batch and from weights that are trained further, and g'·d is an estimate without the selection that
     made g·d negative. The sum of −g'·d over a run is the decrease of the outer loss that is confirmed. In wrong or too
-    long steps it is small or negative. Cost: a copy of the hyperparameters, and one pass over them.
+    long steps it is small or negative. Cost: two copies of the hyperparameters, and some passes over them.
 
     Args:
         state: A result of `state_dict`; empty for a new start.
@@ -27,9 +29,9 @@ class Evidence:
         steps: Number of hyper steps that were made.
         predicted: Sum of −g·d, in the unit of the outer loss.
         confirmed: Sum of −g'·d.
-        travel: Sum of the root mean squares of d.
+        travel: Sum of the root mean squares of d, in the units of the hyper-optimizer.
         last_gradient: For each tensor of hyperparameters the last hyper step with a hypergradient that is not zero.
-        first_losses: The outer losses of the first hyper steps.
+        first_losses: The outer losses of the first hyper steps, by the number of the outer batch.
         last_loss: The outer loss of the last one; NaN before the first.
     """
 
@@ -37,9 +39,10 @@ class Evidence:
         self.steps: int = state.get("steps", 0)
         self.predicted: float = state.get("predicted", 0.0)
         self.confirmed: float = state.get("confirmed", 0.0)
+        self._terms: int = state.get("terms", 0)
         self._squares: float = state.get("squares", 0.0)
         self.travel: float = state.get("travel", 0.0)
-        self.first_losses: list[float] = state.get("first_losses", [])
+        self.first_losses: dict[int, float] = dict(state.get("first_losses", {}))
         self.last_loss: float = state.get("last_loss", math.nan)
         self.last_gradient: list[int] = state.get("last_gradient", [])
         self._move: list[Tensor] = state.get("move", [])
@@ -50,32 +53,52 @@ class Evidence:
             "steps": self.steps,
             "predicted": self.predicted,
             "confirmed": self.confirmed,
+            "terms": self._terms,
             "squares": self._squares,
             "travel": self.travel,
-            "first_losses": self.first_losses,
+            "first_losses": dict(self.first_losses),
             "last_loss": self.last_loss,
-            "last_gradient": self.last_gradient,
+            "last_gradient": list(self.last_gradient),
             "move": self._move,
         }
 
     @property
     def error(self) -> float:
         """The standard error of `confirmed`, from its terms."""
-        return math.sqrt(max(0.0, self._squares - self.confirmed**2 / max(1, self.steps)))
+        return math.sqrt(max(0.0, self._squares - self.confirmed**2 / max(1, self._terms)))
 
     @torch.no_grad()
-    def add(self, gradients: Sequence[Tensor], before: Sequence[Tensor], after: Sequence[Tensor], loss: float) -> None:
-        """Adds a hyper step: its hypergradient, the hyperparameters before and after it, and its outer loss."""
+    def add(
+        self,
+        gradients: Sequence[Tensor],
+        before: Sequence[Tensor],
+        after: Sequence[Tensor],
+        units: Sequence[float],
+        loss: float,
+        batch: int,
+    ) -> None:
+        """Adds a hyper step.
+
+        Args:
+            gradients: Its hypergradient, for each hyperparameter.
+            before: The hyperparameters before it.
+            after: The hyperparameters after it.
+            units: What counts as a step of 1, for each hyperparameter.
+            loss: Its outer loss.
+            batch: The number of its outer batch.
+        """
         if self._move:
             confirmed = -_dot(
                 gradients, [move.to(gradient) for move, gradient in zip(self._move, gradients, strict=True)]
             )
             self.confirmed += confirmed
+            self._terms += 1
             self._squares += confirmed**2
         self._move = [new - old for new, old in zip(after, before, strict=True)]
         self.predicted -= _dot(gradients, self._move)
         size = sum(move.numel() for move in self._move)
-        self.travel += math.sqrt(_dot(self._move, self._move) / size)
+        in_units = [move / unit for move, unit in zip(self._move, units, strict=True)]
+        self.travel += math.sqrt(_dot(in_units, in_units) / size)
         self.steps += 1
         earlier = self.last_gradient or [0] * len(gradients)
         self.last_gradient = [
@@ -83,12 +106,10 @@ class Evidence:
         ]
         self.last_loss = loss
         if len(self.first_losses) < _FIRST:
-            self.first_losses.append(loss)
+            self.first_losses[batch] = loss
 
 
 def _dot(these: Sequence[Tensor], those: Sequence[Tensor]) -> float:
-    products = [
-        torch.sum(this * that, dtype=torch.promote_types(this.dtype, torch.float32))
-        for this, that in zip(these, those, strict=True)
-    ]
-    return float(torch.stack([product.double().cpu() for product in products]).sum())
+    """Returns the scalar product of two lists of tensors, summed in float32 at least."""
+    products = [torch.sum(this.to(wide(this)) * that) for this, that in zip(these, those, strict=True)]
+    return sum(float(product) for product in products)

@@ -30,13 +30,9 @@ class HyperOptimizer:
 
     A scheduler that `configure_hyper_optimizer` returns makes a step after each hyper step.
 
-    A step of an optimizer of the user that is far too long is replaced by one of `PolyakRMSprop`: one that moves the
-    hyperparameters by more than half a unit (root mean square; a unit is a factor of e for most of them), and by more
-    than ten units if kept up for a horizon. Such steps end in a collapse from which no hypergradient leads back.
-
-    A step of the user's optimizer that is far too long is replaced by one of the default: if it moves the
-    hyperparameters by over half a unit, and by over ten units if it is kept up for a horizon. (A unit is a factor of e,
-    for most of them; the sizes are root mean squares.) Such steps often lead to a state without hypergradients, from
+    A step of the user's optimizer that is far too long is replaced by one of the default: if it moves a registered
+    tensor or module by over half a unit, and by over ten units if it is kept up for a horizon. (A unit is a factor of
+    e, for most of them; the sizes are root mean squares.) Such steps often lead to a state without hypergradients, from
     which there is no way back.
 
     Args:
@@ -64,7 +60,7 @@ class HyperOptimizer:
         self._optimizer: Optimizer = optimizer
         self._masters = [_master(optimizer, hyperparameter) for hyperparameter in self._hyperparameters]
         is_own = isinstance(optimizer, PolyakRMSprop)
-        self._substitute = None if is_own else _default(module, self._masters, horizon)
+        self._substitute = None if is_own else _default(module, self._masters, horizon, held_by=optimizer)
         self._longest = max(_LONGEST_STEP, _LONGEST_TRAVEL / horizon)
         self.replaced = 0
 
@@ -72,8 +68,8 @@ class HyperOptimizer:
         """Makes one step along gradients shaped like the hyperparameters, which belong to this outer loss.
 
         Returns:
-            The root mean square by which the optimizer would have moved the hyperparameters, in units, if its step was
-            replaced; else zero.
+            The largest root mean square by which the optimizer would have moved a registered hyperparameter, in units,
+            if its step was replaced; else zero.
         """
         with torch.no_grad():
             triples = list(zip(self._hyperparameters, self._masters, gradients, strict=True))
@@ -132,25 +128,41 @@ class HyperOptimizer:
                 master.copy_(value)
 
     @property
+    def units(self) -> list[float]:
+        """What counts as a step of 1, for each hyperparameter; 1 for one that the optimizer does not hold."""
+        default = self._optimizer if self._substitute is None else self._substitute
+        units = {tensor: group["unit"] for group in default.param_groups for tensor in group["params"]}
+        return [units.get(master, 1.0) for master in self._masters]
+
+    @property
     def _copies(self) -> list[Tensor]:
         """The masters that are not the hyperparameters themselves."""
         pairs = zip(self._masters, self._hyperparameters, strict=True)
         return [master for master, hyperparameter in pairs if master is not hyperparameter]
 
 
-def _default(module: Any, tensors: Iterable[Tensor], horizon: float) -> PolyakRMSprop:
+def _default(module: Any, tensors: Iterable[Tensor], horizon: float, held_by: Optimizer | None = None) -> PolyakRMSprop:
     """Returns the optimizer that needs no learning rate, with a group for each registered tensor or module.
 
     Args:
         module: A LightningModule with the bilevel mixin.
         tensors: Its hyperparameters, or their master copies.
         horizon: Number of hyper steps in which weights answer.
+        held_by: Another optimizer, whose tensors alone are taken; None for all.
     """
+    held = None if held_by is None else {tensor for group in held_by.param_groups for tensor in group["params"]}
     groups: dict[str, list[Tensor]] = {}
     for (path, _), tensor in zip(module.named_hyperparameters(), tensors, strict=True):
-        groups.setdefault(path.split(".")[0], []).append(tensor)
+        if held is None or tensor in held:
+            groups.setdefault(path.split(".")[0], []).append(tensor)
     units = {name: getattr(getattr(module, name), "unit", None) for name in groups}
-    return PolyakRMSprop([{"params": groups[name], "unit": units[name]} for name in groups], horizon=horizon)
+    return PolyakRMSprop(
+        [
+            {"params": tensors, "unit": units[name] if isinstance(units[name], float) else None}
+            for name, tensors in groups.items()
+        ],
+        horizon=horizon,
+    )
 
 
 def _master(optimizer: Optimizer, hyperparameter: nn.Parameter) -> nn.Parameter:

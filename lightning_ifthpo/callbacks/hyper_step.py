@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import compress
-from operator import length_hint
 from statistics import fmean
 from typing import Any, Literal
 
@@ -165,7 +164,8 @@ class HyperStepper:
         loss = float(result.outer_loss)
         before = [hyperparameter.detach().clone() for hyperparameter in self._hyperparameters]
         excess = self._optimizer.step(result.gradients, loss)
-        self.evidence.add(result.gradients, before, self._hyperparameters, loss)
+        units, batch = self._optimizer.units, self.outer_data.consumed - 1
+        self.evidence.add(result.gradients, before, self._hyperparameters, units, loss, batch)
         return excess
 
     @property
@@ -173,17 +173,25 @@ class HyperStepper:
         """Number of steps of the hyper-optimizer that were far too long."""
         return self._optimizer.replaced
 
-    def loss_on_first(self, source: Iterable[Any], count: int) -> float:
-        """Returns the outer loss on the first batches of a loader, in the order in which hyper steps take them."""
-        size = length_hint(source, count)
+    def mean_loss(self, batches: Iterable[Any]) -> float:
+        """Returns the mean outer loss of batches, as many in each process."""
+        losses = []
+        for batch in batches:
+            with self._session():
+                losses.append(float(self._losses.outer(self._prepared(batch)).value()))
+        return fmean(losses)
+
+    def outer_batches(self, source: Iterable[Any], numbers: Collection[int]) -> Iterator[Any]:
+        """Yields some of the outer batches that hyper steps have taken, by number, from the loader that they used."""
         ranks = self.ranks
         data = OuterData(source, self._module.device, seed=self._seed, rank=ranks.rank, world_size=ranks.count)
-        losses = []
-        for _ in range(min(count, size) if size else count):
-            with self._session():
-                losses.append(float(self._losses.outer(self._prepared(data.next())).value()))
-        data.close()
-        return fmean(losses)
+        try:
+            for number in range(max(numbers) + 1):
+                batch = data.next()
+                if number in numbers:
+                    yield batch
+        finally:
+            data.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that resuming needs, as tensors and plain numbers."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import cycle, islice
 from statistics import fmean
 from typing import Any, Literal
 
@@ -17,6 +19,7 @@ from lightning_ifthpo.callbacks.hyper_step import HyperStepper
 from lightning_ifthpo.callbacks.periodic import PeriodicCallback, check_single_process, is_monitored
 from lightning_ifthpo.callbacks.summary import Change, TuningSummary, extents, judge, remarks
 from lightning_ifthpo.core.loss import NoLossError
+from lightning_ifthpo.core.random_state import isolated
 from lightning_ifthpo.core.validation import require_choice, require_flag
 from lightning_ifthpo.curvature.kinds import OPERATORS, Curvature
 from lightning_ifthpo.hypergradients import Hypergradient
@@ -51,8 +54,8 @@ class IFTHypergradient(PeriodicCallback):
         start_after_batches: Training batches before the first of every_n_batches is counted.
         outer_dataloader: Loader of outer batches. None takes the module's `outer_dataloader()`, or the data module's,
             or the validation data with a warning.
-        held_out_dataloader: Loader of batches that nothing learns from. The outer loss on its first eight batches, at
-            the start and at the end, is part of the summary.
+        held_out_dataloader: Loader of batches that nothing learns from. The mean outer loss of its first eight batches,
+            before training and after it, is part of the summary. They are kept in memory.
         on_failure: "skip", "use" if it is finite, or "raise" an error for a solve that neither converged nor completed,
             and for an outer loss that is 32 times too large because running statistics, as those of BatchNorm, do not
             fit the weights yet. A hyper step that runs out of memory is skipped, except with "raise" or several
@@ -103,7 +106,7 @@ class IFTHypergradient(PeriodicCallback):
             raise ValueError("Amortized improves one estimate over all solves; use it with warm_start=True")
         self.warm_start = warm_start
         if held_out_dataloader is not None:
-            check_batches(held_out_dataloader)
+            check_batches(held_out_dataloader, "held_out_dataloader: ")
         self.outer_dataloader = outer_dataloader
         self.held_out_dataloader = held_out_dataloader
         self.on_failure = on_failure
@@ -115,6 +118,7 @@ class IFTHypergradient(PeriodicCallback):
         self.skipped = 0
         self._causes: dict[str, int] = {}
         self._start: dict[str, tuple[float, float, float]] = {}
+        self._held_out: list[Any] = []
         self._held_out_start: float | None = None
         self._summary: TuningSummary | None = None
         self._restored: dict[str, Any] = {}
@@ -165,6 +169,9 @@ class IFTHypergradient(PeriodicCallback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Makes all checks that need no data."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(callback, IFTHypergradient) for callback in callbacks) > 1:
+            raise ValueError("two IFTHypergradient callbacks would move the same hyperparameters; use one of them")
         check_module(trainer, pl_module, self._unfrozen)
         check_precision(trainer, self.curvature, self.precision)
         for optimizer, state in zip(trainer.optimizers, self._optimizer_states, strict=False):
@@ -214,9 +221,31 @@ class IFTHypergradient(PeriodicCallback):
             try:
                 self._active_stepper.dry_run(batch)
                 self._is_tested = True
+                self._begin_held_out(pl_module)
             except NoLossError:
                 check_single_process(trainer)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def _begin_held_out(self, module: L.LightningModule) -> None:
+        """Takes the first batches of held-out data, and evaluates them at the start."""
+        if self.held_out_dataloader is None:
+            return
+        stepper = self._active_stepper
+        with isolated(module.device):
+            batches = list(islice(self.held_out_dataloader, _HELD_OUT))
+        if not batches:
+            raise ValueError("held_out_dataloader is empty: check its data set, and drop_last with batch_size")
+        # as many in each process, or they would wait for each other
+        self._held_out = list(islice(cycle(batches), stepper.ranks.broadcast_int(len(batches))))
+        try:
+            loss = stepper.mean_loss(self._held_out)
+        except Exception as error:
+            raise ValueError(
+                f"held_out_dataloader: its batches have no outer loss ({type(error).__name__}: {error}); they should "
+                "be like outer batches"
+            ) from error
+        if self._held_out_start is None:
+            self._held_out_start = loss
 
     def _fire(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
         """Makes one hyper step."""
@@ -233,8 +262,6 @@ class IFTHypergradient(PeriodicCallback):
 
     def _apply(self, result: Hypergradient) -> None:
         stepper = self._active_stepper
-        if self.held_out_dataloader is not None and self._held_out_start is None:
-            self._held_out_start = stepper.loss_on_first(self.held_out_dataloader, _HELD_OUT)
         moved = stepper.apply(result)
         if moved and stepper.replaced == 1:
             rank_zero_warn(
@@ -265,6 +292,7 @@ class IFTHypergradient(PeriodicCallback):
             self._restored = self.state_dict()
             self._stepper.outer_data.close()
             self._stepper = None
+        self._held_out = []
         if self._frozen is not None:
             self._frozen.release()
             self._frozen = None
@@ -286,10 +314,18 @@ class IFTHypergradient(PeriodicCallback):
                 "(every_n_batches, start_after_batches)"
             )
             return
-        self._summary = self._summarize(self._stepper, pl_module)
+        self._summary = self._summarize(trainer, self._stepper, pl_module)
         rank_zero_info(str(self._summary))
         tuned = {f"hyperparameter/{change.name}": change.end[0] for change in self._summary.hyperparameters}
-        log_result(trainer, tuned, {self.headline: self._stepper.evidence.last_loss})
+        last = math.nan if self._summary.outer_loss is None else self._summary.outer_loss[1]
+        log_result(trainer, tuned, {"hypergrad/final_outer_loss": last})
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Summarizes what was done so far, as after Ctrl-C, without evaluating a loss again."""
+        if self._stepper is not None and self._stepper.evidence.steps:
+            self._summary = self._summarize(trainer, self._stepper, pl_module, evaluated=False)
+            rank_zero_info(str(self._summary))
+        super().on_exception(trainer, pl_module, exception)
 
     def summary(self) -> TuningSummary:
         """Returns what the hyper steps of the last fit have done.
@@ -301,14 +337,22 @@ class IFTHypergradient(PeriodicCallback):
             raise RuntimeError("there is no summary before the end of a fit with hyper steps; call trainer.fit first")
         return self._summary
 
-    def _summarize(self, stepper: HyperStepper, module: L.LightningModule) -> TuningSummary:
+    def _summarize(
+        self, trainer: L.Trainer, stepper: HyperStepper, module: L.LightningModule, *, evaluated: bool = True
+    ) -> TuningSummary:
         evidence, outer, held_out = stepper.evidence, None, None
-        if evidence.first_losses:
+        if evidence.steps:
             first = evidence.first_losses
-            outer = (fmean(first), stepper.loss_on_first(self._source, len(first)))
-        if self.held_out_dataloader is not None and self._held_out_start is not None:
-            held_out = (self._held_out_start, stepper.loss_on_first(self.held_out_dataloader, _HELD_OUT))
-        verdict, reason, advice = judge(evidence, outer, held_out)
+            start = fmean(first.values())
+            outer = (start, evidence.last_loss)
+            if evaluated:
+                with _told(trainer, "the outer loss at the end"):
+                    outer = (start, stepper.mean_loss(stepper.outer_batches(self._source, first)))
+        if evaluated and self._held_out and self._held_out_start is not None:
+            with _told(trainer, "the held-out loss at the end"):
+                held_out = (self._held_out_start, stepper.mean_loss(self._held_out))
+        remedy = "lower every_n_batches" if self.max_overhead is None else "raise max_overhead"
+        verdict, reason, advice = judge(evidence, outer, held_out, remedy)
         ends = extents(module)
         return TuningSummary(
             verdict=verdict,
@@ -381,3 +425,14 @@ class IFTHypergradient(PeriodicCallback):
         else:
             self._skip("doubtful outer loss" if doubt else result.status.value, reason)
         return usable
+
+
+@contextmanager
+def _told(trainer: L.Trainer, what: str) -> Iterator[None]:
+    """Turns an error into a warning, as the training is done; with several processes the others would wait."""
+    try:
+        yield
+    except Exception as error:
+        if trainer.world_size > 1:
+            raise
+        rank_zero_warn(f"IFTHypergradient could not measure {what}: {error}")

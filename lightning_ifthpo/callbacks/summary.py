@@ -14,6 +14,9 @@ from lightning_ifthpo.callbacks.evidence import Evidence
 from lightning_ifthpo.hyperparameters import SampleWeights
 from lightning_ifthpo.hyperparameters.bounded import Bounded
 
+Losses: TypeAlias = tuple[float, float]
+"""At the start and at the end."""
+
 Verdict: TypeAlias = Literal["helped", "did nothing", "harmed", "unclear"]
 
 # Measured on the runs of examples/experiments/without_tuning.py with seeds that are not shown.
@@ -21,10 +24,12 @@ _SURE = 2.0  # standard errors
 _MUCH = 0.03  # of the outer loss
 _FAR = 1.0  # units of the hyperparameters
 _FEW = 10  # hyper steps
+_MANY = 10  # lines
 _EXPLODED = 3.0  # times the outer loss at the start
-_FELL = 0.75  # of the outer loss at the start
+_FELL = 0.25  # of the outer loss at the start
 _AT_BOUND = 0.99
-_APART = 1.5  # times the outer loss
+_APART = 0.5  # of the outer loss
+_CONTROL = "Compare with a run after freeze_hyperparameters()."
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,9 @@ class TuningSummary:
     """The result of `IFTHypergradient.summary`; print it, or read its attributes.
 
     Attributes:
-        verdict: "helped", "did nothing", "harmed" or "unclear". It judges by the outer loss and by held-out data where
-            there are some. Only a second run with `freeze_hyperparameters` can prove it.
+        verdict: "helped", "did nothing", "harmed" or "unclear". It follows from what is confirmed, and is "unclear" if
+            the outer or the held-out loss ends higher than it began. Only a second run after `freeze_hyperparameters`
+            can prove it.
         reason: Why, in a sentence or two.
         advice: What to change; empty if nothing.
         hyperparameters: The change of each.
@@ -89,21 +95,25 @@ class TuningSummary:
         ]
 
     def __str__(self) -> str:
-        skipped = ", ".join(f"{count} {cause}" for cause, count in self.skipped.items())
+        counts = [f"{count} skipped: {cause}" for cause, count in self.skipped.items()]
+        counts += [f"{self.replaced} too long and replaced by default ones"] if self.replaced else []
+        steps = "one hyper step" if self.hyper_steps == 1 else f"{self.hyper_steps} hyper steps"
         lines = [
-            f"IFTHypergradient made {self.hyper_steps} hyper steps{f' (skipped: {skipped})' if skipped else ''} in "
+            f"IFTHypergradient made {steps}{' (' + ', '.join(counts) + ')' if counts else ''} in "
             f"{self.share_of_time:.0%} of the time. Verdict: {self.verdict}. {self.reason}"
         ]
-        lines += [f"  {change}" for change in self.hyperparameters]
+        lines += [f"  {change}" for change in self.hyperparameters[:_MANY]]
+        if len(self.hyperparameters) > _MANY:
+            lines.append(f"  and {len(self.hyperparameters) - _MANY} more, see summary().rows()")
         for name, losses in (("outer loss", self.outer_loss), ("held-out loss", self.held_out_loss)):
             if losses is not None:
-                lines.append(f"  {name}: {losses[0]:.4g} → {losses[1]:.4g}")
-        lines += [f"  {advice}" for advice in self.advice]
+                lines.append(f"  {name}, by training and tuning: {losses[0]:.4g} → {losses[1]:.4g}")
+        lines += [f"  {advice}" for advice in self.advice[:_MANY]]
         return "\n".join(lines)
 
 
 def judge(
-    evidence: Evidence, outer: tuple[float, float] | None, held_out: tuple[float, float] | None
+    evidence: Evidence, outer: Losses | None, held_out: Losses | None, remedy: str = "lower every_n_batches"
 ) -> tuple[Verdict, str, tuple[str, ...]]:
     """Returns a verdict, the reason, and what to change.
 
@@ -111,65 +121,101 @@ def judge(
         evidence: What was predicted and confirmed.
         outer: The outer loss of the same examples at the start and at the end; None without hyper steps.
         held_out: The same on held-out examples; None without them.
+        remedy: What makes hyper steps more frequent.
     """
     if outer is None:
         return "did nothing", "The hyperparameters are as they were.", ()
     first, last = outer
+    confirmed, error = evidence.confirmed, evidence.error
     told = (
-        f"Hyper steps predicted to lower the outer loss by {evidence.predicted:.2g} in all; the next hypergradients "
-        f"confirm {evidence.confirmed:.2g} ± {evidence.error:.1g}."
+        f"By the hypergradients that followed, hyper steps changed the outer loss by {-confirmed:+.2g} ± {error:.1g}; "
+        f"{-evidence.predicted:+.2g} was predicted."
     )
-    control = "Compare with a run after freeze_hyperparameters()."
-    has_exploded = abs(last) > _EXPLODED * abs(first) and evidence.travel > _FAR
-    if not math.isfinite(last) or has_exploded:
-        return "harmed", f"The outer loss went from {first:.3g} to {last:.3g}: training diverges.", (control,)
+    if not math.isfinite(last):
+        return "harmed", f"The outer loss is {last}: training diverged.", (_CONTROL,)
+    has_risen = last > first or (held_out is not None and held_out[1] > held_out[0])
+    is_sure = abs(confirmed) > _SURE * error and abs(confirmed) > _MUCH * abs(last)
     advice = _learned_by_heart(outer, held_out)
-    share = evidence.confirmed / abs(last) if last else math.inf
-    is_sure = abs(evidence.confirmed) > _SURE * evidence.error
-    if is_sure and share > _MUCH:
-        return "helped", told, advice
-    if is_sure and share < -_MUCH:
-        return "harmed", f"{told} The hyperparameters moved past the best values.", (*advice, control)
     if evidence.steps < _FEW:
-        advice += (f"{evidence.steps} hyper steps are few; train longer, or lower every_n_batches.",)
+        steps = "One hyper step is" if evidence.steps == 1 else f"{evidence.steps} hyper steps are"
+        advice += (f"{steps} few; train longer, or {remedy}.",)
+    if is_sure and confirmed < 0.0:
+        return "harmed", f"{told} The hyperparameters moved past the best values.", (*advice, _CONTROL)
     if evidence.travel < _FAR:
         moved = f"The hyperparameters moved by {evidence.travel:.2g} units in all (1 is a factor of e, for a decay)."
         return "did nothing", f"{moved} {told}", (*advice, "If they should move further, train longer.")
-    if share > -_MUCH and abs(last) < _FELL * abs(first):
-        return "did nothing", told, advice
-    return "unclear", f"{told} The outer loss hardly fell.", (*advice, control)
+    if 0.0 < _EXPLODED * first < last:
+        return "harmed", f"The outer loss rose from {first:.3g} to {last:.3g}.", (*advice, _CONTROL)
+    if has_risen:
+        risen = _risen(outer, held_out)
+        return "unclear", f"{told} But {risen}, by training or by tuning.", (*advice, _CONTROL)
+    if is_sure:
+        return "helped", told, advice
+    if last < first - _FELL * abs(first):
+        return "did nothing", f"{told} The fall of the outer loss comes from training.", advice
+    return "unclear", told, (*advice, _CONTROL)
 
 
-def _learned_by_heart(outer: tuple[float, float], held_out: tuple[float, float] | None) -> tuple[str, ...]:
-    """Returns a sentence if the outer loss falls and the held-out loss does not follow."""
-    if held_out is None or outer[1] >= outer[0] or abs(held_out[1]) <= _APART * abs(outer[1]):
+def _risen(outer: Losses, held_out: Losses | None) -> str:
+    """Returns which losses have risen, in words."""
+    pairs = [("outer", outer), *([] if held_out is None else [("held-out", held_out)])]
+    risen = [f"the {name} loss rose from {a:.3g} to {b:.3g}" for name, (a, b) in pairs if b > a]
+    return " and ".join(risen)
+
+
+def _learned_by_heart(outer: Losses, held_out: Losses | None) -> tuple[str, ...]:
+    """Returns a sentence if the outer loss falls, and the held-out loss ever less so."""
+    if held_out is None or outer[1] >= outer[0]:
+        return ()
+    gaps = [behind - ahead for behind, ahead in zip(held_out, outer, strict=True)]
+    if gaps[1] <= max(gaps[0], _APART * abs(outer[1])):
         return ()
     return (
-        f"The held-out loss is {held_out[1] / outer[1]:.1f} times the outer loss: the hyperparameters learn the outer "
-        "examples by heart. Fewer hyperparameters or more outer examples help, and early stopping on held-out data.",
+        f"The held-out loss ends {gaps[1]:.2g} above the outer loss, and began {gaps[0]:.2g} above it: the "
+        "hyperparameters learn the outer examples by heart. Fewer hyperparameters or more outer examples help, and "
+        "early stopping on held-out data.",
     )
 
 
 def remarks(module: Any, evidence: Evidence) -> tuple[str, ...]:
     """Returns sentences on hyperparameters that stand at their upper bound, or have stopped having a hypergradient."""
+    cut_off = _cut_off(module, evidence)
+    if cut_off and all(count == total for count, total, _ in cut_off.values()) and len(cut_off) == len(extents(module)):
+        since = max(last for _, _, last in cut_off.values())
+        return (
+            f"No hyperparameter has had a hypergradient {_since(since)}: the outer loss is constant, or flat where the "
+            "weights are.",
+        )
     found = []
     for name, value in module.named_natural_values():
         kind = getattr(module, name)
-        if isinstance(kind, Bounded) and not isinstance(kind, SampleWeights):
-            largest = max(float(part.amax()) for part in (value.values() if isinstance(value, Mapping) else [value]))
-            if largest > _AT_BOUND * kind.maximum:
-                found.append(
-                    f"{name!r} stands at its bound, maximum={kind.maximum:g}. If that is no sign of a fault in the "
-                    "losses, raise it."
-                )
-    paths = [path for path, _ in module.named_hyperparameters()]
-    for path, last in zip(paths, evidence.last_gradient, strict=False):
-        if evidence.steps - last >= _FEW:
-            found.append(
-                f"{path!r} has had no hypergradient since hyper step {last}: a clamp or a saturated function cuts it "
-                "off, and nothing can bring it back. Register positive numbers as Positive(initial)."
+        bounded = isinstance(kind, Bounded) and not isinstance(kind, SampleWeights)
+        parts = list(value.values()) if isinstance(value, Mapping) else [value]
+        if bounded and max(float(part.amax()) for part in parts) > _AT_BOUND * kind.maximum:
+            found.append(f"{name!r} stands at its bound, maximum={kind.maximum:g}; raise it if that is meant.")
+        elif name in cut_off:
+            count, total, last = cut_off[name]
+            what = repr(name) if total == 1 else f"{count} of {total} tensors of {name!r}"
+            cause = (
+                "a clamp or a saturated function cuts it off for good; register positive numbers as Positive(initial)"
+                if isinstance(kind, Tensor)
+                else "it belongs to weights that do not train, or is saturated"
             )
+            found.append(f"No hypergradient of {what} {_since(last)}: {cause}.")
     return tuple(found)
+
+
+def _cut_off(module: Any, evidence: Evidence) -> dict[str, tuple[int, int, int]]:
+    """Returns how many of how many tensors have no hypergradient any more, and since when, by registered name."""
+    lasts: dict[str, list[int]] = {}
+    for (path, _), last in zip(module.named_hyperparameters(), evidence.last_gradient, strict=False):
+        lasts.setdefault(path.split(".")[0], []).append(last)
+    dead = {name: [last for last in some if evidence.steps - last >= _FEW] for name, some in lasts.items()}
+    return {name: (len(some), len(lasts[name]), max(some)) for name, some in dead.items() if some}
+
+
+def _since(step: int) -> str:
+    return f"since hyper step {step}" if step else "in any hyper step"
 
 
 def extents(module: Any) -> dict[str, tuple[float, float, float]]:

@@ -14,7 +14,7 @@ from lightning_ifthpo.core.validation import is_ascending, is_number
 
 _Move: TypeAlias = tuple[Tensor, Tensor, Tensor]  # parameter, gradient, direction
 
-_LOSS_MEMORY = 0.9  # of the running means of the loss and of its predicted decrease
+_MEMORY = 0.9  # of the running means of the loss and of its predicted decrease
 _SQUARE_MEMORY = 0.99  # of the running mean of squared gradients
 _FEWEST = 0.02  # smallest fraction of entries with a gradient that is taken into account
 
@@ -25,23 +25,25 @@ class PolyakRMSprop(Optimizer):
     Weights answer to a change of a hyperparameter within a horizon of many training steps. So lengths are limited per
     horizon. Each step has the largest length that, kept up for one horizon of steps,
 
-    - moves no hyperparameter by more than `travel` units, and
+    - moves no hyperparameter by more than about `travel` units, and
     - is predicted to lower the loss by no more than the fraction `decrease` of it.
 
-    The first limit decides while hypergradients are small, the second where they are large. In the first horizon the
-    first limit grows from zero, because gradients of weights that know nothing yet mean little. There is no momentum:
+    The first limit decides while gradients are small, the second where they are large. The first limit grows from zero
+    in the first horizon, because gradients at untrained weights mean little. There is no momentum:
     weights lag behind the hyperparameters, and momentum would drive the hyperparameters on past the best values.
 
-    The direction is g / √v, with v a running mean of g². A hyperparameter that seldom has a gradient, such as the
-    weight of one training example, has as much travel as the others: its steps are longer.
+    The direction is g / √v, with v a running mean of g², so that the first limit is that of a hyperparameter whose
+    gradients are of their usual size. One that seldom has a gradient, such as the weight of one training example, has
+    as much travel as the others: its steps are longer. The prediction counts a step only for the fraction of
+    hyperparameters that have a gradient at a time: another batch has gradients for others.
 
     Args:
         params: Hyperparameters, or groups of them with a `unit`.
         horizon: Number of steps in which weights answer, at least 1.
         travel: Largest travel within a horizon, in units.
         decrease: Largest predicted decrease of the loss within a horizon, as a fraction of the loss.
-        unit: What counts as a step of 1; None takes the root mean square of the group's values, at most 1
-            and no less than at the start; 1 if they start at zero.
+        unit: What counts as a step of 1; None takes the root mean square of the group's values, as far as it
+            is below 1 and above that at the start. A group that starts at zero has 1.
 
     The lower bound of the loss is taken to be zero. A loss that can be negative counts by its absolute value.
 
@@ -68,8 +70,8 @@ class PolyakRMSprop(Optimizer):
     ) -> None:
         if not is_number(horizon) or not 1.0 <= horizon < math.inf:
             raise ValueError(f"expected 1 <= horizon < inf, got {horizon!r}")
-        for name, value in (("travel", travel), ("decrease", decrease), ("unit", unit)):
-            if value is not None and not is_ascending(0.0, value, math.inf):
+        for name, value in (("travel", travel), ("decrease", decrease)):
+            if not is_ascending(0.0, value, math.inf):
                 raise ValueError(f"expected 0 < {name} < inf, got {value!r}")
         super().__init__(params, {"unit": unit})
         self.horizon, self.travel, self.decrease = horizon, travel, decrease
@@ -92,18 +94,24 @@ class PolyakRMSprop(Optimizer):
 
     @torch.no_grad()
     def units_from(self, before: Mapping[Tensor, Tensor]) -> float:
-        """Returns the root mean square by which the hyperparameters differ from earlier values, in units."""
-        square = entries = 0.0
+        """Returns how far the group that has moved farthest is from earlier values: a root mean square, in units."""
+        moved = []
         for group in self.param_groups:
-            for parameter in group["params"]:
-                square += float(torch.sum((parameter - before[parameter]).square())) / group["unit"] ** 2
-                entries += parameter.numel()
-        return math.sqrt(square / entries)
+            square = sum(float(torch.sum((tensor - before[tensor]).square())) for tensor in group["params"])
+            moved.append(math.sqrt(square / sum(tensor.numel() for tensor in group["params"])) / _unit(group))
+        return max(moved)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what copies need; torch leaves out attributes."""
+        own = {"horizon": self.horizon, "travel": self.travel, "decrease": self.decrease}
+        return {**super().__getstate__(), **own}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, and finds its unit if none is given."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        if group["unit"] is not None and not is_ascending(0.0, group["unit"], math.inf):
+            raise ValueError(f"expected 0 < unit < inf, got {group['unit']!r}")
         group["unit_grows"] = group["unit"] is None
         if group["unit"] is None:
             group["unit"] = _root_mean_square(group["params"]) or 1.0
@@ -112,23 +120,29 @@ class PolyakRMSprop(Optimizer):
         """Returns the length of a step, and updates the running means that it follows from."""
         means: dict[str, float] = self.state["means"]  # type: ignore[index]  # torch keeps keys that are no tensors
         if not means:
-            means |= {"step": 0, "loss": 0.0, "decrease": 0.0, "touched": 0.0}
-        means["step"] += 1
+            means |= {"step": 0, "losses": 0, "loss": 0.0, "decrease": 0.0, "touched": 0.0}
         entries = sum(gradient.numel() for _, gradient, _ in moves)
         touched = sum(float(torch.count_nonzero(gradient)) for _, gradient, _ in moves) / entries
         decrease = touched * sum(float(torch.sum(gradient * direction)) for _, gradient, direction in moves)
-        for name, value in (("loss", abs(loss or 0.0)), ("decrease", decrease), ("touched", touched)):
-            means[name] += (1.0 - _LOSS_MEMORY) * (value - means[name])
-        often = max(means["touched"] / (1.0 - _LOSS_MEMORY ** means["step"]), _FEWEST)
-        longest = self.travel / self.horizon / math.sqrt(often) * min(1.0, means["step"] / self.horizon)
-        if loss is None or means["decrease"] == 0.0:
+        means["step"] += 1
+        means["decrease"] += (1.0 - _MEMORY) * (decrease - means["decrease"])
+        means["touched"] += (1.0 - _MEMORY) * (touched - means["touched"])
+        if loss is not None and math.isfinite(loss):
+            means["losses"] += 1
+            means["loss"] += (1.0 - _MEMORY) * (abs(loss) - means["loss"])
+        weight = 1.0 - _MEMORY ** means["step"]
+        often = max(means["touched"] / weight, _FEWEST)
+        longest: float = self.travel / self.horizon / math.sqrt(often) * min(1.0, means["step"] / self.horizon)
+        if not means["losses"] or means["decrease"] <= 0.0:
             return longest
-        return min(longest, self.decrease / self.horizon * means["loss"] / means["decrease"])
+        level: float = means["loss"] / (1.0 - _MEMORY ** means["losses"])
+        predicted: float = means["decrease"] / weight
+        return min(longest, self.decrease / self.horizon * level / predicted)
 
 
 def _moves(group: dict[str, Any], states: dict[Tensor, Any]) -> Iterator[_Move]:
     """Yields each parameter of a group that has a gradient, the gradient, and the direction in units."""
-    unit = max(group["unit"], _root_mean_square(group["params"])) if group["unit_grows"] else group["unit"]
+    unit = _unit(group)
     for parameter in group["params"]:
         gradient = parameter.grad
         if gradient is None:
@@ -138,10 +152,16 @@ def _moves(group: dict[str, Any], states: dict[Tensor, Any]) -> Iterator[_Move]:
             state |= {"step": 0, "square": torch.zeros_like(parameter)}
         state["step"] += 1
         square = state["square"].mul_(_SQUARE_MEMORY)
-        square.addcmul_(gradient, gradient, value=1.0 - _SQUARE_MEMORY)
+        square.addcmul_(gradient, gradient, value=1.0 - _SQUARE_MEMORY).clamp_max_(torch.finfo(square.dtype).max)
         scale = unit * math.sqrt(1.0 - _SQUARE_MEMORY ** state["step"])
         smallest = math.sqrt(torch.finfo(square.dtype).tiny)  # of a gradient whose square is not zero
         yield parameter, gradient, square.sqrt().clamp_min_(smallest).reciprocal_().mul_(gradient).mul_(scale)
+
+
+def _unit(group: dict[str, Any]) -> float:
+    """Returns what counts as a step of 1 for a group at present."""
+    unit: float = group["unit"]
+    return max(unit, _root_mean_square(group["params"])) if group["unit_grows"] else unit
 
 
 def _root_mean_square(tensors: list[Tensor]) -> float:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -59,20 +60,29 @@ def log_histogram(trainer: L.Trainer, name: str, values: Tensor) -> None:
     for logger in loggers:
         if hasattr(logger.experiment, "add_histogram"):
             some = values[:: math.ceil(len(values) / 100_000)]
+            some = some[some.isfinite()]
+            if not len(some):
+                return
             logger.experiment.add_histogram(name, some.float().cpu(), global_step=_step(trainer))
 
 
 def log_result(trainer: L.Trainer, hyperparameters: dict[str, float], metric: dict[str, float]) -> None:
-    """Writes tuned values to all loggers as hyperparameters of the run.
+    """Writes tuned values to all loggers as hyperparameters of the run, and a metric with them to TensorBoard.
 
-    TensorBoard shows a run by the last ones it got, with a metric, so it gets the earlier ones again.
+    A logger that refuses does not end the fit: MLflow accepts each hyperparameter once.
     """
     loggers: list[Any] = list(trainer.loggers)
     for logger in loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.log_hyperparams({**logger.hparams, **hyperparameters}, metric)
-        else:
-            logger.log_hyperparams(hyperparameters)
+        try:
+            if isinstance(logger, TensorBoardLogger):
+                earlier = dict(logger.hparams)  # it shows a run by the last ones it got
+                logger.log_hyperparams({**earlier, **hyperparameters}, metric, step=_step(trainer))
+                logger.hparams.clear()
+                logger.hparams.update(earlier)
+            else:
+                logger.log_hyperparams(hyperparameters)
+        except Exception as error:
+            rank_zero_warn(f"{type(logger).__name__} did not take the tuned values: {str(error).splitlines()[0]}")
 
 
 def _step(trainer: L.Trainer) -> int:

@@ -149,19 +149,19 @@ def find_outer_data(trainer: L.Trainer, module: Any, given: Iterable[Any] | None
     return validation  # type: ignore[no-any-return]
 
 
-def check_batches(source: object) -> None:
-    """Raises TypeError unless the source yields batches and can be iterated repeatedly."""
+def check_batches(source: object, prefix: str = "") -> None:
+    """Raises TypeError, with a prefix, unless the source yields batches and can be iterated repeatedly."""
     if isinstance(source, Dataset):
         hint = "; wrap it in a DataLoader"
     elif isinstance(source, (list, tuple)) and any(isinstance(item, DataLoader) for item in source):
         hint = " of loaders"
     elif isinstance(source, tuple) and any(isinstance(item, Tensor) for item in source):
         hint = " of tensors; put a single batch into a list"
-    elif isinstance(source, Iterator) or not isinstance(source, Iterable):
+    elif isinstance(source, (Iterator, str, Tensor)) or not isinstance(source, Iterable):
         hint = ""
     else:
         return
-    raise TypeError(f"expected one DataLoader, or a list of batches, got {type(source).__name__}{hint}")
+    raise TypeError(f"{prefix}expected one DataLoader, or a list of batches, got {type(source).__name__}{hint}")
 
 
 def _endless_loader(

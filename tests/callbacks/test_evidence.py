@@ -9,6 +9,8 @@ import torch
 from lightning_ifthpo.callbacks.evidence import Evidence
 from tests.checks import check_state_is_plain
 
+UNITS = [1.0, 1.0]
+
 
 def descent(rate, steps, noise=0.0, seed=0):
     """Gradient descent on λ² / 2 in three dimensions, with gradients from other batches at each step."""
@@ -17,9 +19,8 @@ def descent(rate, steps, noise=0.0, seed=0):
     for _ in range(steps):
         gradient = value + noise * torch.randn(3, dtype=torch.float64, generator=generator)
         after = value - rate * gradient
-        evidence.add(
-            [gradient[:1], gradient[1:]], [value[:1], value[1:]], [after[:1], after[1:]], float(value @ value) / 2
-        )
+        tensors = [[vector[:1], vector[1:]] for vector in (gradient, value, after)]
+        evidence.add(*tensors, UNITS, float(value @ value) / 2, evidence.steps + 3)
         value = after
     return evidence, value
 
@@ -30,9 +31,9 @@ def test_it_sums_what_is_predicted_and_what_the_next_hypergradient_confirms():
     assert evidence.predicted == pytest.approx(3 * (1 / 2 + 1 / 8 + 1 / 32))
     assert evidence.confirmed == pytest.approx(3 * (1 / 4 + 1 / 16))
     terms = [3 / 4, 3 / 16]
-    assert evidence.error == pytest.approx(math.sqrt(sum(term**2 for term in terms) - sum(terms) ** 2 / 3))
+    assert evidence.error == pytest.approx(math.sqrt(sum(term**2 for term in terms) - sum(terms) ** 2 / 2))
     assert evidence.travel == pytest.approx(1 / 2 + 1 / 4 + 1 / 8)
-    assert evidence.first_losses == pytest.approx([3 / 2, 3 / 8, 3 / 32])
+    assert evidence.first_losses == pytest.approx({3: 3 / 2, 4: 3 / 8, 5: 3 / 32})
     assert evidence.last_loss == pytest.approx(3 / 32)
 
 
@@ -56,7 +57,7 @@ def test_it_keeps_four_first_losses_and_resumes():
     check_state_is_plain(evidence.state_dict())
     resumed = Evidence(copy.deepcopy(evidence.state_dict()))
     for one in (evidence, resumed):
-        one.add([value[:1], value[1:]], [value[:1], value[1:]], [value[:1] - 1.0, value[1:]], 7.0)
+        one.add([value[:1], value[1:]], [value[:1], value[1:]], [value[:1] - 1.0, value[1:]], UNITS, 7.0, 9)
     for name in ("steps", "predicted", "confirmed", "error", "travel", "first_losses", "last_loss"):
         assert getattr(resumed, name) == getattr(evidence, name), name
 
@@ -64,12 +65,25 @@ def test_it_keeps_four_first_losses_and_resumes():
 def test_it_knows_since_when_a_tensor_has_no_hypergradient():
     evidence, one, none = Evidence({}), torch.ones(2), torch.zeros(2)
     for first, second in ((one, none), (none, one), (one, one), (one, none)):
-        evidence.add([first, second], [one, one], [one, one], 1.0)
+        evidence.add([first, second], [one, one], [one, one], UNITS, 1.0, 0)
     assert evidence.last_gradient == [4, 3]
 
 
 def test_half_precision_is_summed_in_float32():
     evidence = Evidence({})
     before, after = torch.zeros(10_000, dtype=torch.bfloat16), torch.full((10_000,), -1.0, dtype=torch.bfloat16)
-    evidence.add([-after], [before], [after], 1.0)
+    evidence.add([-after], [before], [after], [1.0], 1.0, 0)
     assert evidence.predicted == 10_000.0
+
+
+def test_products_of_small_numbers_in_half_precision_do_not_underflow():
+    evidence, small = Evidence({}), torch.full((100,), 1e-4, dtype=torch.float16)
+    for _ in range(2):
+        evidence.add([small], [torch.zeros_like(small)], [-small], [1.0], 1.0, 0)
+    assert (evidence.predicted, evidence.confirmed) == pytest.approx((2e-6, 1e-6), rel=1e-2)
+
+
+def test_travel_is_in_units():
+    evidence, zeros = Evidence({}), torch.zeros(1)
+    evidence.add([zeros, zeros], [zeros, zeros], [zeros + 3.0, zeros + 0.04], [1.0, 0.01], 1.0, 0)
+    assert evidence.travel == pytest.approx(math.sqrt((3.0**2 + 4.0**2) / 2))

@@ -321,3 +321,42 @@ def test_training_in_half_precision_tunes_as_float32_does(precision):
     # 40 steps of Adam by 0.01: the sign of the gradient is certain, its size is rounded
     assert ends["32-true"] == pytest.approx(8.6, abs=0.05)
     assert ends[precision] == pytest.approx(ends["32-true"], abs=2.0**-4)
+
+
+def test_a_replacement_moves_only_what_the_optimizer_holds_and_each_module_is_measured_alone():
+    module = Named()
+    for held, other in ((module.pixels, module.decay.log_decay[0]), (module.decay.log_decay[0], module.pixels)):
+        before = other.detach().clone()
+        module.configure_hyper_optimizer = lambda held=held: torch.optim.SGD([held], lr=5.0)
+        optimizer = HyperOptimizer(module, horizon=20)
+        optimizer.step([torch.ones_like(tensor) for tensor in module.hyperparameters()], 1.0)
+        assert optimizer.replaced == 1
+        assert torch.equal(other, before)
+
+
+def test_a_number_that_jumps_is_seen_beside_many_that_stay():
+    module = Named()
+    module.register_hyperparameter("many", torch.zeros(10_000))
+    groups = [{"params": [module.many], "lr": 0.0}, {"params": list(module.decay.parameters()), "lr": 9.0}]
+    module.configure_hyper_optimizer = lambda: torch.optim.SGD(groups, lr=1.0)
+    optimizer = HyperOptimizer(module, horizon=20)
+    assert optimizer.step([torch.ones_like(tensor) for tensor in module.hyperparameters()], 1.0) == pytest.approx(9.0)
+
+
+def test_the_unit_of_a_tensor_that_grows_grows_with_it():
+    """A step of 0.02 is far for a number of 0.01, and short for one of 100."""
+    module = Named()
+    module.configure_hyper_optimizer = lambda: torch.optim.SGD([module.pixels], lr=0.02)
+    optimizer = HyperOptimizer(module, horizon=20)
+    with torch.no_grad():
+        module.pixels.fill_(100.0)
+    optimizer.step([torch.ones_like(tensor) for tensor in module.hyperparameters()], 1.0)
+    assert optimizer.replaced == 0
+
+
+def test_a_module_may_have_something_else_called_unit():
+    module = Named()
+    layer = nn.Linear(1, 1)
+    layer.unit = nn.Linear(1, 1)
+    module.register_hyperparameter("layer", layer)
+    HyperOptimizer(module, horizon=20).step([torch.ones_like(tensor) for tensor in module.hyperparameters()], 1.0)

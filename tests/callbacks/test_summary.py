@@ -25,18 +25,38 @@ def evidence(confirmed=0.0, error=0.1, travel=5.0, steps=60):
 
 
 JUDGED = {
-    "confirmed": (evidence(0.5), (1.0, 0.8), None, "helped", "confirm 0.5 ± 0.1", ""),
-    "confirmed, by heart": (evidence(0.5), (1.0, 0.2), (1.0, 0.5), "helped", "confirm", "2.5 times the outer loss"),
-    "confirmed, held out too": (evidence(0.5), (1.0, 0.4), (1.0, 0.5), "helped", "confirm", ""),
-    "too little": (evidence(0.02, 0.001), (1.0, 0.8), None, "unclear", "hardly fell", "freeze_hyperparameters"),
+    "confirmed": (evidence(0.5), (1.0, 0.8), None, "helped", "changed the outer loss by -0.5 ± 0.1; -1 was", ""),
+    "confirmed, by heart": (
+        evidence(0.5),
+        (1.0, 0.2),
+        (1.0, 0.5),
+        "helped",
+        "changed",
+        "ends 0.3 above the outer",
+    ),
+    "confirmed, held out too": (evidence(0.5), (1.0, 0.4), (1.0, 0.5), "helped", "changed", ""),
+    "confirmed, and risen": (evidence(0.5), (1.0, 1.4), None, "unclear", "the outer loss rose from 1 to 1.4", "freeze"),
+    "held out risen": (evidence(0.5), (1.0, 0.9), (1.0, 1.1), "unclear", "the held-out loss rose from 1 to 1.1", "fre"),
+    "too little": (evidence(0.02, 0.001), (1.0, 0.8), None, "unclear", "changed the outer loss by -0.02", "freeze"),
     "taken back": (evidence(-0.5), (1.0, 0.8), None, "harmed", "past the best", "freeze_hyperparameters"),
-    "not sure": (evidence(0.15), (1.0, 0.5), None, "did nothing", "confirm 0.15 ± 0.1", ""),
+    "not sure": (evidence(0.15), (1.0, 0.5), None, "did nothing", "comes from training", ""),
     "no travel": (evidence(0.0, 0.0, 0.2), (1.0, 0.5), None, "did nothing", "moved by 0.2 units", "train longer"),
-    "few": (evidence(0.0, 0.0, 0.2, 3), (1.0, 0.5), None, "did nothing", "moved", "3 hyper steps are few"),
+    "few": (
+        evidence(0.0, 0.0, 0.2, 3),
+        (1.0, 0.5),
+        None,
+        "did nothing",
+        "moved",
+        "3 hyper steps are few; train",
+    ),
+    "one": (evidence(0.5, steps=1), (1.0, 0.5), None, "helped", "", "One hyper step is few"),
     "training overfits by itself": (evidence(0.0, 0.0, 0.2), (1.0, 4.0), None, "did nothing", "moved", "longer"),
-    "exploded": (evidence(0.5), (1.0, 4.0), None, "harmed", "from 1 to 4: training diverges", "freeze"),
-    "not a number": (evidence(0.5, travel=0.1), (1.0, math.nan), None, "harmed", "to nan", "freeze"),
-    "zero": (evidence(0.5), (1.0, 0.0), None, "helped", "confirm", ""),
+    "exploded": (evidence(0.5), (1.0, 4.0), None, "harmed", "rose from 1 to 4", "freeze"),
+    "not a number": (evidence(0.5, travel=0.1), (1.0, math.nan), None, "harmed", "is nan: training diverged", "freeze"),
+    "zero": (evidence(0.5), (1.0, 0.0), (1.0, 0.0), "helped", "changed", ""),
+    "zero, taken back": (evidence(-0.5), (1.0, 0.0), None, "harmed", "past the best", "freeze"),
+    "likelihood, better": (evidence(0.5), (-1.0, -4.0), (-1.0, -5.0), "helped", "changed", ""),
+    "likelihood, worse": (evidence(0.1), (-4.0, -1.0), None, "unclear", "rose from -4 to -1", "freeze"),
     "no step": (evidence(), None, None, "did nothing", "as they were", ""),
 }
 
@@ -44,7 +64,7 @@ JUDGED = {
 @pytest.mark.parametrize("case", JUDGED)
 def test_verdicts(case):
     found, outer, held_out, verdict, reason, advice = JUDGED[case]
-    judged, why, told = judge(found, outer, held_out)
+    judged, why, told = judge(found, outer, held_out, "more")
     assert judged == verdict
     assert reason in why
     assert advice in " ".join(told)
@@ -72,7 +92,6 @@ def test_a_summary_has_values_in_natural_units_losses_and_counts():
     module.eval()
     with torch.no_grad():
         held_out = [float(module.outer_loss(batch)) for batch in loader(20, batch_size=5, seed=3)]
-    # batches of the loader are shuffled, so that only means of equal batches agree
     assert summary.held_out_loss[1] == pytest.approx(sum(held_out) / 4, rel=1e-5)
     assert summary.held_out_loss[0] != summary.held_out_loss[1]
     assert summary.outer_loss[0] != summary.outer_loss[1]
@@ -117,7 +136,7 @@ def test_a_skipped_hyper_step_is_counted_with_its_cause():
         fitted(callback, Failing)
     summary = callback.summary()
     assert summary.skipped == {"nonfinite": 1}
-    assert "(skipped: 1 nonfinite)" in str(summary)
+    assert "12 hyper steps (1 skipped: nonfinite) in" in str(summary)
 
 
 def test_there_is_none_before_the_end_of_a_fit():
@@ -126,8 +145,11 @@ def test_there_is_none_before_the_end_of_a_fit():
 
 
 def test_held_out_data_are_checked_early():
-    with pytest.raises(TypeError, match="one DataLoader, or a list of batches"):
+    with pytest.raises(TypeError, match=r"held_out_dataloader: expected one DataLoader, or a list of batches"):
         IFTHypergradient(held_out_dataloader=loader().dataset)
+    for data, message in (([], "is empty"), ([{"x": torch.ones(2, 3)}], "no outer loss .ValueError")):
+        with pytest.raises(ValueError, match=f"held_out_dataloader.*{message}"):
+            fitted(IFTHypergradient(1, start_after_batches=1000, held_out_dataloader=data))
 
 
 def test_held_out_data_and_the_summary_change_nothing():
@@ -166,7 +188,11 @@ def test_loggers_get_tuned_values_as_hyperparameters_and_histograms(tmp_path):
     assert events.Histograms("hyperparameter/weights")[-1].histogram_value.num == 30
     plugin = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert all(name.encode() in plugin for name in ("width", *ends))
-    assert "hypergrad/outer_loss" in events.Tags()["scalars"]
+    (final,) = events.Scalars("hypergrad/final_outer_loss")
+    assert final.step > 0
+    assert final.value == pytest.approx(callback.summary().outer_loss[1])
+    assert [event.step for event in events.Scalars("hypergrad/outer_loss")] == list(range(12))
+    assert dict(loggers[1].hparams) == {"width": 8}
 
 
 class Clamped(Classifier):
@@ -193,8 +219,8 @@ def test_a_hyperparameter_that_a_clamp_cuts_off_is_named():
     callback = IFTHypergradient(1, solver=Identity(0.1, horizon=1))  # one hyper step may travel four units
     module = fitted(callback, Clamped, max_epochs=5)
     assert module.raw.item() < 0.0
-    (told,) = (advice for advice in callback.summary().advice if "hypergradient since" in advice)
-    assert "'raw' has had no hypergradient since hyper step" in told
+    (told,) = (advice for advice in callback.summary().advice if "No hypergradient of" in advice)
+    assert "'raw' since hyper step" in told
     assert "Positive(initial)" in told
 
 
@@ -208,7 +234,124 @@ def test_a_value_at_its_bound_is_named():
 
     callback = IFTHypergradient(4)
     fitted(callback, AtBound)
-    assert any("'decay' stands at its bound, maximum=1." in advice for advice in callback.summary().advice)
+    assert any("'decay' stands at its bound, maximum=1;" in advice for advice in callback.summary().advice)
     other = IFTHypergradient(4)
     fitted(other)
     assert not any("bound" in advice for advice in other.summary().advice)
+
+
+def test_the_tensors_of_one_module_without_a_hypergradient_share_a_sentence():
+    class HalfFrozen(Classifier):
+        def on_fit_start(self):
+            self.net[0].requires_grad_(False)
+
+    callback = IFTHypergradient(1)
+    fitted(callback, HalfFrozen)
+    told = [advice for advice in callback.summary().advice if "hypergradient" in advice]
+    assert told == [
+        "No hypergradient of 2 of 6 tensors of 'decay' in any hyper step: it belongs to weights that do not train, or "
+        "is saturated."
+    ]
+
+
+def test_an_outer_loss_that_is_flat_is_named_once():
+    class Flat(Classifier):
+        def outer_loss(self, batch):
+            return 0.0 * super().outer_loss(batch) + 1.0
+
+    callback = IFTHypergradient(1)
+    with pytest.warns(UserWarning, match="outer loss"):
+        fitted(callback, Flat)
+    summary = callback.summary()
+    assert summary.verdict == "did nothing"
+    assert sum("No hyperparameter has had a hypergradient in any hyper step" in line for line in summary.advice) == 1
+
+
+def test_many_hyperparameters_are_summed_up():
+    class Many(Classifier):
+        def __init__(self):
+            super().__init__()
+            for index in range(15):
+                self.register_hyperparameter(f"shift{index}", torch.tensor(0.0))
+
+        def inner_loss(self, batch):
+            shift = sum(getattr(self, f"shift{index}") for index in range(15))
+            return super().inner_loss(batch) + shift * self.net[-1].bias.square().sum()
+
+    callback = IFTHypergradient(1)
+    fitted(callback, Many)
+    text = str(callback.summary())
+    assert "and 6 more, see summary().rows()" in text
+    assert len(text.splitlines()) < 16
+    assert len(callback.summary().rows()) == 16
+
+
+def test_steps_that_were_replaced_are_counted_in_the_text():
+    class Wild(Classifier):
+        def configure_hyper_optimizer(self):
+            return torch.optim.Adam(self.hyperparameters(), lr=10.0)
+
+    callback = IFTHypergradient(1)
+    with pytest.warns(UserWarning, match="would have moved the hyperparameters by 10 units"):
+        fitted(callback, Wild)
+    assert callback.summary().replaced == 12
+    assert "(12 too long and replaced by default ones)" in str(callback.summary())
+
+
+def test_a_summary_resumes(tmp_path):
+    """Everything but the time, of a run that ends in the middle and goes on."""
+
+    def run(max_epochs, **options):
+        module = Ridge()
+        callback = IFTHypergradient(1, held_out_dataloader=[(module.x[:5], module.y[:5])])
+        trainer = quiet_trainer(callbacks=[callback], max_epochs=max_epochs, limit_val_batches=0)
+        trainer.fit(module, **options)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return dataclasses.replace(callback.summary(), share_of_time=0.0)
+
+    whole = run(14)
+    assert run(7) != whole
+    assert run(14, ckpt_path=tmp_path / "last.ckpt") == whole
+
+
+def test_an_interrupted_fit_has_a_summary(caplog):
+    class Interrupted(Classifier):
+        def on_train_batch_end(self, *args):
+            if self.trainer.global_step == 5:
+                raise RuntimeError("stop")
+
+    callback = IFTHypergradient(1)
+    caplog.set_level("INFO")
+    with pytest.raises(RuntimeError, match="stop"):
+        fitted(callback, Interrupted)
+    assert callback.summary().hyper_steps == 5
+    assert any("Verdict" in record.message for record in caplog.records)
+
+
+def test_a_report_that_fails_does_not_end_the_fit(tmp_path):
+    class Failing(Classifier):
+        def outer_loss(self, batch):
+            if self.trainer.should_stop:
+                raise OSError("network share gone")
+            return super().outer_loss(batch)
+
+        def on_train_epoch_end(self):
+            self.trainer.should_stop = True
+
+    class Refusing(CSVLogger):
+        def log_hyperparams(self, params=None):
+            if params and any(name.startswith("hyperparameter/") for name in params):
+                raise ValueError("Changing param values is not allowed")
+
+    callback = IFTHypergradient(1)
+    with (
+        pytest.warns(UserWarning, match="could not measure the outer loss at the end: network share gone"),
+        pytest.warns(UserWarning, match="Refusing did not take the tuned values: Changing param"),
+    ):
+        fitted(callback, Failing, max_epochs=1, min_epochs=1, logger=Refusing(tmp_path))
+    assert callback.summary().hyper_steps == 4
+
+
+def test_a_second_callback_is_refused():
+    with pytest.raises(ValueError, match="two IFTHypergradient callbacks"):
+        quiet_trainer(callbacks=[IFTHypergradient(1), IFTHypergradient(2)]).fit(Classifier())

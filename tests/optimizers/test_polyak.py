@@ -139,6 +139,37 @@ def test_squares_that_underflow_make_no_long_step(size):
     assert float(moves[0].abs().max()) <= 1.0
 
 
+@pytest.mark.parametrize("gap", [None, math.nan, math.inf])
+def test_a_loss_that_is_missing_or_not_finite_leaves_the_mean_as_it_is(gap):
+    gradient = [torch.tensor([50.0], dtype=torch.float64)]
+    one, other = tensors(1), tensors(1)
+    moves = steps(PolyakRMSprop(one), one, [gradient] * 30, [2.0] * 30)
+    others = steps(PolyakRMSprop(other), other, [gradient] * 30, [2.0] * 15 + [gap] * 5 + [2.0] * 10)
+    torch.testing.assert_close(torch.cat(moves), torch.cat(others))
+
+
+def test_gradients_whose_squares_overflow_leave_numbers():
+    (parameter,) = values = [torch.zeros(2)]
+    steps(PolyakRMSprop(values), values, [[torch.full((2,), 1e30)]] * 3, [1.0] * 3)
+    assert bool(parameter.isfinite().all())
+
+
+def test_a_copy_makes_the_same_steps():
+    parameters = tensors(2)
+    optimizer = PolyakRMSprop(parameters, horizon=3, travel=0.7, decrease=0.2)
+    steps(optimizer, parameters, [[torch.ones(2, dtype=torch.float64)]], [1.0])
+    twin = copy.deepcopy(optimizer)
+    twins = twin.param_groups[0]["params"]
+    for one, its in ((optimizer, parameters), (twin, twins)):
+        steps(one, its, [[torch.ones(2, dtype=torch.float64)]], [1.0])
+    assert torch.equal(parameters[0], twins[0])
+
+
+def test_the_unit_of_a_group_is_checked():
+    with pytest.raises(ValueError, match="unit"):
+        PolyakRMSprop([{"params": tensors(1), "unit": -1.0}])
+
+
 @pytest.mark.parametrize("option", ["horizon", "travel", "decrease", "unit"])
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan, "1"])
 def test_a_value_out_of_range_is_refused(option, value):
