@@ -169,9 +169,6 @@ class IFTHypergradient(PeriodicCallback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Makes all checks that need no data."""
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if sum(isinstance(callback, IFTHypergradient) for callback in callbacks) > 1:
-            raise ValueError("two IFTHypergradient callbacks would move the same hyperparameters; use one of them")
         check_module(trainer, pl_module, self._unfrozen)
         check_precision(trainer, self.curvature, self.precision)
         for optimizer, state in zip(trainer.optimizers, self._optimizer_states, strict=False):

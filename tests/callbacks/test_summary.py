@@ -350,8 +350,3 @@ def test_a_report_that_fails_does_not_end_the_fit(tmp_path):
     ):
         fitted(callback, Failing, max_epochs=1, min_epochs=1, logger=Refusing(tmp_path))
     assert callback.summary().hyper_steps == 4
-
-
-def test_a_second_callback_is_refused():
-    with pytest.raises(ValueError, match="two IFTHypergradient callbacks"):
-        quiet_trainer(callbacks=[IFTHypergradient(1), IFTHypergradient(2)]).fit(Classifier())

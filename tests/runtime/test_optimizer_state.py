@@ -90,10 +90,10 @@ def test_a_plain_checkpoint_goes_on_as_bilevel(kind, tmp_path):
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 @pytest.mark.filterwarnings("ignore:hyper step .* ended with status 'negative_curvature'")
 def test_a_bilevel_checkpoint_goes_on_as_bilevel(kind, tmp_path):
-    whole = Bilevel(kind, 0.1)
+    whole = Bilevel(kind, 0.05)
     fit(whole, 4, [IFTHypergradient(2, on_failure="use")])
-    fit(Bilevel(kind, 0.1), 2, [IFTHypergradient(2, on_failure="use")]).save_checkpoint(tmp_path / "bilevel.ckpt")
-    resumed = Bilevel(kind, 0.1)
+    fit(Bilevel(kind, 0.05), 2, [IFTHypergradient(2, on_failure="use")]).save_checkpoint(tmp_path / "bilevel.ckpt")
+    resumed = Bilevel(kind, 0.05)
     fit(resumed, 4, [IFTHypergradient(2, on_failure="use")], ckpt_path=tmp_path / "bilevel.ckpt")
     assert resumed.log_decay != -4.0
     assert same(dict(resumed.state_dict()), dict(whole.state_dict()))
@@ -105,7 +105,7 @@ def test_a_bilevel_checkpoint_goes_on_as_bilevel(kind, tmp_path):
 def test_the_way_back(tmp_path):
     """Weights always; the whole run if the optimizer held only what requires a gradient."""
     kind = "those that require a gradient"
-    bilevel = Bilevel(kind, 0.1)
+    bilevel = Bilevel(kind, 0.05)
     fit(bilevel, 2, [IFTHypergradient(2, on_failure="use")]).save_checkpoint(tmp_path / "bilevel.ckpt")
     loaded = Plain.load_from_checkpoint(tmp_path / "bilevel.ckpt", kind=kind, strict=False)
     assert same(dict(loaded.net.state_dict()), dict(bilevel.net.state_dict()))
