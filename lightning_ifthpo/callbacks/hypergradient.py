@@ -432,4 +432,4 @@ def _told(trainer: L.Trainer, what: str) -> Iterator[None]:
     except Exception as error:
         if trainer.world_size > 1:
             raise
-        rank_zero_warn(f"IFTHypergradient could not measure {what}: {error}")
+        rank_zero_warn(f"IFTHypergradient could not measure {what}: {type(error).__name__}: {error}")

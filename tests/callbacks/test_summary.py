@@ -345,7 +345,7 @@ def test_a_report_that_fails_does_not_end_the_fit(tmp_path):
 
     callback = IFTHypergradient(1)
     with (
-        pytest.warns(UserWarning, match="could not measure the outer loss at the end: network share gone"),
+        pytest.warns(UserWarning, match="could not measure the outer loss at the end: OSError: network share gone"),
         pytest.warns(UserWarning, match="Refusing did not take the tuned values: Changing param"),
     ):
         fitted(callback, Failing, max_epochs=1, min_epochs=1, logger=Refusing(tmp_path))

@@ -185,8 +185,12 @@ def test_an_error_in_a_loss_leaves_everything_as_it_was(name):
     for calls in range(1, evaluations + 1):
         trainer, module, witness, error = fit([OBSERVED[name]()], Countdown(calls))
         assert left_behind(trainer, module) == []
+        is_report = isinstance(error, UserWarning) and "could not measure the outer loss at the end: UserError" in str(
+            error
+        )
         if not name.startswith("SharpnessMonitor"):  # which survives errors
-            assert type(error) is UserError
+            assert type(error) is UserError or is_report
+            assert not is_report or calls > evaluations - 4  # training is over
         if error is not None:
             assert same(seen(trainer, module), witness.seen), calls
 
@@ -237,17 +241,18 @@ class Exhaustion(Countdown):
             torch.empty(10**15)
 
 
+@pytest.mark.filterwarnings("ignore:IFTHypergradient could not measure the outer loss at the end")
 @pytest.mark.parametrize("policy", ["skip", "use"])
 def test_a_hyper_step_without_memory_is_skipped_and_told(policy):
     countdown = Exhaustion(10**6)
     quiet_trainer(callbacks=[IFTHypergradient(1)], limit_val_batches=0, max_steps=1).fit(Hungry(countdown))
-    needed = 10**6 - countdown.calls
+    needed = 10**6 - countdown.calls - 1  # without the evaluation for the summary
     module, callback = Hungry(Exhaustion(needed)), IFTHypergradient(1, on_failure=policy)
     start = [value.clone() for value in module.hyperparameters()]
     trainer = quiet_trainer(callbacks=[callback, witness := Witness()], limit_val_batches=0)
     with pytest.warns(UserWarning, match=r"hyper step 2 ran out of memory \(.*allocate.*\).*It is skipped") as told:
         trainer.fit(module)
-    assert len([warning for warning in told if "out of memory" in str(warning.message)]) == 1
+    assert len([warning for warning in told if "ran out of memory" in str(warning.message)]) == 1
     assert trainer.global_step == 4
     assert callback.skipped == 3
     assert float(trainer.callback_metrics["hypergrad/skipped"]) == 3.0
