@@ -116,7 +116,7 @@ def test_the_outer_loss_at_the_end_is_of_the_examples_at_the_start():
 
 
 def test_the_console_shows_it(capsys, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="lightning.pytorch")
     callback = IFTHypergradient(1)
     fitted(callback)
     shown = [record.message for record in caplog.records if "Verdict" in record.message]
@@ -321,7 +321,7 @@ def test_an_interrupted_fit_has_a_summary(caplog):
                 raise RuntimeError("stop")
 
     callback = IFTHypergradient(1)
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="lightning.pytorch")
     with pytest.raises(RuntimeError, match="stop"):
         fitted(callback, Interrupted)
     assert callback.summary().hyper_steps == 5
