@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from importlib.metadata import version
 
@@ -21,6 +22,8 @@ def _reproducible():
     deterministic()  # again, because a Trainer may have asked for something else
     torch.manual_seed(0)
     torch.set_num_threads(1)  # the problems are small, and threads would only wait for each other; examples set two
+    # for caplog: without a handler of the root logger at its import, Lightning passes no message on
+    logging.getLogger("lightning.pytorch").propagate = True
 
 
 @pytest.fixture(scope="session", autouse=True)
