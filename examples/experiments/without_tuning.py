@@ -215,18 +215,24 @@ def summary(results: Results) -> dict[str, float]:
 
 
 def table(results: Results) -> str:
-    """Returns the gain of each method over all cells, for each number of steps, and the verdicts on the default."""
+    """Returns `gains` with the default's cadence, and the verdicts on the default."""
+    same = [method for method in grid(results) if method.startswith(f"{EVERY}:")]
+    return f"{gains(results, same)}\n\n{verdicts(results)}"
+
+
+def gains(results: Results, methods: Sequence[str] | None = None) -> str:
+    """Returns the gain of some methods, or of all, over all cells, for each number of steps."""
     rows = []
     for length in lengths(results):
-        for method in (DEFAULT, *grid(results)):
+        for method in (DEFAULT, *(grid(results) if methods is None else methods)):
             row = [f"{length:,}", label(method)]
             for which in ("outer", "held out"):
                 every = list(cells(results, which, length))
-                gains = [gain for cell in every if not math.isnan(gain := cell.gain(method))]
-                reached = sum(gain >= 0.6 for gain in gains)
+                found = [gain for cell in every if not math.isnan(gain := cell.gain(method))]
+                reached = sum(gain >= 0.6 for gain in found)
                 row += [
-                    number(median(gains), 2) if gains else "–",
-                    f"{reached} of {len(gains)}",
+                    number(median(found), 2) if found else "–",
+                    f"{reached} of {len(found)}",
                     f"{sum(cell.harm(method) for cell in every)} of {len(every)}",
                     number(over_untuned(every, method), 2),
                 ]
@@ -234,7 +240,7 @@ def table(results: Results) -> str:
     header = ["steps", "method"]
     for which in ("outer", "held out"):
         header += [f"{which}: median gain", "gain of 0.6 or more", "worse than untuned", "loss over untuned"]
-    return f"{markdown(header, rows)}\n\n{verdicts(results)}"
+    return markdown(header, rows)
 
 
 def variants(results: Results) -> str:
