@@ -45,7 +45,7 @@ class Evidence:
         self.first_losses: dict[int, float] = dict(state.get("first_losses", {}))
         self.last_loss: float = state.get("last_loss", math.nan)
         self.last_gradient: list[int] = state.get("last_gradient", [])
-        self._move: list[Tensor] = state.get("move", [])
+        self._move: Tensor | None = state.get("move")
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that resuming needs, as tensors and plain numbers."""
@@ -87,29 +87,29 @@ class Evidence:
             loss: Its outer loss.
             batch: The number of its outer batch.
         """
-        if self._move:
-            confirmed = -_dot(
-                gradients, [move.to(gradient) for move, gradient in zip(self._move, gradients, strict=True)]
-            )
+        gradient = _flat(gradients)
+        if self._move is not None:
+            confirmed = -float(gradient @ self._move.to(gradient))
             self.confirmed += confirmed
             self._terms += 1
             self._squares += confirmed**2
-        self._move = [new - old for new, old in zip(after, before, strict=True)]
-        self.predicted -= _dot(gradients, self._move)
-        size = sum(move.numel() for move in self._move)
-        in_units = [move / unit for move, unit in zip(self._move, units, strict=True)]
-        self.travel += math.sqrt(_dot(in_units, in_units) / size)
+        self._move = _flat(after) - _flat(before)
+        self.predicted -= float(gradient @ self._move)
+        in_units = self._move
+        if set(units) != {1.0}:
+            parts = torch.split(self._move, [tensor.numel() for tensor in after])
+            in_units = torch.cat([part / unit for part, unit in zip(parts, units, strict=True)])
+        self.travel += math.sqrt(float(in_units @ in_units) / len(in_units))
         self.steps += 1
         earlier = self.last_gradient or [0] * len(gradients)
-        self.last_gradient = [
-            self.steps if bool(gradient.any()) else last for gradient, last in zip(gradients, earlier, strict=True)
-        ]
+        touched = torch.stack([gradient.any() for gradient in gradients]).tolist()
+        self.last_gradient = [self.steps if some else last for some, last in zip(touched, earlier, strict=True)]
         self.last_loss = loss
         if len(self.first_losses) < _FIRST:
             self.first_losses[batch] = loss
 
 
-def _dot(these: Sequence[Tensor], those: Sequence[Tensor]) -> float:
-    """Returns the scalar product of two lists of tensors, summed in float32 at least."""
-    products = [torch.sum(this.to(wide(this)) * that) for this, that in zip(these, those, strict=True)]
-    return sum(float(product) for product in products)
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns all entries as one vector, in float32 at least; a single tensor, which may be large, is not copied."""
+    parts = [tensor.detach().reshape(-1).to(wide(tensor)) for tensor in tensors]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
