@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.core.vectors import wide
+from lightning_ifthpo.core.vectors import flattened, wide
 
 _FIRST = 4  # outer batches whose loss is compared with that at the end
 
@@ -87,13 +87,13 @@ class Evidence:
             loss: Its outer loss.
             batch: The number of its outer batch.
         """
-        gradient = _flat(gradients)
+        gradient = _wide(gradients)
         if self._move is not None:
             confirmed = -float(gradient @ self._move.to(gradient))
             self.confirmed += confirmed
             self._terms += 1
             self._squares += confirmed**2
-        self._move = _flat(after) - _flat(before)
+        self._move = _wide(after) - _wide(before)
         self.predicted -= float(gradient @ self._move)
         in_units = self._move
         if set(units) != {1.0}:
@@ -109,7 +109,6 @@ class Evidence:
             self.first_losses[batch] = loss
 
 
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns all entries as one vector, in float32 at least; a single tensor, which may be large, is not copied."""
-    parts = [tensor.detach().reshape(-1).to(wide(tensor)) for tensor in tensors]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _wide(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns all entries as one vector, in float32 at least."""
+    return flattened([tensor.detach().to(wide(tensor)) for tensor in tensors])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.core.vectors import length
+from lightning_ifthpo.core.vectors import flattened, length
 from lightning_ifthpo.hypergradients import Hypergradient
 
 _FEW = 24  # entries that are logged one by one
@@ -34,23 +34,40 @@ def summaries(module: Any) -> dict[str, float]:
     A part is an entry of a vector, or a scalar with a name of its own.
     """
     found: dict[str, float] = {}
-    for name, values in module.named_natural_values():
-        parts = values if isinstance(values, dict) else {"": values}
-        flat = _flat(list(parts.values()))
+    for name, parts, flat in _natural_values(module):
         has_few = 1 < len(flat) <= _FEW and all(part.ndim <= 1 for part in parts.values())
         numbers = dict(zip(_part_names(parts), flat, strict=True)) if has_few else {}
-        numbers |= {"mean": flat.mean(), "min": flat.amin(), "max": flat.amax()}
+        numbers |= dict(zip(("mean", "min", "max"), _extent(flat), strict=True))
         plain = torch.stack(list(numbers.values())).tolist()
         found |= {f"hyperparameter/{name}/{key}": value for key, value in zip(numbers, plain, strict=True)}
     return found
 
 
+def extents(module: Any) -> dict[str, tuple[float, float, float]]:
+    """Returns mean, minimum and maximum of each hyperparameter of a module, in natural units."""
+    found = {}
+    for name, _, flat in _natural_values(module):
+        mean, least, most = torch.stack(_extent(flat)).tolist()
+        found[name] = (mean, least, most)
+    return found
+
+
 def many(module: Any) -> Iterator[tuple[str, Tensor]]:
     """Yields the name and all values, in natural units, of each hyperparameter that is not logged one by one."""
-    for name, values in module.named_natural_values():
-        flat = _flat(list(values.values()) if isinstance(values, dict) else [values])
+    for name, _, flat in _natural_values(module):
         if len(flat) > _FEW:
             yield name, flat
+
+
+def _natural_values(module: Any) -> Iterator[tuple[str, Mapping[str, Tensor], Tensor]]:
+    """Yields each hyperparameter's name, its parts in natural units, and all of their entries as one vector."""
+    for name, values in module.named_natural_values():
+        parts = values if isinstance(values, dict) else {"": values}
+        yield name, parts, flattened(list(parts.values()))
+
+
+def _extent(flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return flat.mean(), flat.amin(), flat.amax()
 
 
 def _part_names(parts: Mapping[str, Tensor]) -> Iterator[str]:
@@ -63,10 +80,4 @@ def _part_names(parts: Mapping[str, Tensor]) -> Iterator[str]:
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
-    return length(_flat(tensors))
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns all entries as one vector; a single tensor, which may be large, is not copied."""
-    parts = [tensor.reshape(-1) for tensor in tensors]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return length(flattened(tensors))

@@ -129,7 +129,7 @@ class HyperOptimizer:
 
     @property
     def units(self) -> list[float]:
-        """What counts as a step of 1, for each hyperparameter; 1 for one that the optimizer does not hold."""
+        """What counts as a step of 1 at the start, for each hyperparameter; 1 for one that is not stepped."""
         default = self._optimizer if self._substitute is None else self._substitute
         units = {tensor: group["unit"] for group in default.param_groups for tensor in group["params"]}
         return [units.get(master, 1.0) for master in self._masters]

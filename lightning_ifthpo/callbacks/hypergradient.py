@@ -14,10 +14,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 
 from lightning_ifthpo.callbacks.frozen import FrozenHyperparameters
-from lightning_ifthpo.callbacks.hyper_metrics import many, result_metrics, summaries
+from lightning_ifthpo.callbacks.hyper_metrics import extents, many, result_metrics, summaries
 from lightning_ifthpo.callbacks.hyper_step import HyperStepper
 from lightning_ifthpo.callbacks.periodic import PeriodicCallback, check_single_process, is_monitored
-from lightning_ifthpo.callbacks.summary import Change, TuningSummary, extents, judge, remarks
+from lightning_ifthpo.callbacks.summary import Change, TuningSummary, judge, remarks
 from lightning_ifthpo.core.loss import NoLossError
 from lightning_ifthpo.core.random_state import isolated
 from lightning_ifthpo.core.validation import require_choice, require_flag
@@ -25,7 +25,7 @@ from lightning_ifthpo.curvature.kinds import OPERATORS, Curvature
 from lightning_ifthpo.hypergradients import Hypergradient
 from lightning_ifthpo.module import BilevelLightningModule
 from lightning_ifthpo.runtime.advice import tell_of_few_steps, warn_of_shared_examples
-from lightning_ifthpo.runtime.loggers import log_histogram, log_result
+from lightning_ifthpo.runtime.loggers import log_histograms, log_result
 from lightning_ifthpo.runtime.optimizer_state import include_hyperparameters
 from lightning_ifthpo.runtime.outer_data import check_batches, find_outer_data
 from lightning_ifthpo.runtime.precision import CurvaturePrecision
@@ -296,9 +296,8 @@ class IFTHypergradient(PeriodicCallback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes histograms of the hyperparameters that are too many to be logged one by one."""
-        if self._metrics and trainer.loggers:
-            for name, values in many(pl_module):
-                log_histogram(trainer, f"hyperparameter/{name}", values)
+        if self._metrics:
+            log_histograms(trainer, ((f"hyperparameter/{name}", values) for name, values in many(pl_module)))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Summarizes the hyper steps, for the console, the loggers and `summary`."""

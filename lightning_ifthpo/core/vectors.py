@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,12 @@ def length(vector: Tensor) -> float:
     if longest == 0.0 or not math.isfinite(longest):
         return longest
     return longest * float(torch.linalg.vector_norm(flat / longest))
+
+
+def flattened(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns all entries as one vector; a single tensor, which may be large, is not copied."""
+    parts = [tensor.reshape(-1) for tensor in tensors]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def wide(tensor: Tensor) -> torch.dtype:

@@ -81,8 +81,8 @@ class PolyakRMSprop(Optimizer):
         """Makes one step along the gradients, and returns the loss.
 
         Args:
-            closure: Returns the loss to which the gradients belong, and need not compute it anew. Without it nothing
-                limits the predicted decrease.
+            closure: Returns the loss at which the gradients were taken. It is called once, and may return a number that
+                is known already. Without a closure, only `travel` limits the step.
         """
         loss = None if closure is None else float(closure())
         moves = [move for group in self.param_groups for move in _moves(group, self.state)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -51,19 +51,18 @@ def log_figure(trainer: L.Trainer, name: str, figure: Figure) -> None:
             experiment.log_figure(logger.version, figure, f"{name}/{step:06d}.png")
 
 
-def log_histogram(trainer: L.Trainer, name: str, values: Tensor) -> None:
-    """Writes a histogram of values [n] to all loggers that accept histograms, such as TensorBoard.
+def log_histograms(trainer: L.Trainer, named_values: Iterable[tuple[str, Tensor]]) -> None:
+    """Writes a histogram of each vector to all loggers that accept histograms, such as TensorBoard.
 
-    Of many values, about 100,000 at equal distances are taken.
+    Of many entries, about 100,000 at equal distances are taken. Without such a logger nothing is evaluated.
     """
     loggers: list[Any] = list(trainer.loggers)
-    for logger in loggers:
-        if hasattr(logger.experiment, "add_histogram"):
-            some = values[:: math.ceil(len(values) / 100_000)]
-            some = some[some.isfinite()]
-            if not len(some):
-                return
-            logger.experiment.add_histogram(name, some.float().cpu(), global_step=_step(trainer))
+    takers = [logger.experiment for logger in loggers if hasattr(logger.experiment, "add_histogram")]
+    for name, values in named_values if takers else ():
+        some = values[:: math.ceil(len(values) / 100_000)]
+        some = some[some.isfinite()].float().cpu()
+        for experiment in takers if len(some) else ():
+            experiment.add_histogram(name, some, global_step=_step(trainer))
 
 
 def log_result(trainer: L.Trainer, hyperparameters: dict[str, float], metric: dict[str, float]) -> None:

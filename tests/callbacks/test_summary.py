@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from lightning_ifthpo import IFTHypergradient
-from lightning_ifthpo.callbacks.summary import Change, extents, judge
+from lightning_ifthpo.callbacks.hyper_metrics import extents
+from lightning_ifthpo.callbacks.summary import Change, judge
 from lightning_ifthpo.hyperparameters import SampleWeights
 from lightning_ifthpo.solvers import Identity
 from tests.helpers.trainers import Classifier, Ridge, loader, quiet_trainer

@@ -33,7 +33,7 @@ def results():
 
 def test_gains_are_fractions_of_that_of_the_best_of_the_grid(results):
     usual, far = example.cells(results, "held out")
-    assert usual.best == pytest.approx(0.4)
+    assert usual.best == "5:0.1"
     assert usual.gain("default") == pytest.approx(0.8)
     assert usual.gain("5:0.5") == pytest.approx((0.9 - 1.5) / 0.5)
     assert math.isnan(far.gain("default"))  # the best of the grid gains half a percent
