@@ -3,7 +3,8 @@
 Each problem is run for several lengths of training, with hyperparameters that start at a usual value or 30 times off to
 either side, and several seeds. "Gain" is what a method takes off the loss without tuning, as a fraction of what the
 best of the grid takes off, which is chosen for each problem, length and start by the very loss that is shown. A run
-without tuning trains with the start values. The constants of the default were chosen on these problems with seeds 0 to 2.
+without tuning trains with the start values. The constants of the default were chosen on these problems with seeds 0 to
+2.
 
     python -m examples.experiments.without_tuning                                       # a minute: 300 steps, one seed
     python -m examples.experiments.without_tuning --steps 300 1000 --seeds 0 1 2 --grid 5 --workers 2
