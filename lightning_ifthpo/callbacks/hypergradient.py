@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import cycle, islice
-from statistics import fmean
 from typing import Any, Literal
 
 import lightning as L
@@ -14,12 +12,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 
 from lightning_ifthpo.callbacks.frozen import FrozenHyperparameters
-from lightning_ifthpo.callbacks.hyper_metrics import extents, many, result_metrics, summaries
+from lightning_ifthpo.callbacks.hyper_metrics import many, result_metrics, summaries
 from lightning_ifthpo.callbacks.hyper_step import HyperStepper
 from lightning_ifthpo.callbacks.periodic import PeriodicCallback, check_single_process, is_monitored
-from lightning_ifthpo.callbacks.summary import Change, TuningSummary, judge, remarks
+from lightning_ifthpo.callbacks.report import Report
+from lightning_ifthpo.callbacks.summary import TuningSummary
 from lightning_ifthpo.core.loss import NoLossError
-from lightning_ifthpo.core.random_state import isolated
 from lightning_ifthpo.core.validation import require_choice, require_flag
 from lightning_ifthpo.curvature.kinds import OPERATORS, Curvature
 from lightning_ifthpo.hypergradients import Hypergradient
@@ -32,8 +30,6 @@ from lightning_ifthpo.runtime.precision import CurvaturePrecision
 from lightning_ifthpo.runtime.requirements import check_module, check_precision
 from lightning_ifthpo.solvers import Amortized, Solver, Status
 from lightning_ifthpo.solvers.causes import Cause
-
-_HELD_OUT = 8  # batches
 
 
 class IFTHypergradient(PeriodicCallback):
@@ -115,11 +111,8 @@ class IFTHypergradient(PeriodicCallback):
 
     def _restart(self) -> None:
         super()._restart()
-        self.skipped = 0
-        self._causes: dict[str, int] = {}
-        self._start: dict[str, tuple[float, float, float]] = {}
-        self._held_out: list[Any] = []
-        self._held_out_start: float | None = None
+        self._causes: dict[str, int] = {}  # of skipped hyper steps, and their numbers
+        self._report: Report | None = None
         self._summary: TuningSummary | None = None
         self._restored: dict[str, Any] = {}
         self._stepper: HyperStepper | None = None
@@ -131,6 +124,11 @@ class IFTHypergradient(PeriodicCallback):
         self._has_remarked = False
 
     @property
+    def skipped(self) -> int:
+        """Number of hyper steps that were skipped."""
+        return sum(self._causes.values())
+
+    @property
     def state_key(self) -> str:
         """Distinguishes differently configured instances in a checkpoint."""
         options = {"every_n_batches": self.every_n_batches, "curvature": self.curvature, "solver": repr(self.solver)}
@@ -138,13 +136,12 @@ class IFTHypergradient(PeriodicCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that resuming needs, as tensors and plain numbers."""
-        if self._stepper is None:
+        if self._stepper is None or self._report is None:
             return self._restored
         return {
             "skipped": self.skipped,
             "causes": self._causes,
-            "start": self._start,
-            "held_out_start": self._held_out_start,
+            "report": self._report.state_dict(),
             "metrics": self._metrics,
             "cadence": self._cadence.state_dict(),
             "stepper": self._stepper.state_dict(),
@@ -195,12 +192,10 @@ class IFTHypergradient(PeriodicCallback):
             every_n_batches=self.every_n_batches,
             state=restored.get("stepper", {}),
         )
-        self._source = source
-        self._start = extents(pl_module)
+        held_out, state = self.held_out_dataloader, restored.get("report", {})
+        self._report = Report(self._stepper, pl_module, source, held_out, state)
         if restored:
-            self.skipped, self._metrics = restored["skipped"], restored["metrics"]
-            self._causes, self._start = restored["causes"], restored["start"]
-            self._held_out_start = restored["held_out_start"]
+            self._causes, self._metrics = restored["causes"], restored["metrics"]
             self._cadence.load_state_dict(restored["cadence"])
         self._cadence.begin(self._stepper.ranks.broadcast_bool)
         super().on_train_start(trainer, pl_module)
@@ -212,37 +207,16 @@ class IFTHypergradient(PeriodicCallback):
         assert self._frozen is not None, "training has not started"
         if unfrozen := self._frozen.refreeze():
             self._warn_of_unfrozen(unfrozen)
-        if self._stepper is None or pl_module.has_fixed_hyperparameters:
+        if self._stepper is None or self._report is None or pl_module.has_fixed_hyperparameters:
             return  # without a batch there is no hyper step
         if not self._is_tested:
             try:
                 self._active_stepper.dry_run(batch)
                 self._is_tested = True
-                self._begin_held_out(pl_module)
+                self._report.begin()
             except NoLossError:
                 check_single_process(trainer)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-
-    def _begin_held_out(self, module: L.LightningModule) -> None:
-        """Takes the first batches of held-out data, and evaluates them at the start."""
-        if self.held_out_dataloader is None:
-            return
-        stepper = self._active_stepper
-        with isolated(module.device):
-            batches = list(islice(self.held_out_dataloader, _HELD_OUT))
-        if not batches:
-            raise ValueError("held_out_dataloader is empty: check its data set, and drop_last with batch_size")
-        # as many in each process, or they would wait for each other
-        self._held_out = list(islice(cycle(batches), stepper.ranks.broadcast_int(len(batches))))
-        try:
-            loss = stepper.mean_loss(self._held_out)
-        except Exception as error:
-            raise ValueError(
-                f"held_out_dataloader: its batches have no outer loss ({type(error).__name__}: {error}); they should "
-                "be like outer batches"
-            ) from error
-        if self._held_out_start is None:
-            self._held_out_start = loss
 
     def _fire(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
         """Makes one hyper step."""
@@ -288,8 +262,7 @@ class IFTHypergradient(PeriodicCallback):
         if self._stepper is not None:
             self._restored = self.state_dict()
             self._stepper.outer_data.close()
-            self._stepper = None
-        self._held_out = []
+            self._stepper = self._report = None
         if self._frozen is not None:
             self._frozen.release()
             self._frozen = None
@@ -301,7 +274,7 @@ class IFTHypergradient(PeriodicCallback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Summarizes the hyper steps, for the console, the loggers and `summary`."""
-        if self._stepper is None or pl_module.has_fixed_hyperparameters:
+        if self._stepper is None or self._report is None or pl_module.has_fixed_hyperparameters:
             return
         if not self._stepper.steps:
             rank_zero_warn(
@@ -310,17 +283,15 @@ class IFTHypergradient(PeriodicCallback):
                 "(every_n_batches, start_after_batches)"
             )
             return
-        self._summary = self._summarize(trainer, self._stepper, pl_module)
-        rank_zero_info(str(self._summary))
-        tuned = {f"hyperparameter/{change.name}": change.end[0] for change in self._summary.hyperparameters}
-        last = math.nan if self._summary.outer_loss is None else self._summary.outer_loss[1]
+        summary = self._summarize(self._report)
+        tuned = {f"hyperparameter/{change.name}": change.end[0] for change in summary.hyperparameters}
+        last = math.nan if summary.outer_loss is None else summary.outer_loss[1]
         log_result(trainer, tuned, {"hypergrad/final_outer_loss": last})
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Summarizes what was done so far, as after Ctrl-C, without evaluating a loss again."""
-        if self._stepper is not None and self._stepper.evidence.steps:
-            self._summary = self._summarize(trainer, self._stepper, pl_module, evaluated=False)
-            rank_zero_info(str(self._summary))
+        if self._report is not None and self._active_stepper.evidence.steps:
+            self._summarize(self._report, evaluated=False)
         super().on_exception(trainer, pl_module, exception)
 
     def summary(self) -> TuningSummary:
@@ -333,38 +304,16 @@ class IFTHypergradient(PeriodicCallback):
             raise RuntimeError("there is no summary before the end of a fit with hyper steps; call trainer.fit first")
         return self._summary
 
-    def _summarize(
-        self, trainer: L.Trainer, stepper: HyperStepper, module: L.LightningModule, *, evaluated: bool = True
-    ) -> TuningSummary:
-        evidence, outer, held_out = stepper.evidence, None, None
-        if evidence.steps:
-            first = evidence.first_losses
-            start = fmean(first.values())
-            outer = (start, evidence.last_loss)
-            if evaluated:
-                with _told(trainer, "the outer loss at the end"):
-                    outer = (start, stepper.mean_loss(stepper.outer_batches(self._source, first)))
-        if evaluated and self._held_out and self._held_out_start is not None:
-            with _told(trainer, "the held-out loss at the end"):
-                held_out = (self._held_out_start, stepper.mean_loss(self._held_out))
-        remedy = "lower every_n_batches" if self.max_overhead is None else "raise max_overhead"
-        verdict, reason, advice = judge(evidence, outer, held_out, remedy)
-        ends = extents(module)
-        return TuningSummary(
-            verdict=verdict,
-            reason=reason,
-            advice=(*advice, *remarks(module, evidence)),
-            hyperparameters=tuple(Change(name, self._start[name], ends[name]) for name in ends),
-            outer_loss=outer,
-            held_out_loss=held_out,
-            predicted=evidence.predicted,
-            confirmed=evidence.confirmed,
-            error=evidence.error,
-            hyper_steps=stepper.steps,
-            skipped=dict(self._causes),
-            replaced=stepper.replaced,
+    def _summarize(self, report: Report, *, evaluated: bool = True) -> TuningSummary:
+        """Keeps and tells a summary."""
+        self._summary = report.summary(
+            skipped=self._causes,
             share_of_time=self._cadence.share_of_time,
+            remedy="lower every_n_batches" if self.max_overhead is None else "raise max_overhead",
+            evaluated=evaluated,
         )
+        rank_zero_info(str(self._summary))
+        return self._summary
 
     def _warn_of_unfrozen(self, names: list[str]) -> None:
         if not self._has_warned_of_unfrozen:
@@ -396,7 +345,6 @@ class IFTHypergradient(PeriodicCallback):
             self._skip("out of memory", f"{reason}; {advice}")
 
     def _skip(self, cause: str, reason: str) -> None:
-        self.skipped += 1
         self._causes[cause] = self._causes.get(cause, 0) + 1
         self._warn_once(f"{reason}. It is skipped; further ones are not reported, but counted in hypergrad/skipped")
 
@@ -421,14 +369,3 @@ class IFTHypergradient(PeriodicCallback):
         else:
             self._skip("doubtful outer loss" if doubt else result.status.value, reason)
         return usable
-
-
-@contextmanager
-def _told(trainer: L.Trainer, what: str) -> Iterator[None]:
-    """Turns an error into a warning, as the training is done; with several processes the others would wait."""
-    try:
-        yield
-    except Exception as error:
-        if trainer.world_size > 1:
-            raise
-        rank_zero_warn(f"IFTHypergradient could not measure {what}: {type(error).__name__}: {error}")
