@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
@@ -48,6 +48,7 @@ CEILING = 20.0  # of a loss, where training diverged
 SAME = 0.03  # change of a loss that is not counted as a change
 SMALL = 0.02  # a gain of the best method below this fraction of the loss is not counted
 UNTUNED, DEFAULT = "untuned", "default"
+CHOSEN = ("0", "1", "2")  # seeds by which the constants of the default were chosen
 
 
 class Variant(NamedTuple):
@@ -175,7 +176,7 @@ def cells(
         for length, by_factor in results.get(problem, {}).items():
             for factor, by_method in by_factor.items() if steps in (None, int(length)) else ():
                 if needed <= by_method.keys():
-                    seeds = sorted(set.intersection(*(set(by_method[method]) for method in needed)))
+                    seeds = known(set.intersection(*(set(by_method[method]) for method in needed)))
                     losses = {
                         method: fmean(by_seed[seed][which] for seed in seeds)
                         for method, by_seed in by_method.items()
@@ -183,6 +184,23 @@ def cells(
                     }
                     error = pstdev(by_method[UNTUNED][seed][which] for seed in seeds) / math.sqrt(len(seeds))
                     yield Cell(problem, int(length), factor, losses, error)
+
+
+def known(seeds: Collection[str]) -> list[str]:
+    """Returns the seeds by which constants were chosen, if there are any; else all."""
+    return sorted(set(seeds) & set(CHOSEN) or seeds)
+
+
+def fresh(results: Results) -> str:
+    """Returns `table` for the seeds by which nothing was chosen."""
+
+    def without(level: Results, depth: int) -> Results:
+        if not depth:
+            return {seed: run for seed, run in level.items() if seed not in CHOSEN}
+        deeper = {key: without(value, depth - 1) for key, value in level.items()}
+        return {key: value for key, value in deeper.items() if value}
+
+    return table(without({problem: results[problem] for problem in PROBLEMS if problem in results}, 4))
 
 
 def over_untuned(cells: Iterable[Cell], method: str) -> float:
@@ -265,7 +283,9 @@ def verdicts(results: Results) -> str:
     for problem in results.keys() & PROBLEMS.keys():
         for by_factor in results[problem].values():
             for by_method in by_factor.values():
-                for seed, run in by_method.get(DEFAULT, {}).items():
+                default = by_method.get(DEFAULT, {})
+                for seed in known(default):
+                    run = default[seed]
                     change = math.log(run["held out"] / by_method[UNTUNED][seed]["held out"])
                     truth = "same" if abs(change) <= SAME else "lower" if change < 0.0 else "higher"
                     counts[run["verdict"], truth] += 1

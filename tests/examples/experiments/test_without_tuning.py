@@ -6,6 +6,7 @@ import math
 import pytest
 
 from examples.experiments import without_tuning as example
+from examples.experiments.common import merged
 
 RUNS = {
     (1.0, "untuned"): {"0": 1.0, "1": 0.8},
@@ -56,6 +57,17 @@ def test_verdicts_are_counted_by_what_became_of_the_held_out_loss(results):
     lines = example.verdicts(results).splitlines()
     assert lines[2] == '| "helped" | 2 | 0 | 0 |'
     assert lines[5] == '| "harmed" | 0 | 1 | 1 |'
+
+
+def test_seeds_by_which_nothing_was_chosen_have_a_table_of_their_own(results):
+    more = example.nested(
+        [example.Run("text", 300, 1.0, method, 7) for method in ("untuned", "default", "5:0.1")],
+        [{"outer": loss, "held out": loss, "verdict": "helped"} for loss in (2.0, 1.0, 1.5)],
+    )
+    both = merged(results, more)
+    assert example.table(both) == example.table(results)
+    assert example.fresh(both) == example.table(more)
+    assert example.fresh(both).splitlines()[2].startswith("| 300 | **the default** | 2.00 | 1 of 1 | 0 of 1 | .50 |")
 
 
 def test_variants_take_the_time_of_the_defaults():
