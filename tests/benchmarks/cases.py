@@ -86,13 +86,13 @@ class Transformer(nn.Module):
 
 
 class SentenceClassifier(nn.Module):
-    """A transformer of the size of MiniLM-L6, 22 million weights, that sorts sentences into ten classes."""
+    """A transformer that sorts sentences into ten classes; by default of the size of MiniLM-L6, 22 million weights."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 384, depth: int = 6) -> None:
         super().__init__()
-        self.embed, self.position = nn.Embedding(30_522, 384), nn.Parameter(0.02 * torch.randn(512, 384))
-        layer = nn.TransformerEncoderLayer(384, 12, 1536, dropout=0.0, batch_first=True)
-        self.layers, self.head = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False), nn.Linear(384, 10)
+        self.embed, self.position = nn.Embedding(30_522, width), nn.Parameter(0.02 * torch.randn(512, width))
+        layer = nn.TransformerEncoderLayer(width, 12, 4 * width, dropout=0.0, batch_first=True)
+        self.layers, self.head = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False), nn.Linear(width, 10)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Returns logits [B, 10] for tokens [B, T]."""
@@ -206,9 +206,9 @@ class Classifier(BilevelLightningModule, L.LightningModule):
 
     weights: SampleWeights
 
-    def __init__(self, model: str, optimizer: str) -> None:
+    def __init__(self, workload: Workload, optimizer: str) -> None:
         super().__init__()
-        self.net = MODELS[model].net()
+        self.net = workload.net()
         self.optimizer = optimizer
         self.register_hyperparameter("weights", SampleWeights(EXAMPLES))
 
@@ -231,9 +231,9 @@ class NoisyClassifier(Classifier):
 
     noise: InputNoise
 
-    def __init__(self, model: str, optimizer: str) -> None:
-        super().__init__(model, optimizer)
-        self.register_hyperparameter("noise", InputNoise((MODELS[model].shape[0], 1, 1)))
+    def __init__(self, workload: Workload, optimizer: str) -> None:
+        super().__init__(workload, optimizer)
+        self.register_hyperparameter("noise", InputNoise((workload.shape[0], 1, 1)))
 
     def inner_loss(self, batch: Sequence[Tensor]) -> Tensor:
         """Returns the mean of the weighted losses on noisy inputs."""
@@ -266,9 +266,8 @@ class Bench:
 
     def __init__(self, model: str, optimizer: str = "SGD", kind: type[Classifier] = Classifier) -> None:
         torch.manual_seed(0)
-        self.model, self.optimizer, self.kind = model, optimizer, kind
-        self.module = kind(model, optimizer).to(DEVICE)
-        self.workload = MODELS[model]
+        self.optimizer, self.kind, self.workload = optimizer, kind, MODELS[model]
+        self.module = kind(self.workload, optimizer).to(DEVICE)
         self.data = IndexedDataset(self.workload.data(EXAMPLES, 3))
         x, y = (tensor.to(DEVICE) for tensor in self.workload.data(self.workload.batch, 1).tensors)
         self.batch = (x, y, torch.arange(self.workload.batch, device=DEVICE))
@@ -316,7 +315,7 @@ class Bench:
             limit_val_batches=0,
         )
         loader = DataLoader(self.data, self.workload.batch, shuffle=True)
-        trainer.fit(self.kind(self.model, self.optimizer), loader)
+        trainer.fit(self.kind(self.workload, self.optimizer), loader)
         return clock.seconds[2:]
 
 
