@@ -1,4 +1,7 @@
-"""Learn how strongly to augment: the standard deviations of random rotations, shifts and scales are hyperparameters.
+"""How strongly to augment
+==========================
+
+Learn how strongly to augment: the standard deviations of random rotations, shifts and scales are hyperparameters.
 
 100 images of MNIST train the network, each distorted differently in every epoch. 400 others, undistorted, are the outer
 data. They show how strong the distortions should be, in the same run. The random numbers are drawn first and then

@@ -1,10 +1,10 @@
-"""All three callbacks, the solver and the hyper-optimizer from YAML files and the command line, by LightningCLI.
+"""From the command line
+========================
 
-A perceptron on scikit-learn's digits. The files in `examples/configs` show what can be written there: `tune.yaml`, the
-default, has IFTHypergradient with a solver of its own and AdamW as hyper-optimizer; `watch.yaml` has SharpnessMonitor
-with Adam and TensorBoard; `everything.yaml` has both, and ExactGeN in place of a learning rate.
+Callbacks, solver and hyper-optimizer from YAML files, by LightningCLI. The files in `examples/configs` show what can be
+written there: `tune.yaml`, the default, has IFTHypergradient with a solver and AdamW as hyper-optimizer; `watch.yaml`
+SharpnessMonitor with Adam and TensorBoard; `everything.yaml` both, and ExactGeN in place of a learning rate.
 
-    python examples/cli.py
     python examples/cli.py --config examples/configs/tune.yaml --trainer.callbacks.every_n_batches 10
     python examples/cli.py --config examples/configs/everything.yaml --model.width 128
 """

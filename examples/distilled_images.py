@@ -1,4 +1,7 @@
-"""Replace 1,400 images by ten: every pixel of a synthetic training set is a hyperparameter.
+"""Ten learned images in place of 1,400
+=======================================
+
+Replace 1,400 images by ten: every pixel of a synthetic training set is a hyperparameter.
 
 The network learns from ten synthetic digits only (inner loss). These are tuned so that it classifies real digits (outer
 loss). Then a fresh network is trained on the ten images, and tested on real images that were used for nothing.

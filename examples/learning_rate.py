@@ -1,4 +1,7 @@
-"""Train without choosing a learning rate.
+"""Training without a learning rate
+===================================
+
+Train without choosing a learning rate.
 
 `ExactGeN` fits a parabola to the loss along the optimizer's own step, on the next batch, and sets the learning rate to
 where the loss falls most. The rate in `configure_optimizers` is not used: from 1e-6 and from 1 training is the same.

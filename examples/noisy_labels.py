@@ -1,4 +1,7 @@
-"""Find wrong labels: one weight for each training example, learned while the network trains.
+"""Wrong labels
+===============
+
+Find wrong labels: one weight for each training example, learned while the network trains.
 
 40 % of the labels of 1,000 digits are wrong. 300 digits with correct labels, the outer data, show which examples help.
 Examples with wrong labels end with low weights, and the network that learns the weights is itself more accurate.

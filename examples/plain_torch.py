@@ -1,8 +1,15 @@
-"""Hypergradients in plain PyTorch, without Lightning, and a check that they are right.
+"""Without Lightning
+====================
+
+Hypergradients in plain PyTorch, without Lightning, and a check that they are right.
 
 Ridge regression with one penalty for each of 13 features. `implicit_hypergradient` takes two losses without arguments,
 the weights and the hyperparameters. `check_hypergradient` compares it with finite differences of inner problems that
 are solved again for each difference, as `torch.autograd.gradcheck` does for gradients.
+
+`influence` is a hypergradient in one weight for each training example. It predicts what leaving one out does to the
+outer loss, and fits without each of the 30 examples show how well. It is a first-order prediction, and each of so few
+examples moves the weights far.
 
     python examples/plain_torch.py
 """
@@ -16,7 +23,7 @@ import torch
 from sklearn.datasets import load_wine
 from torch import Tensor
 
-from lightning_ifthpo import check_hypergradient, implicit_hypergradient
+from lightning_ifthpo import check_hypergradient, implicit_hypergradient, influence
 from lightning_ifthpo.solvers import ConjugateGradient
 
 
@@ -33,22 +40,40 @@ class Ridge:
         self.w = torch.zeros(13, dtype=x.dtype, requires_grad=True)
         self.log_penalties = torch.full((13,), -3.0, dtype=x.dtype)
 
+    def losses(self) -> Tensor:
+        """Returns the loss of each training example."""
+        x, y = self.inner
+        return (x @ self.w - y).square()
+
+    def penalty(self) -> Tensor:
+        """Returns what the training loss adds to their mean."""
+        return (self.log_penalties.exp() * self.w.square()).sum()
+
     def inner_loss(self) -> Tensor:
         """Returns what the weights minimize."""
-        x, y = self.inner
-        return (x @ self.w - y).square().mean() + (self.log_penalties.exp() * self.w.square()).sum()
+        return self.losses().mean() + self.penalty()
 
     def outer_loss(self) -> Tensor:
         """Returns what the penalties minimize."""
         x, y = self.outer
         return (x @ self.w - y).square().mean()
 
-    def fit(self) -> None:
-        """Sets the weights to the minimum of the inner loss."""
+    @torch.no_grad()
+    def fit(self, without: int | None = None) -> None:
+        """Sets the weights to the minimum of the inner loss, or of what is left of it without one example."""
         x, y = self.inner
-        with torch.no_grad():
-            matrix = x.T @ x / len(y) + torch.diag(self.log_penalties.exp())
-            self.w.copy_(torch.linalg.solve(matrix, x.T @ y / len(y)))
+        counts = torch.ones_like(y)
+        counts[[] if without is None else without] = 0.0
+        matrix = x.T * counts @ x / len(y) + torch.diag(self.log_penalties.exp())
+        self.w.copy_(torch.linalg.solve(matrix, x.T @ (counts * y) / len(y)))
+
+    @torch.no_grad()
+    def change_without(self, index: int) -> float:
+        """Returns how the outer loss changes when a training example is left out, by fitting again."""
+        self.fit()
+        before = self.outer_loss()
+        self.fit(without=index)
+        return float(self.outer_loss() - before)
 
     @torch.no_grad()
     def test_loss(self) -> float:
@@ -58,7 +83,7 @@ class Ridge:
 
 
 def main() -> dict[str, dict[str, float]]:
-    """Checks one hypergradient, then descends along fifty; returns what the last line says."""
+    """Checks a hypergradient, descends along fifty, and predicts 30 fits; returns what the last line says."""
     ridge = Ridge()
     ridge.fit()
     losses = (ridge.inner_loss, ridge.outer_loss, [ridge.w], [ridge.log_penalties])
@@ -75,6 +100,10 @@ def main() -> dict[str, dict[str, float]]:
     print(f"status of the last solve: {result.status.value}, relative residual {result.relative_residual:.0e}")
 
     measured = {"test loss, equal penalties": start, "test loss, tuned penalties": ridge.test_loss()}
+    predicted = influence(ridge.losses, ridge.outer_loss, [ridge.w], penalty=ridge.penalty).removal
+    print(f"the wine that helps most is number {int(predicted.argmax())}, and {int(predicted.argmin())} harms most")
+    found = torch.tensor([ridge.change_without(index) for index in range(len(predicted))])
+    measured["correlation of influence with fits"] = float(torch.corrcoef(torch.stack([predicted, found]))[0, 1])
     expected = json.loads(Path(__file__).with_name("results.json").read_text()).get("plain_torch", {})
     output = {name: {"measured": round(value, 4), "expected": expected.get(name)} for name, value in measured.items()}
     print(json.dumps(output))

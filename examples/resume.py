@@ -1,4 +1,7 @@
-"""Stop a run and resume it: the hyperparameters end at the same values as without the stop, bit for bit.
+"""Stop and resume
+==================
+
+Stop a run and resume it: the hyperparameters end at the same values as without the stop, bit for bit.
 
 The checkpoints of Lightning hold all that tuning needs: the hyperparameters, as parameters of the module, and the state
 of `IFTHypergradient`, which is its hyper-optimizer, the last solution and the position in the outer data.

@@ -1,4 +1,7 @@
-"""Watch curvature grow to the edge of stability, and stay there.
+"""To the edge of stability
+===========================
+
+Watch curvature grow to the edge of stability, and stay there.
 
 `SharpnessMonitor` logs the largest eigenvalue of the Hessian while a network learns. Gradient descent is stable while
 that eigenvalue is below 2/η. It grows until it gets there and then stays: `edge_ratio` becomes 1 (Cohen et al. 2021).

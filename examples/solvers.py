@@ -1,4 +1,7 @@
-"""Choose a solver, and read what a failed solve says.
+"""Which solver, and what a failed solve says
+=============================================
+
+Choose a solver, and read what a failed solve says.
 
 Before training has converged the Hessian has negative eigenvalues. Conjugate gradients then stop at negative curvature,
 and the result says so: it carries a status, a residual and a diagnosis. Gauss–Newton curvature is positive

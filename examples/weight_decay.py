@@ -1,4 +1,7 @@
-"""Tune one weight decay for each tensor of a network inside a single training run, and use what was tuned.
+"""One weight decay for each tensor
+===================================
+
+Tune one weight decay for each tensor of a network inside a single training run, and use what was tuned.
 
 The decays start at 0.1, which is far too much. 200 digits train the network, and 600 others, the outer data, show in
 which direction each decay should move. What makes the module bilevel: the mixin, the hyperparameter, the penalty in the

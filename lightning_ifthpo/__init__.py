@@ -11,9 +11,11 @@ from lightning_ifthpo.core.loss import Loss
 from lightning_ifthpo.hypergradients import (
     Hypergradient,
     HypergradientMismatchError,
+    Influence,
     LinearBestResponse,
     check_hypergradient,
     implicit_hypergradient,
+    influence,
     unrolled_hypergradient,
 )
 from lightning_ifthpo.module import BilevelLightningModule
@@ -26,11 +28,13 @@ __all__ = [
     "HyperparameterRecorder",
     "HyperparameterSchedule",
     "IFTHypergradient",
+    "Influence",
     "LinearBestResponse",
     "Loss",
     "SharpnessMonitor",
     "check_hypergradient",
     "implicit_hypergradient",
+    "influence",
     "unrolled_hypergradient",
 ]
 

@@ -1,7 +1,7 @@
-"""Makes all tables of README.md and docs/defaults.md from the result files.
+"""Makes all tables of README.md and of the site from the result files.
 
 A table stands between two comments, `<!-- table: name -->` and `<!-- end -->`. The name is that of an experiment, or
-`name.function` for a table other than the first.
+`name.function` for a table other than the first, or `wins_and_losses` for one of several experiments.
 
     python -m examples.experiments.tables            # write them
     python -m examples.experiments.tables --check    # only say which differ
@@ -15,20 +15,79 @@ import re
 import sys
 from pathlib import Path
 
-from examples.experiments.common import HERE, read
+from examples.experiments.common import HERE, markdown, mean, number, read
+from examples.experiments.overfit_validation import final
 
-README = HERE.parents[1] / "README.md"
-DOCUMENTS = (README, HERE.parents[1] / "docs" / "defaults.md")
+ROOT = HERE.parents[1]
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 PLACE = re.compile(r"(<!-- table: ([\w.]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def table(name: str) -> str:
-    """Returns a table of an experiment."""
+    """Returns a table."""
+    if name == "wins_and_losses":
+        return wins_and_losses()
     name, _, function = name.partition(".")
     results = read(name)
     made: str = getattr(importlib.import_module(f"examples.experiments.{name}"), function or "table")(results)
     earlier = any("earlier version" in stamp for stamp in results["measured"])
     return made + ("\n\nMeasured with an earlier version." if earlier else "")
+
+
+def wins_and_losses() -> str:
+    """Returns the test accuracies of several experiments: without tuning, tuned, and of what a sceptic would choose."""
+    labels, images = read("clean_noisy_labels")["scores"], read("distill_dataset")["scores"]
+    decays, augmentation = read("tune_weight_decay"), read("learned_augmentation")["scores"]
+    overfitted = read("overfit_validation")["models"]["resnet18"]
+    rate = read("learning_rate_free")["cells"]["convolutions/SGD"]
+    unseen = (3, 4, 5)  # seeds by which no setting was chosen
+    rows = [
+        (
+            "40 % wrong labels, 3,000 images: a weight for each, by 400 checked images",
+            mean(labels["both"], unseen),
+            mean(labels["learned"], unseen),
+            mean(labels["oracle"], unseen),
+            "wrong labels left out by an oracle",
+        ),
+        (
+            "a training set of 10 images, every pixel learned",
+            mean(images["means"]),
+            mean(images["distilled"]),
+            mean(images["all"]),
+            "all 3,500 images",
+        ),
+        (
+            "augmentation of 300 images, learned from 400",
+            augmentation["none"]["mean"],
+            augmentation["distribution"]["mean"],
+            augmentation["hand"]["mean"],
+            "strengths chosen by a grid",
+        ),
+        (
+            "weight decay on 300 images, one run",
+            mean(decays["none"]["test"]),
+            mean(decays["global"]["test"]),
+            mean(decays["grid"]["test"]),
+            "the best of five runs",
+        ),
+        (
+            f"{overfitted['decays']:,} decays by 50 images",
+            final(overfitted["not tuned"], "test"),
+            final(overfitted["tuned"], "test"),
+            final(overfitted["trained on both"], "test"),
+            "training on these 50 images, too",
+        ),
+        (
+            "`ExactGeN` in place of a learning rate, convolutions, SGD",
+            None,
+            rate["ExactGeN"]["mean"] / 100,
+            rate["constant"]["mean"] / 100,
+            "the best of nine constant rates",
+        ),
+    ]
+    header = ["test accuracy", "not tuned", "tuned", "rival", "which is"]
+    cells = ([what, *("" if x is None else number(x) for x in figures), rival] for what, *figures, rival in rows)
+    return markdown(header, cells)
 
 
 def filled(text: str) -> str:

@@ -268,13 +268,24 @@ def variants(results: Results) -> str:
     """Returns what other defaults would have reached in the time that the defaults take."""
     rows = []
     for length in lengths(results):
-        every = {which: list(cells(results, which, length, VARIANTS)) for which in ("outer", "held out")}
-        for method in (DEFAULT, *VARIANTS) if every["outer"] else ():
-            ratios = [number(over_untuned(some, method), 2) for some in every.values()]
-            harmed = sum(cell.harm(method) for cell in every["held out"])
-            rows.append([f"{length:,}", label(method), *ratios, f"{harmed} of {len(every['held out'])}"])
-    header = ["time of so many steps", "defaults", "outer loss over untuned", "held-out loss over untuned"]
+        seeds_of = seeds_of_variants(results, length)
+        for seeds in sorted(set(seeds_of.values()), key=len):
+            methods = [method for method, own in seeds_of.items() if own >= seeds]
+            every = {which: list(cells(results, which, length, methods)) for which in ("outer", "held out")}
+            for method in (DEFAULT, *methods):
+                ratios = [number(over_untuned(some, method), 2) for some in every.values()]
+                harmed = sum(cell.harm(method) for cell in every["held out"])
+                harmed_of = f"{harmed} of {len(every['held out'])}"
+                rows.append([f"{length:,}", str(len(seeds)), label(method), *ratios, harmed_of])
+    header = ["time of so many steps", "seeds", "defaults", "outer loss over untuned", "held-out loss over untuned"]
     return markdown([*header, "worse than untuned"], rows)
+
+
+def seeds_of_variants(results: Results, length: int) -> dict[str, frozenset[str]]:
+    """Returns the seeds with which variants were run in all cells of a length; without variants that were not."""
+    runs = [by_method for problem in PROBLEMS for by_method in results.get(problem, {}).get(str(length), {}).values()]
+    seeds = {method: frozenset.intersection(*(frozenset(run.get(method, ())) for run in runs)) for method in VARIANTS}
+    return {method: own for method, own in seeds.items() if own}
 
 
 def verdicts(results: Results) -> str:

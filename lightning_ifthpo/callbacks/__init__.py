@@ -5,4 +5,10 @@ from lightning_ifthpo.callbacks.hypergradient import IFTHypergradient
 from lightning_ifthpo.callbacks.schedule import HyperparameterRecorder, HyperparameterSchedule
 from lightning_ifthpo.callbacks.sharpness import SharpnessMonitor
 
-__all__ = ["ExactGeN", "HyperparameterRecorder", "HyperparameterSchedule", "IFTHypergradient", "SharpnessMonitor"]
+__all__ = [
+    "ExactGeN",
+    "HyperparameterRecorder",
+    "HyperparameterSchedule",
+    "IFTHypergradient",
+    "SharpnessMonitor",
+]

@@ -161,11 +161,15 @@ def _risen(outer: Losses, held_out: Losses | None) -> str:
 
 
 def _learned_by_heart(outer: Losses, held_out: Losses | None) -> tuple[str, ...]:
-    """Returns a sentence if the outer loss falls, and the held-out loss ever less so."""
+    """Returns a sentence if the outer loss falls, and the held-out loss ever less so.
+
+    Gaps are compared relative to the outer loss. It is first measured at the first hyper steps, and the held-out loss
+    before training, so that the first gap can be larger than it was.
+    """
     if held_out is None or outer[1] >= outer[0]:
         return ()
     gaps = [behind - ahead for behind, ahead in zip(held_out, outer, strict=True)]
-    if gaps[1] <= max(gaps[0], _APART * abs(outer[1])):
+    if gaps[1] <= _APART * abs(outer[1]) or gaps[1] * abs(outer[0]) <= gaps[0] * abs(outer[1]):
         return ()
     return (
         f"The held-out loss ends {gaps[1]:.2g} above the outer loss, and began {gaps[0]:.2g} above it: the "

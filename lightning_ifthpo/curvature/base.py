@@ -89,7 +89,7 @@ class LossOperator(CurvatureOperator):
 
     @property
     def custom_functions(self) -> list[str]:
-        """Names of the `torch.autograd.Function`s in the loss, whose second derivatives may be wrong."""
+        """Names of the subclasses of `torch.autograd.Function` in the loss; their second derivatives may be wrong."""
         return custom_functions([self._own_loss()])
 
     def mixed_product(

@@ -79,6 +79,7 @@ class AveragedRule(Rule):
     A look gives the slope n and the curvature d along an update, both over ‖ω‖², on a batch that did not produce the
     update. Over the last 16 looks, the mean of n − ηd is the slope at the end of a step, and the mean of ηn − η²d/2 is
     the decrease of the loss, the gain of the step.
+
     - The slope at the end is positive by one standard error: η grows by up to 8 % per look, 1 % once it is settled. It
       grows more slowly near mean(n)/mean(d), and never beyond.
     - The gain is negative by two standard errors: η shrinks by a fifth, and the looks are discarded. If −n is at least

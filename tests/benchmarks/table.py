@@ -32,7 +32,7 @@ def page(files: list[Path]) -> str:
 
 def section(run: dict[str, Any]) -> str:
     """Returns the tables of a run."""
-    return beside_others(run) if "peers" in run else costs(run)
+    return beside_others(run) if "peers" in run else whole_runs(run) if "large" in run else costs(run)
 
 
 def beside_others(run: dict[str, Any]) -> str:
@@ -54,6 +54,28 @@ def beside_others(run: dict[str, Any]) -> str:
         for name, found in methods.items():
             cost = f"{found['cost']:.1f} ({found['least']:.1f} to {found['most']:.1f})"
             rows.append(f"| {name} | {found['error']:.1e} | {cost} |")
+    return "\n".join([*rows, ""])
+
+
+def whole_runs(run: dict[str, Any]) -> str:
+    """Returns the table of a run of `tests.benchmarks.large`."""
+    about = run["about"]
+    rows = [
+        f"## Whole runs of large networks, {about['device']}",
+        "",
+        "One run each of 50 batches with AdamW through the Trainer, of which the first ten are not counted. Time and",
+        "memory are those of the run over those of a run without the callback. Where the two plain runs differ by",
+        "much, so may the ratios.",
+        "",
+        f"torch {about['torch']}, Lightning {about['lightning']}.",
+        "",
+        "| network and precision | plain: ms a batch | plain: GiB | tuned | time | memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, found in run["large"].items():
+        plain = f"{found['ms']:.0f} (runs differ by {found['plain runs differ by']:.0%}) | {found['GiB']:.1f}"
+        for method, time in found["time"].items():
+            rows.append(f"| {name} | {plain} | {method} | {time:.2f} | {found['memory'][method]:.2f} |")
     return "\n".join([*rows, ""])
 
 

@@ -80,14 +80,20 @@ def test_variants_take_the_time_of_the_defaults():
 
 def test_variants_are_compared_on_the_seeds_that_they_share():
     runs, values = [], []
-    for method, seeds in {"untuned": 2, "default": 2, **dict.fromkeys(example.VARIANTS, 1)}.items():
+    some = dict.fromkeys(list(example.VARIANTS)[:3], 1) | {"SAMA": 2}  # the others were not run
+    for method, seeds in {"untuned": 2, "default": 2, **some}.items():
         for seed in range(seeds):
             runs.append(example.Run("text", 1000, 1.0, method, seed))
             value = {"untuned": 1.0, "default": 0.5 + seed}.get(method, 0.8)
             values.append({"outer": value, "held out": value})
     lines = example.variants(example.nested(runs, values)).splitlines()
-    assert lines[2] == "| 1,000 | **the default** | .50 | .50 | 0 of 1 |"
-    assert lines[3] == "| 1,000 | every batch | .80 | .80 | 0 of 1 |"
+    assert lines[2] == "| 1,000 | 1 | **the default** | .50 | .50 | 0 of 1 |"
+    assert lines[3] == "| 1,000 | 1 | every batch | .80 | .80 | 0 of 1 |"
+    assert [line.split("|")[3].strip() for line in lines[3:7]] == ["every batch", "every 2", "every 10", "SAMA"]
+    assert lines[7:] == [
+        "| 1,000 | 2 | **the default** | 1.00 | 1.00 | 0 of 1 |",
+        "| 1,000 | 2 | SAMA | .80 | .80 | 0 of 1 |",
+    ]
 
 
 def test_a_short_run(tmp_path, capsys):

@@ -1,0 +1,94 @@
+"""What the README and the site show runs as it stands."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from lightning_ifthpo import ExactGeN, IFTHypergradient, SharpnessMonitor
+from tests.helpers.report import support
+
+ROOT = Path(__file__).parents[1]
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+PAGES = [
+    page for page in sorted(DOCS.rglob("*.md")) if "_build" not in page.parts and "auto_examples" not in page.parts
+]
+SIGNATURES = {
+    IFTHypergradient: DOCS / "start" / "your_module.md",
+    SharpnessMonitor: DOCS / "callbacks" / "sharpness.md",
+    ExactGeN: DOCS / "callbacks" / "learning_rate.md",
+}
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+ADVICE = (
+    "ignore:The .*dataloader.* does not have many workers",
+    "ignore:The number of training batches",
+    "ignore:Starting from v1.9.0, `tensorboardX`",
+)
+
+
+def blocks(page):
+    """The language and the text of each block of code, in order."""
+    return BLOCK.findall(page.read_text(encoding="utf-8"))
+
+
+def blocks_in(page, language):
+    return [text for own, text in blocks(page) if own == language]
+
+
+def name_of(page):
+    return str(page.relative_to(DOCS))
+
+
+@pytest.mark.slow  # up to five seconds
+@pytest.mark.filterwarnings(*ADVICE)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_in(page, "python")], ids=name_of)
+def test_the_code_of_a_page_runs_and_prints_what_it_shows(page, tmp_path, monkeypatch, capsys):
+    """Blocks of Python share one namespace; a block of text right behind one is what it prints."""
+    monkeypatch.chdir(tmp_path)
+    namespace, before = {"__name__": "page"}, ""
+    for language, text in blocks(page):
+        if language == "python":
+            exec(compile(text, str(page), "exec"), namespace)
+        elif language == "text" and before == "python":
+            assert " ".join(text.split()) in " ".join(capsys.readouterr().out.split())
+        before = language
+
+
+def versions_of_the_diff():
+    """The module before and after the change that the README shows, and the lines that are new."""
+    (diff,) = blocks_in(README, "diff")
+    lines = diff.splitlines()
+    before = "\n".join(line[1:] for line in lines if not line.startswith("+"))
+    after = "\n".join(line[1:] for line in lines if not line.startswith("-"))
+    return before, after, [line for line in lines if line.startswith("+") and line[1:].strip()]
+
+
+def test_the_readme_is_short_and_ten_lines_are_ten():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+    assert len(versions_of_the_diff()[2]) == 10
+
+
+@pytest.mark.slow  # ten seconds
+@pytest.mark.filterwarnings(*ADVICE)
+def test_the_ten_lines_gain_what_the_readme_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before, after, _ = versions_of_the_diff()
+    promised = re.search(r"from \*\*(\.\d+) to (\.\d+)\*\*", README.read_text(encoding="utf-8"))
+    for source, wanted in zip((before, after), promised.groups(), strict=True):
+        namespace = {"__name__": "readme"}
+        exec(compile(source, "README.md", "exec"), namespace)
+        # rounding differs between machines; the gain is seven times as much
+        assert namespace["main"]() == pytest.approx(float(wanted), abs=0.03)
+
+
+@pytest.mark.parametrize("callback", SIGNATURES)
+def test_the_arguments_of_a_callback_are_those_of_its_constructor(callback):
+    (block,) = (block for block in blocks_in(SIGNATURES[callback], "py") if block.startswith(f"{callback.__name__}("))
+    shown = dict(re.findall(r"^    (\w+)=(.*?),", block, re.MULTILINE))
+    real = {k: v.default for k, v in inspect.signature(callback).parameters.items()}
+    assert {k: eval(v) for k, v in shown.items()} == real
+
+
+def test_what_is_supported_is_what_is_tested():
+    assert support() in (DOCS / "support.md").read_text(encoding="utf-8")
