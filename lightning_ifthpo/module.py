@@ -52,9 +52,11 @@ class BilevelLightningModule:
     def __init_subclass__(cls, **options: Any) -> None:
         """Gives the class a training and a validation step where no base class has one."""
         super().__init_subclass__(**options)
-        for step, loss in (("training_step", "inner_loss"), ("validation_step", "outer_loss")):
-            if is_stub(getattr(cls, step, None)):
-                setattr(cls, step, _step_with(loss))
+        if is_stub(getattr(cls, "training_step", None)):
+            cls.training_step = _step_with("inner_loss")  # type: ignore[attr-defined]
+        if is_stub(getattr(cls, "validation_step", None)):
+            # a checkpoint may be chosen by it, so that all processes have to agree
+            cls.validation_step = _step_with("outer_loss", sync_dist=True)  # type: ignore[attr-defined]
 
     def register_hyperparameter(self, name: str, value: Tensor | nn.Module) -> None:
         """Makes a tensor, or all parameters of a module, hyperparameters under `self.<name>`.
@@ -205,14 +207,14 @@ def _plain(tensor: Tensor) -> float | Tensor:
     return tensor.item() if tensor.numel() == 1 else tensor.to("cpu", copy=True)
 
 
-def _step_with(loss_name: str) -> Callable[[Any, Any, int], Tensor | None]:
+def _step_with(loss_name: str, *, sync_dist: bool = False) -> Callable[[Any, Any, int], Tensor | None]:
     """Returns a training or validation step that logs and returns a loss of the module."""
 
     @derived
     def step(self: Any, batch: Any, batch_idx: int) -> Tensor | None:
         loss: Tensor | None = getattr(self, loss_name)(batch)
         if loss is not None:  # a training step without a loss skips the batch
-            self.log(loss_name, loss, prog_bar=True)
+            self.log(loss_name, loss, prog_bar=True, sync_dist=sync_dist)
         return loss
 
     return step

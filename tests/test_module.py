@@ -52,6 +52,22 @@ def test_default_steps_log_both_losses():
     assert {"inner_loss", "outer_loss"} <= trainer.callback_metrics.keys()
 
 
+def test_processes_agree_on_the_default_validation_loss(monkeypatch):
+    """A training loss is not exchanged at each step, as in Lightning."""
+
+    class Constant(BilevelLightningModule, L.LightningModule):
+        def inner_loss(self, batch):
+            return torch.zeros(())
+
+        outer_loss = inner_loss
+
+    module, asked = Constant(), {}
+    monkeypatch.setattr(module, "log", lambda name, value, **options: asked.update({name: options["sync_dist"]}))
+    module.training_step(None, 0)
+    module.validation_step(None, 0)
+    assert asked == {"inner_loss": False, "outer_loss": True}
+
+
 def test_a_module_can_be_copied_and_pickled():
     module = Classifier()
     for clone in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
