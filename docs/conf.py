@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
+import torch
 from sphinx_gallery.sorting import FileNameSortKey
 
 import lightning_ifthpo
@@ -50,6 +53,12 @@ if os.environ.get("DOCS_ONLINE"):
         "torchmetrics": ("https://lightning.ai/docs/torchmetrics/stable", None),
     }
 
+
+def name_file(gallery: object, path: str) -> None:
+    """Gives an example its `__file__`, which the gallery leaves out: names that a module lacks are found in builtins."""
+    builtins.__file__ = str(Path(__file__).parents[1] / "examples" / Path(path).name)  # type: ignore[attr-defined]
+
+
 sphinx_gallery_conf = {
     "examples_dirs": ["../examples"],
     "gallery_dirs": ["auto_examples"],
@@ -57,6 +66,7 @@ sphinx_gallery_conf = {
     "ignore_pattern": r"__init__|experiments",
     "nested_sections": False,
     "within_subsection_order": FileNameSortKey,
+    "reset_modules": ("matplotlib", name_file),
     "download_all_examples": False,
     "show_memory": False,
     "show_signature": False,
@@ -65,6 +75,7 @@ sphinx_gallery_conf = {
     "plot_gallery": os.environ.get("DOCS_EXAMPLES", "run") == "run",  # DOCS_EXAMPLES=skip builds in seconds
 }
 
+torch.set_num_threads(1)  # the examples are small, and threads would wait for each other
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 

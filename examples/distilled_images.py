@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 
 import lightning as L
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -82,6 +83,11 @@ def main() -> dict[str, dict[str, float]]:
     quiet_trainer([hypergradient]).fit(module, range(1500))
 
     distilled = module.images()[0].detach()
+    rows = [torch.cat([image.view(8, 8) for image in images], 1) for images in (first, distilled)]
+    plt.imshow(torch.cat(rows), cmap="gray")
+    plt.title("a real image of each digit, and what it became")
+    plt.axis("off")
+    plt.savefig("distilled_images.png")
     measured = {
         "accuracy, ten real images": accuracy_of_a_fresh_network(first, held_out[:]),
         "accuracy, ten learned images": accuracy_of_a_fresh_network(distilled, held_out[:]),

@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 
 import lightning as L
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -87,7 +88,13 @@ def fit(*, tuned: bool) -> tuple[float, float]:
     module = Digits()
     trainer.fit(module, DataLoader(IndexedDataset(train), 100, shuffle=True))
     (metrics,) = trainer.test(module, DataLoader(test, len(test)))
-    return metrics["accuracy"], float(roc_auc_score(wrong, -module.weights(torch.arange(TRAINING))))
+    weights = module.weights(torch.arange(TRAINING)).detach()
+    if tuned:
+        plt.hist([weights[wrong], weights[~wrong]], bins=40, label=["wrong labels", "correct labels"])
+        plt.gca().set(xlabel="learned weight", ylabel="examples")
+        plt.legend()
+        plt.savefig("noisy_labels.png")
+    return metrics["accuracy"], float(roc_auc_score(wrong, -weights))
 
 
 def main() -> dict[str, dict[str, float]]:

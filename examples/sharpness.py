@@ -18,6 +18,7 @@ from statistics import fmean
 from typing import Any
 
 import lightning as L
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -75,6 +76,11 @@ def main() -> dict[str, dict[str, float]]:
     )
     trainer.fit(Digits(), DataLoader(data, IMAGES))
     print("largest eigenvalue over the edge:", *(f"{ratio:.2f}" for ratio in ratios.seen))
+    plt.plot(range(EVERY, STEPS + 1, EVERY), ratios.seen, ".-")
+    plt.axhline(1.0, color="black", linestyle="--", label="the edge of stability")
+    plt.gca().set(xlabel="step", ylabel="largest eigenvalue over 2/η")
+    plt.legend()
+    plt.savefig("sharpness.png")
 
     measured = {"edge ratio, first": ratios.seen[0], "edge ratio, last ten": fmean(ratios.seen[-10:])}
     expected = json.loads(Path(__file__).with_name("results.json").read_text()).get("sharpness", {})

@@ -6,6 +6,7 @@ from lightning_ifthpo.callbacks import (
     HyperparameterSchedule,
     IFTHypergradient,
     SharpnessMonitor,
+    TrainingReport,
 )
 from lightning_ifthpo.core.loss import Loss
 from lightning_ifthpo.hypergradients import (
@@ -32,6 +33,7 @@ __all__ = [
     "LinearBestResponse",
     "Loss",
     "SharpnessMonitor",
+    "TrainingReport",
     "check_hypergradient",
     "implicit_hypergradient",
     "influence",

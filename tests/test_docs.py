@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ifthpo import ExactGeN, IFTHypergradient, SharpnessMonitor
+from lightning_ifthpo import ExactGeN, IFTHypergradient, SharpnessMonitor, TrainingReport
 from tests.helpers.report import support
 
 ROOT = Path(__file__).parents[1]
@@ -18,11 +18,13 @@ SIGNATURES = {
     IFTHypergradient: DOCS / "start" / "your_module.md",
     SharpnessMonitor: DOCS / "callbacks" / "sharpness.md",
     ExactGeN: DOCS / "callbacks" / "learning_rate.md",
+    TrainingReport: DOCS / "callbacks" / "report.md",
 }
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 ADVICE = (
     "ignore:The .*dataloader.* does not have many workers",
     "ignore:The number of training batches",
+    "ignore:You defined a `validation_step` but have no `val_dataloader`",  # the mixin did
     "ignore:Starting from v1.9.0, `tensorboardX`",
 )
 

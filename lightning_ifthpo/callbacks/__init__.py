@@ -4,6 +4,7 @@ from lightning_ifthpo.callbacks.gen import ExactGeN
 from lightning_ifthpo.callbacks.hypergradient import IFTHypergradient
 from lightning_ifthpo.callbacks.schedule import HyperparameterRecorder, HyperparameterSchedule
 from lightning_ifthpo.callbacks.sharpness import SharpnessMonitor
+from lightning_ifthpo.callbacks.training_report import TrainingReport
 
 __all__ = [
     "ExactGeN",
@@ -11,4 +12,5 @@ __all__ = [
     "HyperparameterSchedule",
     "IFTHypergradient",
     "SharpnessMonitor",
+    "TrainingReport",
 ]

@@ -73,7 +73,7 @@ class IFTHypergradient(PeriodicCallback):
     >>> callback = IFTHypergradient(every_n_batches=10, curvature="gauss_newton")
     """
 
-    headline = "hypergrad/outer_loss"
+    headline = ("hypergrad/outer_loss", "hypergrad/outer")
 
     def __init__(
         self,

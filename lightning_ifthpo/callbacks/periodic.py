@@ -20,10 +20,10 @@ from lightning_ifthpo.runtime.loggers import log_metrics
 class PeriodicCallback(L.Callback):
     """Fires when its `Cadence` says so, on a copy of the training batch from before the training step.
 
-    A subclass calls `_restart` at the end of its constructor, and sets `headline`, the metric for the progress bar.
+    A subclass calls `_restart` at the end of its constructor, and sets `headline`, see `log_metrics`.
     """
 
-    headline: str
+    headline: tuple[str, str]
 
     def __init__(
         self, every_n_batches: int, *, start_after_batches: int = 0, max_overhead: float | None = None

@@ -127,7 +127,7 @@ def test_metrics_are_logged_once_at_their_step_to_all_loggers(tmp_path):
         assert math.isfinite(float(rows[-1][name])), name
         assert float(trainer.callback_metrics[name]) == pytest.approx(float(rows[-1][name]), rel=1e-5)
     assert float(rows[-1]["hypergrad/products"]) == 2
-    assert "hypergrad/outer_loss" in trainer.progress_bar_metrics
+    assert "hypergrad/outer" in trainer.progress_bar_metrics
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

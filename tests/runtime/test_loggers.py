@@ -157,21 +157,22 @@ def test_metrics_reach_every_logger_once_the_callbacks_and_the_progress_bar():
     loggers = [Notes(), Notes()]
 
     def action(trainer, module):
-        log_metrics(trainer, module, {"a/b": 1.5, "a/c": 2.0}, headline="a/b")
+        log_metrics(trainer, module, {"a/b": 1.5, "a/c": 2.0}, headline=("a/b", "b"))
 
     trainer = during_training(action, logger=loggers)
     for logger in loggers:
         assert [entry for entry in logger.logged if "a/b" in entry[0]] == [({"a/b": 1.5, "a/c": 2.0}, 0)]
     assert float(trainer.callback_metrics["a/c"]) == 2.0
-    assert trainer.progress_bar_metrics["a/b"] == 1.5
-    assert "a/c" not in trainer.progress_bar_metrics
+    assert trainer.progress_bar_metrics["b"] == 1.5
+    assert not trainer.progress_bar_metrics.keys() & {"a/b", "a/c"}
+    assert float(trainer.callback_metrics["a/b"]) == 1.5
 
 
 def test_without_its_headline_the_others_are_logged():
     logger = Notes()
-    trainer = during_training(lambda *both: log_metrics(*both, {"a/c": 2.0}, headline="a/b"), logger=logger)
+    trainer = during_training(lambda *both: log_metrics(*both, {"a/c": 2.0}, headline=("a/b", "b")), logger=logger)
     assert ({"a/c": 2.0}, 0) in logger.logged
-    assert "a/b" not in trainer.progress_bar_metrics
+    assert "b" not in trainer.progress_bar_metrics
 
 
 def test_figures_go_to_those_that_take_them(tmp_path):

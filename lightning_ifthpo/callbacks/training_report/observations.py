@@ -1,0 +1,187 @@
+"""What a Trainer, a module and the other callbacks say of a run. Nothing is changed or computed on a device.
+
+The callbacks of this package are asked for attributes that are private to it.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.data import RandomSampler, SequentialSampler
+
+from lightning_ifthpo.callbacks.hypergradient import IFTHypergradient
+from lightning_ifthpo.callbacks.periodic import PeriodicCallback
+from lightning_ifthpo.callbacks.sharpness import SharpnessMonitor
+from lightning_ifthpo.callbacks.summary import remarks
+from lightning_ifthpo.callbacks.training_report.facts import Bound, Tuning
+from lightning_ifthpo.callbacks.training_report.records import Records
+from lightning_ifthpo.hyperparameters import SampleWeights
+from lightning_ifthpo.hyperparameters.bounded import Bounded
+from lightning_ifthpo.module import BilevelLightningModule
+from lightning_ifthpo.runtime.advice import warn_of_shared_examples
+from lightning_ifthpo.solvers import Amortized
+
+_GROUPS = 8  # parameter groups whose learning rate is recorded
+_VALIDATION = ("val", "valid", "validation", "held_out", "dev")
+
+
+def learning_rates(trainer: L.Trainer) -> Iterator[tuple[str, float]]:
+    """Yields a name and the rate of each parameter group, of the first eight."""
+    optimizers = trainer.optimizers
+    for index, optimizer in enumerate(optimizers):
+        for number, group in enumerate(optimizer.param_groups[:_GROUPS]):
+            prefix = f"optimizer {index}, " if len(optimizers) > 1 else ""
+            yield f"lr/{prefix}group {number}", float(group["lr"])
+
+
+def own_metrics(trainer: Any) -> Iterator[tuple[str, float]]:
+    """Yields name and value of each metric of the package's callbacks."""
+    prefixes = ("hypergrad/", "hyperparameter/", "gen/", *(f"{monitor.name}/" for monitor in monitors(trainer)))
+    for name, value in trainer.callback_metrics.items():
+        if name.startswith(prefixes):
+            yield name, float(value)
+
+
+def validation_losses(trainer: L.Trainer) -> Iterator[tuple[str, float]]:
+    """Yields name and value of each loss that validation has logged, as far as names show it."""
+    for name, value in trainer.callback_metrics.items():
+        is_loss = ("loss" in name and name.startswith(_VALIDATION)) or name == "outer_loss"
+        if is_loss and value.numel() == 1:
+            yield name, float(value)
+
+
+def monitors(trainer: Any) -> list[SharpnessMonitor]:
+    """Returns the monitors of curvature."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, SharpnessMonitor)]
+
+
+def shares_of_time(trainer: Any) -> dict[str, float]:
+    """Returns the share of the training time of each callback that measures it."""
+    found: dict[str, float] = {}
+    for callback in trainer.callbacks:
+        if isinstance(callback, PeriodicCallback):
+            name = type(callback).__name__
+            found[f"{name} {len(found) + 1}" if name in found else name] = callback._cadence.share_of_time
+    return found
+
+
+def tuner(trainer: Any) -> IFTHypergradient | None:
+    """Returns the callback that makes hyper steps; the first of several."""
+    return next((callback for callback in trainer.callbacks if isinstance(callback, IFTHypergradient)), None)
+
+
+def hyper_steps(callback: IFTHypergradient | None) -> tuple[int, float, float] | None:
+    """Returns the number of hyper steps, and the decrease that they have predicted and confirmed."""
+    if callback is None or callback._stepper is None:
+        return None
+    evidence = callback._stepper.evidence
+    return callback._stepper.steps, evidence.predicted, evidence.confirmed
+
+
+def tuning_of(trainer: Any, module: Any, records: Records, shared: str) -> Tuning | None:
+    """Returns what hyper steps have done so far: from the running callback, or else from its summary.
+
+    Args:
+        trainer: The Trainer.
+        module: Its module.
+        records: Curves that have been recorded.
+        shared: The package's sentence on outer examples that are training examples, or "".
+
+    Returns:
+        None without the callback, and before its first batch.
+    """
+    callback = tuner(trainer)
+    if callback is None:
+        return None
+    summary, stepper = callback._summary, callback._stepper
+    bounds, is_amortized = tuple(_bounds(module, records)), isinstance(callback.solver, Amortized)
+    if summary is not None:
+        return Tuning(
+            hyper_steps=summary.hyper_steps,
+            is_amortized=is_amortized,
+            made=summary.hyper_steps - sum(summary.skipped.values()),
+            predicted=summary.predicted,
+            confirmed=summary.confirmed,
+            error=summary.error,
+            travel=math.nan if stepper is None else stepper.evidence.travel,
+            replaced=summary.replaced,
+            skipped=dict(summary.skipped),
+            bounds=bounds,
+            remarks=summary.advice,
+            shared=shared,
+            held_out=summary.held_out_loss,
+            outer=summary.outer_loss,
+            verdict=f"Verdict: {summary.verdict}. {summary.reason}",
+        )
+    if stepper is None:
+        return None
+    evidence = stepper.evidence
+    return Tuning(
+        hyper_steps=stepper.steps,
+        is_amortized=is_amortized,
+        made=evidence.steps,
+        predicted=evidence.predicted,
+        confirmed=evidence.confirmed,
+        error=evidence.error,
+        travel=evidence.travel,
+        replaced=stepper.replaced,
+        skipped=dict(callback._causes),
+        bounds=bounds,
+        remarks=remarks(module, evidence),
+        shared=shared,
+    )
+
+
+def shared_examples(trainer: L.Trainer) -> str:
+    """Returns the package's sentence on outer examples that are training examples, too; empty if there are none."""
+    callback = tuner(trainer)
+    if callback is None or callback._report is None:
+        return ""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_shared_examples(trainer, callback._report._source)
+    return str(caught[0].message) if caught else ""
+
+
+def is_shuffled(trainer: Any) -> bool | None:
+    """Returns whether the training loader draws in random order; None if that is unknown."""
+    sampler = getattr(trainer.train_dataloader, "sampler", None)
+    if isinstance(sampler, RandomSampler):
+        return True
+    return False if isinstance(sampler, SequentialSampler) else getattr(sampler, "shuffle", None)
+
+
+def layers_in(module: nn.Module, *, training: bool) -> tuple[str, ...]:
+    """Returns the names of BatchNorm and dropout layers that are in training mode, or in evaluation mode."""
+    return tuple(
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, (_BatchNorm, _DropoutNd)) and layer.training == training and name
+    )
+
+
+def weights_of(module: Any) -> dict[str, nn.Parameter]:
+    """Returns the parameters of a module by name, without hyperparameters."""
+    named = module.named_inner_parameters() if isinstance(module, BilevelLightningModule) else module.named_parameters()
+    return dict(named)
+
+
+def tables_of(module: nn.Module) -> frozenset[int]:
+    """Returns the ids of weights of which a batch uses some rows only."""
+    return frozenset(
+        id(layer.weight) for layer in module.modules() if isinstance(layer, (nn.Embedding, nn.EmbeddingBag))
+    )
+
+
+def _bounds(module: Any, records: Records) -> Iterator[Bound]:
+    for name in records.names("hyperparameter/"):
+        kind = getattr(module, name.split("/")[1], None) if name.endswith("/max") else None
+        if isinstance(kind, Bounded) and not isinstance(kind, SampleWeights):
+            yield Bound(name.split("/")[1], records[name].last, kind.maximum)

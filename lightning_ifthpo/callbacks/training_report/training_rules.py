@@ -1,0 +1,265 @@
+"""What can be wrong with training itself: one rule for each fault, from facts alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from statistics import median
+
+from lightning_ifthpo.callbacks.training_report.facts import Facts, Finding
+from lightning_ifthpo.callbacks.training_report.gradients import LayerRecord
+from lightning_ifthpo.callbacks.training_report.records import mean
+
+_FEW = 3  # measurements of layers, and of curvature
+_FEW_BATCHES = 10
+_GROWN = 1.5  # times the loss at the start
+_GROWN_TUNED = 4.0  # the same while hyperparameters change what the loss is
+_EARLY = 5  # points of the loss
+_PEAK = 10.0  # times the loss at the start; noise of single examples reaches 7 times the median once in a thousand
+_OFTEN = 0.03  # of the run: a bad batch is rarer
+_FALLEN = 0.8  # of the loss at the start: less than this is progress
+_BEYOND_EDGE = 1.5  # edge ratio; training at the edge of stability hovers slightly above 1, by up to 1.2
+_TINY = 1e-4  # of the largest gradient; rounding alone moves a bias in front of BatchNorm
+_VANISHED = 0.01  # of the length of the weights at the start
+_DEAD = 0.5  # share of the units of a layer
+_MOST_FROZEN = 0.5  # of all weights, at the input; with more, a head is trained on a frozen body
+_MOST_FROZEN_INSIDE = 0.9  # behind weights that train; with more, adapters are trained
+_ALIKE = 0.8  # correlation of epochs
+_UNEVEN = 0.05  # standard deviation of the loss along an epoch over its mean
+_SMOOTH = 3.0  # standard errors by which neighbours are more alike than in random order
+_UP = 0.2  # share of rises along an epoch; a loss that falls has 0
+_NAMES = 4  # that are listed
+
+
+def nonfinite_loss(facts: Facts) -> Finding | None:
+    """NaN or infinity in the loss, which was not growing before."""
+    loss = facts.loss
+    if not loss.first_nonfinite or _has_diverged(facts):
+        return None
+    share = loss.curve.nonfinite / loss.curve.count
+    after = (
+        "all later losses are, too, so that the weights are lost"
+        if loss.curve.nonfinite > facts.batches - loss.first_nonfinite
+        else f"{share:.1%} of all losses are"
+    )
+    before = "" if math.isnan(loss.before_nonfinite) else f", after {loss.before_nonfinite:.3g} on the batches before"
+    return Finding(
+        "NaN or infinity in a batch",
+        f"The training loss of batch {loss.first_nonfinite} is the first that is not finite{before}; {after}.",
+        "The loss did not grow before, so look at the data of this batch (missing values, a logarithm or a division by "
+        "zero) and at half precision. Trainer(detect_anomaly=True) names the operation.",
+        1.0,
+    )
+
+
+def rate_too_high(facts: Facts) -> Finding | None:
+    """A loss that grows, jumps up, or does not fall beyond the optimizer's edge of stability."""
+    curve, ratio = facts.loss.curve, _edge_ratio(facts)
+    first, last = _start(facts), mean(curve.part(0.75))
+    if first <= 0.0 or curve.count < _FEW_BATCHES:
+        return None
+    early = max(first, mean(curve.values[: max(_EARLY, len(curve) // 20)]))
+    grows = last > early * (_GROWN if facts.tuning is None else _GROWN_TUNED)
+    stays_beyond_edge = last > _FALLEN * early and ratio > _BEYOND_EDGE
+    blew_up = min(curve.values[1:4]) > _PEAK * first
+    if not (_has_diverged(facts) or grows or stays_beyond_edge or blew_up or _peaks(facts) > _OFTEN):
+        return None
+    seen = f"The training loss began at {first:.3g}, and was {curve.most:.3g} at most"
+    if facts.loss.first_nonfinite:
+        seen += f"; it is not finite from batch {facts.loss.first_nonfinite} on"
+    else:
+        seen += f" and {last:.3g} in the last quarter of the run"
+    if not math.isnan(ratio):
+        seen += f". λ_max is {ratio:.2g} times the optimizer's edge of stability (1 is the edge)"
+    factor = f" by a factor of {ratio:.2g} or more" if ratio > 1.0 else ", by a factor of 10 to begin with"
+    return Finding(
+        "learning rate too high", f"{seen}.", f"Lower the learning rate{factor}, or let ExactGeN choose it.", 0.95
+    )
+
+
+def weights_vanish(facts: Facts) -> Finding | None:
+    """Weights that shrink to nothing, as under far too much decay."""
+    layers = [layer for layer in facts.layers.values() if layer.first_norm > 0.0 and layer.measurements >= _FEW]
+    before, now = (math.hypot(*values) for values in (_lengths(layers, "first_norm"), _lengths(layers, "least_norm")))
+    if not layers or not now < _VANISHED * before:
+        return None
+    decays = [name for name in facts.records.names("hyperparameter/") if "decay" in name and name.endswith("/mean")]
+    grown = [
+        f" {name.split('/')[1]!r} went from {facts.records[name].first:.3g} to {facts.records[name].last:.3g}."
+        for name in decays[:1]
+    ]
+    return Finding(
+        "weights vanish",
+        f"The weights shrank to {now / before:.1e} of their length at the start.{''.join(grown)}",
+        "Weight decay is far too strong: lower it, bound it (WeightDecay has maximum=), or lower the learning rate, by "
+        "which it is multiplied.",
+        0.96,
+    )
+
+
+def wrong_mode(facts: Facts) -> Finding | None:
+    """BatchNorm or dropout in evaluation mode while the module trains."""
+    if not facts.evaluating:
+        return None
+    return Finding(
+        "evaluation mode during training",
+        f"{_listed(facts.evaluating)} in evaluation mode while the module trains: running statistics do not follow, "
+        "and dropout does nothing.",
+        "Call train() on them before the fit; Trainer keeps the modes that it finds. If they are frozen on purpose, "
+        "nothing is wrong.",
+        0.85,
+    )
+
+
+def training_mode_in_validation(facts: Facts) -> Finding | None:
+    """BatchNorm or dropout in training mode during validation."""
+    if not facts.training:
+        return None
+    return Finding(
+        "training mode during validation",
+        f"{_listed(facts.training)} in training mode during validation: validation losses depend on the other examples "
+        "of a batch, and validation data enter the running statistics.",
+        "Leave the modes to the Trainer, or call eval() before validation.",
+        0.84,
+    )
+
+
+def dead_layers(facts: Facts) -> Finding | None:
+    """Layers whose gradient is exactly zero."""
+    dead = _having(facts.layers, lambda layer: layer.zero_gradient >= _FEW)
+    if not dead or facts.loss.curve.last == 0.0:
+        return None
+    count = min(facts.layers[name].zero_gradient for name in dead)
+    return Finding(
+        "no gradient reaches a layer",
+        f"The gradient is exactly zero in {_listed(dead, verb='')}, in each of the last {count} measurements.",
+        "Units before or behind it are saturated or dead (ReLU that is never positive): lower the learning rate, use a "
+        "smaller initialization or LeakyReLU, and look for a factor of zero or a detach.",
+        0.8,
+    )
+
+
+def frozen_layers(facts: Facts) -> Finding | None:
+    """Trainable weights that never move."""
+    unused = _having(facts.layers, lambda layer: layer.without_gradient == layer.measurements >= _FEW)
+    still = _having(facts.layers, lambda layer: layer.unmoved == layer.measurements >= _FEW)
+    largest = max((layer.gradient for layer in facts.layers.values()), default=0.0)
+    still = [name for name in still if facts.layers[name].gradient > _TINY * largest]
+    if still:
+        return Finding(
+            "weights that never move",
+            f"{_listed(still)} exactly as at the start, although gradients reach them.",
+            "Pass them to the optimizer in configure_optimizers, and look at the learning rate of their group.",
+            0.75,
+        )
+    if unused:
+        return Finding(
+            "weights without a gradient",
+            f"{_listed(unused, verb='')} require gradients and never get one.",
+            "Use them in the loss without detach() or no_grad(), or set requires_grad=False.",
+            0.7,
+        )
+    if facts.frozen and facts.frozen_share < (_MOST_FROZEN_INSIDE if facts.is_frozen_inside else _MOST_FROZEN):
+        return Finding(
+            "frozen weights",
+            f"{_listed(facts.frozen, verb='')}, {facts.frozen_share:.0%} of all weights, have requires_grad=False.",
+            "If they should train, call requires_grad_(True) before the fit. If they are frozen on purpose, nothing is "
+            "wrong.",
+            0.65,
+        )
+    return None
+
+
+def dead_units(facts: Facts) -> Finding | None:
+    """Layers of which most units get no gradient."""
+    shares = {
+        name: layer.dead_units / layer.measurements
+        for name, layer in facts.layers.items()
+        if layer.measurements >= _FEW and layer.zero_gradient < _FEW and not layer.without_gradient
+    }
+    dead = [name for name, share in shares.items() if share > _DEAD]
+    if not dead:
+        return None
+    worst = max(dead, key=lambda name: shares[name])
+    return Finding(
+        "dead units",
+        f"{shares[worst]:.0%} of the units of {worst!r} get a gradient of exactly zero, on average over "
+        f"{facts.layers[worst].measurements} measurements.",
+        "Use LeakyReLU or GELU, a smaller learning rate, or a smaller initialization of the biases.",
+        0.6,
+    )
+
+
+def unshuffled(facts: Facts) -> Finding | None:
+    """A loss that depends on the place in the epoch, in the same way in each epoch."""
+    loss = facts.loss
+    alike, uneven, smooth, up = (
+        mean(series.part(0.5)) for series in (loss.likeness, loss.unevenness, loss.smoothness, loss.rises)
+    )
+    if facts.is_shuffled or not (alike > _ALIKE and uneven > _UNEVEN and smooth > _SMOOTH and up > _UP):
+        return None
+    return Finding(
+        "data are not shuffled",
+        f"Along an epoch the training loss varies by {uneven:.0%} of its mean, and in the same way in each epoch "
+        f"(correlation {alike:.2f}).",
+        "The order of the data is learned and forgotten in turns, as with sorted classes: DataLoader(shuffle=True).",
+        0.55,
+    )
+
+
+RULES: tuple[Callable[[Facts], Finding | None], ...] = (
+    nonfinite_loss,
+    rate_too_high,
+    weights_vanish,
+    wrong_mode,
+    training_mode_in_validation,
+    dead_layers,
+    frozen_layers,
+    dead_units,
+    unshuffled,
+)
+
+
+def _has_diverged(facts: Facts) -> bool:
+    """Returns whether the loss is not finite at the end, and grew before it was not."""
+    before = facts.loss.before_nonfinite
+    return bool(facts.loss.first_nonfinite) and before > max(_PEAK * abs(_start(facts)), facts.loss.curve.most / 2)
+
+
+def _start(facts: Facts) -> float:
+    """Returns the training loss at the start, where a rate that is too high has done little yet; 0 if unknown."""
+    first = facts.loss.curve.first
+    return 0.0 if math.isnan(first) else first
+
+
+def _peaks(facts: Facts) -> float:
+    """Returns the share of the run in which the loss is far above what it was at the start, and is as a rule."""
+    values = facts.loss.curve.part(0.0)
+    level = max(_start(facts), median(values))
+    return sum(value > _PEAK * level for value in values) / len(values)
+
+
+def _edge_ratio(facts: Facts) -> float:
+    """Returns the median of λ_max over the stability edge, in the second half of the run; NaN if it is unknown."""
+    for name in facts.records.names():
+        if name.endswith("/edge_ratio") and len(values := facts.records[name].part(0.5)) >= _FEW:
+            return median(values)
+    return math.nan
+
+
+def _lengths(layers: Iterable[LayerRecord], attribute: str) -> list[float]:
+    return [getattr(layer, attribute) for layer in layers]
+
+
+def _having(layers: Mapping[str, LayerRecord], condition: Callable[[LayerRecord], bool]) -> list[str]:
+    return [name for name, layer in layers.items() if condition(layer)]
+
+
+def _listed(names: Iterable[str], verb: str | None = None) -> str:
+    """Returns some names, and how many more there are, with "is" or "are" behind them."""
+    listed = list(names)
+    shown = ", ".join(map(repr, listed[:_NAMES]))
+    shown += f" and {len(listed) - _NAMES} more" if len(listed) > _NAMES else ""
+    if verb is None:
+        verb = "is" if len(listed) == 1 else "are"
+    return f"{shown} {verb}".rstrip()
