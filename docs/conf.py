@@ -55,7 +55,7 @@ if os.environ.get("DOCS_ONLINE"):
 
 
 def name_file(gallery: object, path: str) -> None:
-    """Gives an example its `__file__`, which the gallery leaves out: names that a module lacks are found in builtins."""
+    """Gives an example its `__file__`, which the gallery leaves out: a name that a module lacks is looked up there."""
     builtins.__file__ = str(Path(__file__).parents[1] / "examples" / Path(path).name)  # type: ignore[attr-defined]
 
 

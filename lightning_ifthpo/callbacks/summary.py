@@ -139,7 +139,7 @@ def judge(
         advice += (f"{steps} few; train longer, or {remedy}.",)
     if is_sure and confirmed < 0.0:
         return "harmed", f"{told} The hyperparameters moved past the best values.", (*advice, _CONTROL)
-    if evidence.travel < _FAR:
+    if evidence.travel < _FAR and not is_sure:
         moved = f"The hyperparameters moved by {evidence.travel:.2g} units in all (1 is a factor of e, for a decay)."
         return "did nothing", f"{moved} {told}", (*advice, "If they should move further, train longer.")
     if 0.0 < _EXPLODED * first < last:

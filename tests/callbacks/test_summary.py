@@ -50,6 +50,7 @@ JUDGED = {
     "taken back": (evidence(-0.5), (1.0, 0.8), None, "harmed", "past the best", "freeze_hyperparameters"),
     "not sure": (evidence(0.15), (1.0, 0.5), None, "did nothing", "comes from training", ""),
     "no travel": (evidence(0.0, 0.0, 0.2), (1.0, 0.5), None, "did nothing", "moved by 0.2 units", "train longer"),
+    "little travel, and sure": (evidence(0.5, 0.1, 0.2), (1.0, 0.5), None, "helped", "changed", ""),
     "few": (
         evidence(0.0, 0.0, 0.2, 3),
         (1.0, 0.5),
