@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ SIGNATURES = {
     TrainingReport: DOCS / "callbacks" / "report.md",
 }
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+COMMAND = re.compile(r"python3? (?:-m ([a-z_][\w.]*\w)|([\w/]+\.py))")
 ADVICE = (
     "ignore:The .*dataloader.* does not have many workers",
     "ignore:The number of training batches",
@@ -55,6 +57,12 @@ def test_the_code_of_a_page_runs_and_prints_what_it_shows(page, tmp_path, monkey
         elif language == "text" and before == "python":
             assert " ".join(text.split()) in " ".join(capsys.readouterr().out.split())
         before = language
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_commands_of_a_page_start_what_exists(page):
+    for module, file in COMMAND.findall(page.read_text(encoding="utf-8")):
+        assert find_spec(module) if module else file == "train.py" or (ROOT / file).exists(), module or file
 
 
 def versions_of_the_diff():
