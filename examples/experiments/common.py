@@ -166,9 +166,11 @@ def write(name: str, results: Results, folder: Path) -> Path:
 
 
 def _lines(value: Any, indent: str = "") -> str:
-    """Returns JSON with one line for each entry of a dict, however deep."""
-    if not isinstance(value, dict) or not value:
-        return json.dumps(value, ensure_ascii=False)
+    """Returns JSON with one line for each entry of a dict, however deep, but for short dicts of plain values."""
+    line = json.dumps(value, ensure_ascii=False)
+    is_short = len(line) < 100 and isinstance(value, dict) and not any(isinstance(v, dict) for v in value.values())
+    if not isinstance(value, dict) or is_short:
+        return line
     inside = ",\n".join(
         f"{indent} {json.dumps(k, ensure_ascii=False)}: {_lines(v, indent + ' ')}" for k, v in value.items()
     )
