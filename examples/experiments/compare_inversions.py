@@ -183,20 +183,28 @@ def table(results: Results) -> str:
 
 
 def draw(results: Results) -> Figure:
-    """Returns the error of each method's direction against its products."""
+    """Returns the cosine of each method's direction, one row for each method, in a panel for each problem."""
     tables = {
-        f"{model}, {where}": rows for model, places in results["models"].items() for where, rows in places.items()
+        f"{model},\n{where}": rows for model, places in results["models"].items() for where, rows in places.items()
     }
-    figure = Figure(figsize=(5 * len(tables), 4), layout="constrained", dpi=75)
-    for axes, (title, rows) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
-        families: dict[str, list[tuple[float, float]]] = {}
-        for name, row in rows.items():
-            family = "".join(character for character in name if not character.isdigit()).replace(" ,", ",").strip()
-            families.setdefault(family, []).append((max(row["products"], 1), max(1.0 - row["cosine"], 1e-12)))
-        for family, points in families.items():
-            axes.loglog(*zip(*points, strict=True), "o-", label=family)
-        axes.set(title=title, xlabel="products (at least 1)", ylabel="1 − cosine with the exact hypergradient")
-    figure.axes[0].legend(fontsize=7)
+    names = list(dict.fromkeys(name for rows in tables.values() for name in rows))
+    figure = Figure(figsize=(12.5, 0.36 * len(names) + 1.8), layout="constrained", dpi=90)
+    panels = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
+    for panel, (title, rows) in zip(panels, tables.items(), strict=True):
+        for place, name in enumerate(names):
+            if name in rows:
+                row = rows[name]
+                color = "tab:blue" if row["products"] else "tab:gray"
+                panel.plot([0.0, row["cosine"]], [place, place], color=color, alpha=0.35, linewidth=2)
+                is_doubtful = row["failed"] or row["stopped"]
+                panel.plot(row["cosine"], place, "o", color=color, mfc="white" if is_doubtful else color, markersize=8)
+        panel.set_title(title, fontsize=13)
+        panel.set_xlim(0.0, 1.05)
+        panel.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(names)), labels=names, fontsize=12)
+    panels[0].invert_yaxis()
+    figure.supxlabel("cosine with the exact hypergradient", fontsize=13)
+    figure.suptitle("Blue: with products, gray: without any, hollow: its status says that it failed", fontsize=13)
     return figure
 
 

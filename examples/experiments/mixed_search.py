@@ -25,7 +25,10 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Sequence
 from itertools import pairwise
+from statistics import fmean
+from textwrap import fill
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import lightning as L
@@ -283,18 +286,33 @@ def draw(results: Results) -> Figure:
     figure.suptitle("Searches of the same training time, on digits of which 30 % have a wrong label", fontsize=15)
     along, final = figure.subplots(1, 2, sharey=True)
     for column, (name, search) in enumerate(results["searches"].items()):
-        color, label = f"C{column}", f"{name}: {mean(search['trials']):.0f} trials"
-        for progress in search["progress"].values():
-            along.step(*zip(*progress, strict=True), where="post", color=color, alpha=0.7, label=label)
-            label = ""
+        color, label = f"C{column}", f"{METHODS[name]} ({mean(search['trials']):.0f} trials)"
+        seconds, accuracies = mean_progress(list(search["progress"].values()))
+        along.step(seconds, accuracies, where="post", color=color, linewidth=2.5, label=label)
         retrained = values(search["retrained"])
-        final.plot([column] * len(retrained), retrained, "o", color=color, markersize=8, alpha=0.5)
+        final.plot([column] * len(retrained), retrained, "o", color=color, markersize=9, alpha=0.5)
         final.plot(column, mean(search["retrained"]), "_", color=color, markersize=40, markeredgewidth=2.5)
-    along.set(xlabel="seconds of training", ylabel="test accuracy", title="Network of the best trial so far")
+    along.set_xlabel("seconds of training", fontsize=12)
+    along.set_ylabel("test accuracy", fontsize=12)
+    along.set_title("Network of the best trial so far, mean over seeds", fontsize=13)
     along.legend(frameon=False, fontsize=11, loc="lower right")
-    final.set(xticks=range(len(METHODS)), xticklabels=list(METHODS), xlim=(-0.5, len(METHODS) - 0.5))
-    final.set_title("Network retrained with what was found: seeds and their mean")
+    final.set(xticks=range(len(METHODS)), xlim=(-0.5, len(METHODS) - 0.5))
+    final.set_xticklabels([fill(label, 16) for label in METHODS.values()], fontsize=10)
+    final.set_title("Network retrained with what was found: seeds and mean", fontsize=13)
     return figure
+
+
+def mean_progress(searches: Sequence[Sequence[Sequence[float]]]) -> tuple[list[float], list[float]]:
+    """Returns the mean of step functions of time, from where all have begun: seconds and values.
+
+    Args:
+        searches: (seconds, value) of the steps of each.
+    """
+    begin = max(search[0][0] for search in searches)
+    seconds = sorted({begin, *(step[0] for search in searches for step in search if step[0] >= begin)})
+    current = [[value for time, value in search if time <= second][-1] for second in seconds for search in searches]
+    means = [fmean(current[i : i + len(searches)]) for i in range(0, len(current), len(searches))]
+    return seconds, means
 
 
 def silence() -> None:
