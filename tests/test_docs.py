@@ -2,11 +2,13 @@
 
 import inspect
 import re
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+import lightning_ifthpo
 from lightning_ifthpo import ExactGeN, IFTHypergradient, SharpnessMonitor, TrainingReport
 from tests.helpers.report import support
 
@@ -102,3 +104,25 @@ def test_the_arguments_of_a_callback_are_those_of_its_constructor(callback):
 
 def test_what_is_supported_is_what_is_tested():
     assert support() in (DOCS / "support.md").read_text(encoding="utf-8")
+
+
+# What functions return and take, and base classes: the functions have the examples.
+WITHOUT_EXAMPLE = {
+    *("Curvature", "CurvatureOperator", "LossOperator", "LinearSystem", "Solver", "SolveResult", "Status"),
+    *("Hypergradient", "HypergradientMismatchError", "Influence"),
+    *("Eigenpair", "ExtremeEigenvalues", "SpectralDensity", "TraceEstimate"),
+}
+PUBLIC = {
+    name: getattr(module, name)
+    for module in (
+        lightning_ifthpo,
+        *(import_module(f"lightning_ifthpo.{part}") for part in ("callbacks", "curvature", "hyperparameters")),
+        *(import_module(f"lightning_ifthpo.{part}") for part in ("optimizers", "solvers", "spectrum", "step_size")),
+    )
+    for name in module.__all__
+}
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC.keys() - WITHOUT_EXAMPLE))
+def test_what_is_public_has_an_example(name):
+    assert ">>>" in PUBLIC[name].__doc__

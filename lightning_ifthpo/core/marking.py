@@ -19,6 +19,12 @@ def mark_outputs(output: Tensor) -> Tensor:
 
     Args:
         output: Floating-point tensor of any shape.
+
+    >>> import torch
+    >>> from lightning_ifthpo.curvature import GaussNewtonOperator
+    >>> w, x, y = torch.tensor([2.0], requires_grad=True), torch.tensor([1.0, 3.0]), torch.tensor([1.0, 2.0])
+    >>> GaussNewtonOperator(lambda: (mark_outputs(w * x) - y).square().sum(), [w]).to_dense()  # 2 x·x
+    tensor([[20.]])
     """
     recorder = _recorder.get()
     if recorder is not None:

@@ -39,6 +39,12 @@ def curvature_operator(curvature: Curvature, loss: LossFunction | Loss, paramete
 
     Raises:
         ValueError: If the name is unknown. See also the operators.
+
+    >>> import torch
+    >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> curvature_operator("hessian", lambda: (w**3).sum(), [w]).to_dense()
+    tensor([[ 6.,  0.],
+            [ 0., 12.]])
     """
     if curvature not in OPERATORS:
         raise ValueError(f"expected curvature to be one of {sorted(OPERATORS)}, got {curvature!r}")

@@ -93,7 +93,13 @@ _TABLE: dict[type[Optimizer], Callable[[Response, _Dict, _Dict], Response]] = {
 
 
 def is_known(optimizer: Optimizer) -> bool:
-    """Returns whether the class of an optimizer, or a base class of it, is in the table of known optimizers."""
+    """Returns whether the class of an optimizer, or a base class of it, is in the table of known optimizers.
+
+    >>> import torch
+    >>> weights = [torch.zeros(3, requires_grad=True)]
+    >>> is_known(torch.optim.SGD(weights, lr=0.1)), is_known(torch.optim.LBFGS(weights))
+    (True, False)
+    """
     return isinstance(optimizer, tuple(_TABLE))
 
 
@@ -113,6 +119,11 @@ def moving(optimizers: Iterable[Optimizer], parameters: Iterable[Tensor], *, at_
 
     If all rates are zero, as at the start of a warm-up, or with `at_any_rate`, the parameters that an optimizer holds
     count as moving; without an optimizer that holds one, all that require a gradient.
+
+    >>> import torch
+    >>> trained, left_out = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+    >>> moving([torch.optim.SGD([trained], lr=0.1)], [trained, left_out])
+    [True, False]
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     pairs = [(float(group["lr"]), group["params"]) for group in groups]

@@ -77,7 +77,13 @@ class StabilityEdge:
 
 
 def has_edge(optimizer: Optimizer) -> bool:
-    """Returns whether the stability edge of an optimizer is known: it must be known (`is_known`) and must minimize."""
+    """Returns whether the stability edge of an optimizer is known: it must be known (`is_known`) and must minimize.
+
+    >>> import torch
+    >>> weights = [torch.zeros(3, requires_grad=True)]
+    >>> has_edge(torch.optim.AdamW(weights)), has_edge(torch.optim.LBFGS(weights))
+    (True, False)
+    """
     return is_known(optimizer) and not any(group.get("maximize") for group in optimizer.param_groups)
 
 

@@ -15,6 +15,13 @@ def check_linear_in_lr(optimizer: Optimizer) -> None:
 
     The third step of an optimizer of the same class and options, on a 2 × 2 matrix, is compared at the learning rates
     0.01 and 1. ExactGeN reads updates at 1.
+
+    >>> import torch
+    >>> weights = [torch.zeros(3, requires_grad=True)]
+    >>> check_linear_in_lr(torch.optim.AdamW(weights, lr=1e-3))
+    >>> check_linear_in_lr(torch.optim.Rprop(weights))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: ...
     """
     name = type(optimizer).__name__
     if any(group.get("maximize") for group in optimizer.param_groups):

@@ -96,6 +96,12 @@ class AveragedRule(Rule):
     Args:
         lr_min: Lower bound of the rate.
         lr_max: Upper bound of the rate.
+
+    >>> from lightning_ifthpo.step_size import Parabola
+    >>> rule = AveragedRule()
+    >>> used = [rule.observe(Parabola(slope=1.0, curvature=10.0, squared_length=1.0)) for _ in range(100)]
+    >>> 0.0 < rule.lr <= 1 / 10  # it grows towards the optimal step, and never beyond
+    True
     """
 
     _STATE = (*Rule._STATE, "_probes", "_count", "_smallest", "_highest", "_resting", "_rise", "settled")
@@ -189,6 +195,12 @@ class PublishedRule(Rule):
         lr_min: Lower bound of the rate.
         lr_max: Upper bound of the rate.
         smoothing: γ, in [0, 1).
+
+    >>> from lightning_ifthpo.step_size import Parabola
+    >>> rule = PublishedRule(smoothing=0.5)
+    >>> used = [rule.observe(Parabola(slope=1.0, curvature=curvature, squared_length=1.0)) for curvature in (10.0, 5.0)]
+    >>> round(rule.lr, 3)  # 1/10, and then halfway from there to 1/5
+    0.15
     """
 
     def __init__(self, lr_min: float = 1e-8, lr_max: float = 10.0, smoothing: float = 0.9) -> None:
