@@ -84,7 +84,7 @@ def main() -> dict[str, dict[str, float]]:
 
     distilled = module.images()[0].detach()
     rows = [torch.cat([image.view(8, 8) for image in images], 1) for images in (first, distilled)]
-    plt.imshow(torch.cat(rows), cmap="gray")
+    plt.imshow(torch.cat(rows).numpy(), cmap="gray")
     plt.title("a real image of each digit, and what it became")
     plt.axis("off")
     plt.savefig("distilled_images.png")

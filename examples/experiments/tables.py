@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 from examples.experiments.common import HERE, markdown, mean, number, read
-from examples.experiments.overfit_validation import final
 
 ROOT = HERE.parents[1]
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -39,6 +38,7 @@ def wins_and_losses() -> str:
     labels, images = read("clean_noisy_labels")["scores"], read("distill_dataset")["scores"]
     decays, augmentation = read("tune_weight_decay"), read("learned_augmentation")["scores"]
     overfitted = read("overfit_validation")["models"]["resnet18"]
+    final = importlib.import_module("examples.experiments.overfit_validation").final
     rate = read("learning_rate_free")["cells"]["convolutions/SGD"]
     unseen = (3, 4, 5)  # seeds by which no setting was chosen
     rows = [
