@@ -119,10 +119,10 @@ def measure(run: Run) -> dict[str, Any]:
 
 @torch.no_grad()
 def loss(module: Problem, examples: Any) -> float:
-    """Returns the outer loss on all examples of a part, to five digits; the ceiling if it is higher or not a number."""
+    """Returns the outer loss on all examples of a part, to seven digits; the ceiling if it is higher or not a number."""
     module.eval()
     value = float(module.outer_loss(examples.tensors))
-    return float(f"{value:.5g}") if value < CEILING else CEILING
+    return float(f"{value:.7g}") if value < CEILING else CEILING
 
 
 # Results: {problem: {steps: {factor: {method: {seed: what `measure` returns}}}}}

@@ -20,15 +20,21 @@ class Evidence:
     A hyper step moves λ by d and predicts that the outer loss changes by g·d. The next hypergradient g' comes from
     another outer batch and from weights that are trained further, and g'·d is an estimate without the selection that
     made g·d negative. The sum of −g'·d over a run is the decrease of the outer loss that is confirmed. In wrong or too
-    long steps it is small or negative. Cost: two copies of the hyperparameters, and some passes over them.
+    long steps it is small or negative.
+
+    An entry that has a gradient now and then, such as the weight of one training example, is confirmed when it has one
+    again, with all of its moves since. A gradient of few entries counts by their share, as it helps only so often.
+
+    Cost: two copies of the hyperparameters, and some passes over them.
 
     Args:
         state: A result of `state_dict`; empty for a new start.
 
     Attributes:
         steps: Number of hyper steps that were made.
-        predicted: Sum of −g·d, in the unit of the outer loss.
-        confirmed: Sum of −g'·d.
+        predicted: Sum of −g·d, in the unit of the outer loss; for each tensor times the share of its entries that have
+            a gradient.
+        confirmed: Sum of −g'·d, likewise.
         travel: Sum of the root mean squares of d, in the units of the hyper-optimizer.
         last_gradient: For each tensor of hyperparameters the last hyper step with a hypergradient that is not zero.
         first_losses: The outer losses of the first hyper steps, by the number of the outer batch.
@@ -87,26 +93,38 @@ class Evidence:
             loss: Its outer loss.
             batch: The number of its outer batch.
         """
-        gradient = _wide(gradients)
+        gradient, move = _wide(gradients), _wide(after) - _wide(before)
+        sizes = [tensor.numel() for tensor in after]
+        has_gradient = gradient != 0.0
+        shares = torch.stack([part.float().mean() for part in has_gradient.split(sizes)]).tolist()
+        self.predicted -= _change(gradient, move, sizes, shares)
+        waiting = torch.zeros_like(move)
         if self._move is not None:
-            confirmed = -float(gradient @ self._move.to(gradient))
+            earlier_move = self._move.to(gradient)
+            confirmed = -_change(gradient, earlier_move, sizes, shares)
             self.confirmed += confirmed
             self._terms += 1
             self._squares += confirmed**2
-        self._move = _wide(after) - _wide(before)
-        self.predicted -= float(gradient @ self._move)
-        in_units = self._move
+            waiting = earlier_move.masked_fill(has_gradient, 0.0)
+        self._move = move + waiting
+        in_units = move
         if set(units) != {1.0}:
-            parts = torch.split(self._move, [tensor.numel() for tensor in after])
-            in_units = torch.cat([part / unit for part, unit in zip(parts, units, strict=True)])
+            in_units = torch.cat([part / unit for part, unit in zip(move.split(sizes), units, strict=True)])
         self.travel += math.sqrt(float(in_units @ in_units) / len(in_units))
         self.steps += 1
         earlier = self.last_gradient or [0] * len(gradients)
-        touched = torch.stack([gradient.any() for gradient in gradients]).tolist()
-        self.last_gradient = [self.steps if some else last for some, last in zip(touched, earlier, strict=True)]
+        self.last_gradient = [self.steps if share else last for share, last in zip(shares, earlier, strict=True)]
         self.last_loss = loss
         if len(self.first_losses) < _FIRST:
             self.first_losses[batch] = loss
+
+
+def _change(gradient: Tensor, move: Tensor, sizes: list[int], shares: list[float]) -> float:
+    """Returns g·d to first order, each tensor's part times its share."""
+    if set(shares) == {1.0}:
+        return float(gradient @ move)  # one operation, however many tensors
+    pairs = zip(gradient.split(sizes), move.split(sizes), strict=True)
+    return float(torch.stack([own @ other for own, other in pairs]) @ gradient.new_tensor(shares))
 
 
 def _wide(tensors: Sequence[Tensor]) -> Tensor:

@@ -49,8 +49,8 @@ class TuningSummary:
 
     Attributes:
         verdict: "helped", "did nothing", "harmed" or "unclear". It follows from what is confirmed, and is "unclear" if
-            the outer or the held-out loss ends higher than it began. Only a second run after `freeze_hyperparameters`
-            can prove it.
+            the outer or the held-out loss ends higher than it began, or outer examples are learned by heart. Only a
+            second run after `freeze_hyperparameters` can prove it.
         reason: Why, in a sentence or two.
         advice: What to change; empty if nothing.
         hyperparameters: The change of each.
@@ -106,7 +106,7 @@ class TuningSummary:
             lines.append(f"  and {len(self.hyperparameters) - _MANY} more, see summary().rows()")
         for name, losses in (("outer loss", self.outer_loss), ("held-out loss", self.held_out_loss)):
             if losses is not None:
-                lines.append(f"  {name}, by training and tuning: {losses[0]:.4g} → {losses[1]:.4g}")
+                lines.append(f"  {name}: {losses[0]:.4g} → {losses[1]:.4g}, by training and tuning together")
         lines += [f"  {advice}" for advice in self.advice[:_MANY]]
         return "\n".join(lines)
 
@@ -127,13 +127,13 @@ def judge(
     first, last = outer
     confirmed, error = evidence.confirmed, evidence.error
     told = (
-        f"By the hypergradients that followed, hyper steps changed the outer loss by {-confirmed:+.2g} ± {error:.1g}; "
-        f"{-evidence.predicted:+.2g} was predicted."
+        f"By the hypergradients that followed, hyper steps changed the outer loss by {-confirmed:+.2g} ± {error:.1g}, "
+        f"to first order; {-evidence.predicted:+.2g} was predicted."
     )
     if not math.isfinite(last):
         return "harmed", f"The outer loss is {last}: training diverged.", (_CONTROL,)
     is_sure = abs(confirmed) > _SURE * error and abs(confirmed) > _MUCH * abs(last)
-    advice = _learned_by_heart(outer, held_out)
+    advice = by_heart = _learned_by_heart(outer, held_out)
     if evidence.steps < _FEW:
         steps = "One hyper step is" if evidence.steps == 1 else f"{evidence.steps} hyper steps are"
         advice += (f"{steps} few; train longer, or {remedy}.",)
@@ -146,6 +146,8 @@ def judge(
         return "harmed", f"The outer loss rose from {first:.3g} to {last:.3g}.", (*advice, _CONTROL)
     if risen := _risen(outer, held_out):
         return "unclear", f"{told} But {risen}, by training or by tuning.", (*advice, _CONTROL)
+    if by_heart:
+        return "unclear", f"{told} But it may be true of the outer examples alone.", (*advice, _CONTROL)
     if is_sure:
         return "helped", told, advice
     if last < first - _FELL * abs(first):
@@ -172,8 +174,8 @@ def _learned_by_heart(outer: Losses, held_out: Losses | None) -> tuple[str, ...]
     if gaps[1] <= _APART * abs(outer[1]) or gaps[1] * abs(outer[0]) <= gaps[0] * abs(outer[1]):
         return ()
     return (
-        f"The held-out loss ends {gaps[1]:.2g} above the outer loss, and began {gaps[0]:.2g} above it: the "
-        "hyperparameters learn the outer examples by heart. Fewer hyperparameters or more outer examples help, and "
+        f"The outer loss ends at {outer[1]:.2g} and the held-out loss at {held_out[1]:.2g}: the hyperparameters learn "
+        "the outer examples by heart. Fewer hyperparameters or more outer examples help, and "
         "early stopping on held-out data.",
     )
 
@@ -221,4 +223,4 @@ def _since(step: int) -> str:
 
 def _extent(values: tuple[float, float, float]) -> str:
     mean, least, most = values
-    return f"{mean:.3g}" if least == most else f"{mean:.3g} ({least:.3g} to {most:.3g})"
+    return f"{mean:.3g}" if least == most else f"mean {mean:.3g} ({least:.3g} to {most:.3g})"

@@ -30,9 +30,10 @@ def warn_of_shared_examples(trainer: L.Trainer, outer: Iterable[Any]) -> None:
     shared = _shared_examples(training.dataset, outer.dataset)
     if shared:
         rank_zero_warn(
-            f"{shared} of {len(outer.dataset)} outer examples are training examples, too. On them the "  # type: ignore[arg-type]
-            "hyperparameters learn what helps to fit the training data, such as less weight decay; take outer data "
-            "that training does not see, unless both losses are meant for the same data, as in a game"
+            f"IFTHypergradient: {shared} of {len(outer.dataset)} outer examples are "  # type: ignore[arg-type]
+            "training examples, too. On them the hyperparameters learn what helps to fit the training data, such as "
+            "less weight decay; take outer data that training does not see, unless both losses are meant for the same "
+            "data, as in a game"
         )
 
 

@@ -87,3 +87,26 @@ def test_travel_is_in_units():
     evidence, zeros = Evidence({}), torch.zeros(1)
     evidence.add([zeros, zeros], [zeros, zeros], [zeros + 3.0, zeros + 0.04], [1.0, 0.01], 1.0, 0)
     assert evidence.travel == pytest.approx(math.sqrt((3.0**2 + 4.0**2) / 2))
+
+
+def test_an_entry_that_has_a_gradient_now_and_then_is_confirmed_when_it_has_one_again():
+    """Two of four entries at a time, as weights of examples that come in two batches; the loss is their mean."""
+    evidence, value = Evidence({}), torch.ones(4)
+    for turn in range(6):
+        gradient = torch.zeros(4)
+        gradient[2 * (turn % 2) : 2 * (turn % 2) + 2] = 1.0  # of the batch, whose mean is that of two entries
+        after = value - 0.1 * gradient
+        evidence.add([gradient], [value], [after], [1.0], 1.0, turn)
+        value = after
+    # each step moves two entries by 0.1, and half of the batches have them
+    assert evidence.predicted == pytest.approx(6 * 2 * 0.1 / 2)
+    assert evidence.confirmed == pytest.approx(4 * 2 * 0.1 / 2)  # all but the last two
+
+
+def test_shares_are_those_of_each_tensor():
+    evidence, zeros = Evidence({}), torch.zeros(4)
+    some = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    for _ in range(2):
+        evidence.add([some, some[:1]], [zeros, zeros[:1]], [zeros - 1.0, zeros[:1] - 1.0], UNITS, 1.0, 0)
+    assert evidence.predicted == pytest.approx(2 * (1 / 4 + 1))
+    assert evidence.confirmed == pytest.approx(1 / 4 + 1)

@@ -26,22 +26,29 @@ def evidence(confirmed=0.0, error=0.1, travel=5.0, steps=60):
 
 
 JUDGED = {
-    "confirmed": (evidence(0.5), (1.0, 0.8), None, "helped", "changed the outer loss by -0.5 ± 0.1; -1 was", ""),
+    "confirmed": (
+        evidence(0.5),
+        (1.0, 0.8),
+        None,
+        "helped",
+        "changed the outer loss by -0.5 ± 0.1, to first order; -1 was",
+        "",
+    ),
     "confirmed, by heart": (
         evidence(0.5),
         (1.0, 0.2),
         (1.0, 0.5),
-        "helped",
-        "changed",
-        "ends 0.3 above the outer",
+        "unclear",
+        "outer examples alone",
+        "ends at 0.2 and the held-out loss at 0.5",
     ),
     "by heart, in spite of a gap at the start": (
         evidence(0.5),
         (2.02, 0.02),
         (2.32, 0.19),
-        "helped",
-        "changed",
-        "ends 0.17 above the outer",
+        "unclear",
+        "outer examples alone",
+        "ends at 0.02 and the held-out loss at 0.19",
     ),
     "confirmed, held out too": (evidence(0.5), (1.0, 0.4), (1.0, 0.5), "helped", "changed", ""),
     "confirmed, and risen": (evidence(0.5), (1.0, 1.4), None, "unclear", "the outer loss rose from 1 to 1.4", "freeze"),
@@ -170,7 +177,7 @@ def test_held_out_data_and_the_summary_change_nothing():
 
 
 def test_a_change_says_what_it_was_and_is():
-    assert str(Change("decay", (1e-4, 1e-4, 1e-4), (2e-3, 1e-3, 3e-3))) == "decay: 0.0001 → 0.002 (0.001 to 0.003)"
+    assert str(Change("decay", (1e-4, 1e-4, 1e-4), (2e-3, 1e-3, 3e-3))) == "decay: 0.0001 → mean 0.002 (0.001 to 0.003)"
 
 
 def test_loggers_get_tuned_values_as_hyperparameters_and_histograms(tmp_path):

@@ -218,8 +218,9 @@ SUMMARY = (
         "By the hypergradients that followed",
         "The evidence for the verdict: what later hypergradients say about earlier steps, ± one standard error, and "
         "what those steps had predicted. See [the theory](theory.md#predicted-and-confirmed).",
-        "If the confirmed change is much smaller than the predicted one, steps are too long or outer batches too "
-        "small.",
+        "Read its sign, and how far it is from zero; the gain of the whole run may be several times as large or small. "
+        "If much less is confirmed than predicted, single steps are longer than a first-order estimate holds, as "
+        "where weights reach their bounds. That is harmless where the loss falls.",
     ),
     Explanation(
         "training diverged",
@@ -263,8 +264,13 @@ SUMMARY = (
         "Nothing is wrong. These hyperparameters matter little here.",
     ),
     Explanation(
+        "may be true of the outer examples alone",
+        "The hypergradients confirm a gain, but the held-out loss is far above the outer one.",
+        "See the next row.",
+    ),
+    Explanation(
         "learn the outer examples by heart",
-        "The gap between held-out and outer loss has grown.",
+        "Relative to the outer loss, the gap between held-out and outer loss has grown.",
         "Fewer hyperparameters (one decay for each tensor instead of each weight), more outer data, or a stop by the "
         "held-out loss.",
     ),

@@ -45,9 +45,9 @@ def test_outer_examples_that_training_sees_are_told(training, outer, shared, rec
     callback = IFTHypergradient(1, outer_dataloader=DataLoader(outer, batch_size=3))
     quiet_trainer(max_steps=2, callbacks=[callback]).fit(On(training))
     told = [str(one.message) for one in recwarn if "training examples, too" in str(one.message)]
-    assert [message.split(" are ")[0] for message in told] == [f"{shared} of {len(outer)} outer examples"] * bool(
-        shared
-    )
+    assert [message.split(" are ")[0] for message in told] == [
+        f"IFTHypergradient: {shared} of {len(outer)} outer examples"
+    ] * bool(shared)
 
 
 class WithoutLength:
