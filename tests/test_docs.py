@@ -81,6 +81,13 @@ def test_the_readme_is_short_and_ten_lines_are_ten():
     assert len(versions_of_the_diff()[2]) == 10
 
 
+def test_five_minutes_shows_the_same():
+    """It stands there twice, because GitHub includes no files."""
+    page = DOCS / "start" / "five_minutes.md"
+    for language in ("diff", "text"):
+        assert blocks_in(page, language) == blocks_in(README, language)
+
+
 @pytest.mark.slow  # ten seconds
 @pytest.mark.filterwarnings(*ADVICE)
 def test_the_ten_lines_gain_what_the_readme_says(tmp_path, monkeypatch):

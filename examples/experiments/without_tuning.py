@@ -119,7 +119,7 @@ def measure(run: Run) -> dict[str, Any]:
 
 @torch.no_grad()
 def loss(module: Problem, examples: Any) -> float:
-    """Returns the outer loss on all examples of a part, to seven digits; the ceiling if it is higher or not a number."""
+    """Returns the outer loss on all examples of a part, to seven digits, and at most the ceiling, as if it is NaN."""
     module.eval()
     value = float(module.outer_loss(examples.tensors))
     return float(f"{value:.7g}") if value < CEILING else CEILING

@@ -37,6 +37,11 @@ SAID_ELSEWHERE = {
 # symptom, where to look first, what it usually is
 SYMPTOMS = (
     (
+        "Anything",
+        "`TrainingReport()` among the callbacks, and [its page](callbacks/report.md)",
+        "It names the most likely fault first, with numbers and a remedy.",
+    ),
+    (
         "Hyperparameters do not move",
         "the last lines of the console, `callback.summary()`; then `hypergrad/norm` and `hypergrad/skipped` in the log",
         "Too few hyper steps ([no hyper step](#hyper-steps)), all of them skipped (next row), a gradient of zero "
