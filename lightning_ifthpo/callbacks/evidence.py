@@ -96,7 +96,7 @@ class Evidence:
         gradient, move = _wide(gradients), _wide(after) - _wide(before)
         sizes = [tensor.numel() for tensor in after]
         has_gradient = gradient != 0.0
-        shares = torch.stack([part.float().mean() for part in has_gradient.split(sizes)]).tolist()
+        shares = torch.stack([part.float().mean() for part in torch.split(has_gradient, sizes)]).tolist()
         self.predicted -= _change(gradient, move, sizes, shares)
         waiting = torch.zeros_like(move)
         if self._move is not None:
@@ -109,7 +109,7 @@ class Evidence:
         self._move = move + waiting
         in_units = move
         if set(units) != {1.0}:
-            in_units = torch.cat([part / unit for part, unit in zip(move.split(sizes), units, strict=True)])
+            in_units = torch.cat([part / unit for part, unit in zip(torch.split(move, sizes), units, strict=True)])
         self.travel += math.sqrt(float(in_units @ in_units) / len(in_units))
         self.steps += 1
         earlier = self.last_gradient or [0] * len(gradients)
@@ -123,7 +123,7 @@ def _change(gradient: Tensor, move: Tensor, sizes: list[int], shares: list[float
     """Returns g·d to first order, each tensor's part times its share."""
     if set(shares) == {1.0}:
         return float(gradient @ move)  # one operation, however many tensors
-    pairs = zip(gradient.split(sizes), move.split(sizes), strict=True)
+    pairs = zip(torch.split(gradient, sizes), torch.split(move, sizes), strict=True)
     return float(torch.stack([own @ other for own, other in pairs]) @ gradient.new_tensor(shares))
 
 

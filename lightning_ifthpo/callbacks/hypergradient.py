@@ -116,6 +116,7 @@ class IFTHypergradient(PeriodicCallback):
         self._summary: TuningSummary | None = None
         self._restored: dict[str, Any] = {}
         self._stepper: HyperStepper | None = None
+        self.outer_source: Iterable[Any] | None = None  # of outer batches, while training goes on
         self._frozen: FrozenHyperparameters | None = None
         self._unfrozen: list[str] = []
         self._has_warned_of_unfrozen = False
@@ -127,6 +128,21 @@ class IFTHypergradient(PeriodicCallback):
     def skipped(self) -> int:
         """Number of hyper steps that were skipped."""
         return sum(self._causes.values())
+
+    @property
+    def skipped_by_cause(self) -> dict[str, int]:
+        """Number of hyper steps that were skipped, for each cause."""
+        return dict(self._causes)
+
+    @property
+    def stepper(self) -> HyperStepper | None:
+        """Makes the hyper steps while training goes on; None before and after."""
+        return self._stepper
+
+    @property
+    def latest_summary(self) -> TuningSummary | None:
+        """The same as `summary()`, and None before the end of a fit."""
+        return self._summary
 
     @property
     def state_key(self) -> str:
@@ -178,7 +194,7 @@ class IFTHypergradient(PeriodicCallback):
         if pl_module.has_fixed_hyperparameters:
             return
         restored, self._restored = self._restored, {}
-        source = find_outer_data(trainer, pl_module, self.outer_dataloader)
+        source = self.outer_source = find_outer_data(trainer, pl_module, self.outer_dataloader)
         warn_of_shared_examples(trainer, source)
         tell_of_few_steps(trainer, self.every_n_batches, self.start_after_batches)
         self._stepper = HyperStepper(
@@ -262,7 +278,7 @@ class IFTHypergradient(PeriodicCallback):
         if self._stepper is not None:
             self._restored = self.state_dict()
             self._stepper.outer_data.close()
-            self._stepper = self._report = None
+            self._stepper = self._report = self.outer_source = None
         if self._frozen is not None:
             self._frozen.release()
             self._frozen = None

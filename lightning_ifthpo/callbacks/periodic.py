@@ -33,6 +33,11 @@ class PeriodicCallback(L.Callback):
         self.start_after_batches = start_after_batches
         self.max_overhead = max_overhead
 
+    @property
+    def share_of_time(self) -> float:
+        """Time of its work over the training time with it, in the last fit."""
+        return self._cadence.share_of_time
+
     @abstractmethod
     def _fire(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
         """Does the work of the callback and returns metrics to log.

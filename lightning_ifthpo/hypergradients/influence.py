@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ifthpo.core.autodiff import gradients_on
 from lightning_ifthpo.core.loss import Loss, LossFunction, as_loss
@@ -15,7 +16,7 @@ from lightning_ifthpo.core.space import check_real
 from lightning_ifthpo.curvature.kinds import Curvature
 from lightning_ifthpo.hypergradients.implicit import implicit_hypergradient
 from lightning_ifthpo.hypergradients.result import Hypergradient
-from lightning_ifthpo.solvers import ConjugateGradient, Solver
+from lightning_ifthpo.solvers import ConjugateGradient, Solver, Status
 
 LossesFunction: TypeAlias = Callable[[], Tensor | tuple[Tensor, Tensor | Sequence[Tensor]]]
 """Returns one loss for each example, [N], or (losses, outputs of the model)."""
@@ -30,9 +31,12 @@ class Influence(Hypergradient):
         """Predicted change of the test loss when one example is left out, [N], in units of the test loss.
 
         Where it is positive, the test loss grows without the example, so that the example helps; where it is negative,
-        the example harms. The sum over a few examples is the prediction for leaving them out together.
+        the example harms. The sum over a few examples is the prediction for leaving them out together. It is NaN if the
+        status is NONFINITE.
         """
-        return -self.gradients[0]
+        if self.status is Status.NONFINITE:
+            return torch.full_like(self.gradients[0], math.nan)
+        return 0.0 - self.gradients[0]  # which is no −0 where an example has no effect
 
     def __repr__(self) -> str:
         removal = self.removal
@@ -81,7 +85,7 @@ def influence(
     Raises:
         ValueError: If the losses do not have shape [N], or another N at another call, or depend on no parameter; or if
             the penalty or the test loss is not a scalar.
-        TypeError: If they are not real floating-point tensors.
+        TypeError: If they are not callables that return real floating-point tensors, or parameters is one tensor.
 
     Cost: one forward pass, and that of `implicit_hypergradient`. Memory: two graphs of all N examples; with
     curvature="finite_difference" one, and that of one chunk of examples if `losses` computes chunks inside
@@ -95,6 +99,17 @@ def influence(
     >>> result
     Influence(removal of one of 3 examples: -3 to 2, status: converged, relative residual: 0)
     """
+    for name, function in (("losses", losses), ("test_loss", test_loss), ("penalty", penalty)):
+        if not (callable(function) or isinstance(function, Loss) or (function is None and name == "penalty")):
+            raise TypeError(
+                f"expected {name} to be a callable without arguments, got {type(function).__name__}; write it as a "
+                "function, such as lambda: …, that computes the value anew"
+            )
+    if isinstance(parameters, (Tensor, nn.Module)):
+        raise TypeError(
+            f"expected parameters to be a sequence of tensors, such as list(model.parameters()), got "
+            f"{type(parameters).__name__}"
+        )
     parameters = list(parameters)  # also from a generator
     training = _WeightedLosses(losses, penalty)
     training_loss = Loss(training, parameters, name="the training loss")

@@ -225,6 +225,17 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     assert "16 training batches" in (tmp_path / "report.html").read_text()
 
 
+def test_a_state_of_another_version_does_not_end_training(path):
+    report = TrainingReport(path)
+    trained([report], max_epochs=1)
+    before = report.state_dict()
+    state = copy.deepcopy(before)
+    state["layers"]["net.0.weight"]["unknown"] = 1.0
+    with pytest.warns(UserWarning, match="TrainingReport failed, and training goes on: TypeError"):
+        report.load_state_dict(state)
+    assert same(report.state_dict(), before)
+
+
 def test_it_can_be_copied_and_pickled(path):
     report = TrainingReport(path)
     for clone in (copy.deepcopy(report), pickle.loads(pickle.dumps(report))):
@@ -296,6 +307,18 @@ def test_unusual_modules_are_shown_too(kind, path):
         assert "optimizer 1, group 0: from 0.2 to 0.2" in page.text
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_batches_without_a_loss_are_not_taken_for_weights_without_a_gradient(path):
+    class WithoutLoss(Plain):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx % 2 == 0 else super().training_step(batch, batch_idx)
+
+    report = TrainingReport(path, every_n_batches=2)  # looks at those without
+    quiet_trainer(callbacks=[report], max_epochs=4).fit(WithoutLoss())
+    assert report.findings == ()
+    assert "training loss: from" in Page(path).text
+
+
 def test_text_of_the_user_is_escaped(path):
     class Strange(Plain):
         def validation_step(self, batch, batch_idx):
@@ -355,6 +378,42 @@ def test_a_page_that_cannot_be_written_does_not_end_training(tmp_path):
         _, trainer, _ = trained([report])
     assert trainer.global_step == 12
     assert len([warning for warning in told if "TrainingReport failed" in str(warning.message)]) == 1
+
+
+def test_a_page_that_cannot_take_its_place_leaves_nothing_behind(path):
+    report = TrainingReport(path)
+    path.mkdir(parents=True)
+    with pytest.warns(UserWarning, match="TrainingReport failed, and training goes on: IsADirectoryError"):
+        trained([report], max_epochs=1)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_link_to_a_page_stays_a_link(tmp_path):
+    link = tmp_path / "link.html"
+    link.symlink_to(tmp_path / "report.html")
+    trained([TrainingReport(link)], max_epochs=1)
+    assert link.is_symlink()
+    assert "Training is over" in (tmp_path / "report.html").read_text()
+
+
+def test_a_name_that_utf_8_has_not_is_shown_with_a_question_mark(path):
+    class Strange(Plain):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss\ud800", 1.0)
+
+    quiet_trainer(callbacks=[TrainingReport(path)], max_epochs=1).fit(Strange())
+    assert "validation: val_loss?: from" in Page(path).text
+
+
+@pytest.mark.parametrize("name", ["", "."])
+def test_a_path_without_a_file_is_refused(name):
+    with pytest.raises(ValueError, match=r"expected path to be that of a file, such as 'report.html', got '\.?'"):
+        TrainingReport(name)
+
+
+def test_the_path_of_a_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected path to be that of a file"):
+        TrainingReport(tmp_path)
 
 
 @pytest.mark.slow  # starts a process

@@ -278,6 +278,7 @@ def test_a_nan_is_a_status(logistic):
     result = logistic.influence(losses=lambda: factors * logistic.losses())
     assert result.status is Status.NONFINITE
     assert "NaN or infinity in the inner loss" in result.diagnosis
+    assert bool(result.removal.isnan().all())  # and not zeros, which would say that no example matters
 
 
 def test_is_a_hypergradient_that_prints_what_matters(logistic):
@@ -331,6 +332,11 @@ W = torch.ones(3, requires_grad=True, device=DEVICE)
         ({"penalty": lambda: W.square()}, ValueError, r"the penalty: expected a scalar, got shape \(3,\)"),
         ({"penalty": lambda: 0.5}, TypeError, "the penalty: expected a tensor, got float"),
         ({"test_loss": lambda: W.square()}, ValueError, "the test loss: expected a scalar"),
+        ({"losses": W.square()}, TypeError, "expected losses to be a callable without arguments, got Tensor"),
+        ({"test_loss": W.sum()}, TypeError, "expected test_loss to be a callable without arguments, got Tensor"),
+        ({"penalty": W.sum()}, TypeError, "expected penalty to be a callable without arguments, got Tensor"),
+        ({"parameters": W}, TypeError, "expected parameters to be a sequence of tensors, .* got Parameter|Tensor"),
+        ({"parameters": nn.Linear(1, 1)}, TypeError, "expected parameters to be a sequence of tensors, .* got Linear"),
         ({"parameters": []}, ValueError, "at least one tensor"),
         ({"curvature": "fisher"}, ValueError, "expected curvature to be one of"),
         ({"curvature": "gauss_newton"}, ValueError, "needs the model's outputs"),

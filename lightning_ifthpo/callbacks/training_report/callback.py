@@ -45,10 +45,11 @@ class TrainingReport(L.Callback):
         max_overhead: Upper bound of its time over the training time, without the first page and the last one: looks
             and charts become as rare as needed. None for no limit.
 
-    Cost: each look takes a pass over the gradients, and some looks one over the weights; a chart takes some 30 ms.
+    Cost: each look takes a pass over the gradients, and some looks one over the first 500 tensors of weights, to which
+    findings on layers are limited; a chart takes some 30 ms.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or path is no path of a file.
         ModuleNotFoundError: If matplotlib or Jinja2 is missing.
 
     >>> report = TrainingReport("report.html", every_n_batches=20)
@@ -67,6 +68,8 @@ class TrainingReport(L.Callback):
         if not is_number(every_n_seconds) or not every_n_seconds >= 0.0:
             raise ValueError(f"expected every_n_seconds >= 0, got {every_n_seconds!r}")
         require_fraction("max_overhead", max_overhead)
+        if not Path(path).name or Path(path).is_dir():
+            raise ValueError(f"expected path to be that of a file, such as 'report.html', got {str(path)!r}")
         for name in ("matplotlib", "jinja2"):
             if find_spec(name) is None:
                 raise ModuleNotFoundError(f"TrainingReport needs {name}: pip install 'lightning_ifthpo[plots]'")
@@ -101,8 +104,11 @@ class TrainingReport(L.Callback):
         return self._collector.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores a result of `state_dict`."""
-        self._collector.load_state_dict(state_dict)
+        """Restores a result of `state_dict`; one of another version is not restored, with a warning."""
+        collector = Collector()
+        with self._tolerating_failures():
+            collector.load_state_dict(state_dict)
+            self._collector = collector
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Resets the callback; a checkpoint that belongs to this fit is loaded after this."""
@@ -114,7 +120,8 @@ class TrainingReport(L.Callback):
         if trainer.is_global_zero:
             self._is_active = True
             self._write(trainer, pl_module, "Training has begun.")
-            rank_zero_info(f"TrainingReport: {self.path.absolute().as_uri()} shows how training goes on")
+            if not self._has_warned:
+                rank_zero_info(f"TrainingReport: {self.path.absolute().as_uri()} shows how training goes on")
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -227,7 +234,12 @@ class TrainingReport(L.Callback):
 
 def _replace(path: Path, text: str) -> None:
     """Writes a file that takes the place of an older one at once, so that a reader never sees a part of it."""
+    path = path.resolve()  # a link stays a link
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
+    try:
+        new.write_text(text, encoding="utf-8", errors="replace")  # names may have what UTF-8 has not
+        new.replace(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise

@@ -86,9 +86,9 @@ class Collector:
         self._norm = gradient_norm(weights.values())
         if self._backwards == trainer.accumulate_grad_batches > 1 and not math.isnan(self._small_norm):
             self._noise.add(self._small_norm, self._norm, self._backwards * trainer.world_size)
-        if self._measures_layers and len(trainer.optimizers) == 1 and module.automatic_optimization:
-            trainable = [(name, weight) for name, weight in weights.items() if weight.requires_grad]
-            self._layers.before_step(trainable, seen.tables_of(module))
+        had_loss = self._backwards > 0  # otherwise the training step has returned None
+        if self._measures_layers and len(trainer.optimizers) == 1 and module.automatic_optimization and had_loss:
+            self._layers.before_step(seen.watched_weights(trainer, module), seen.ids_of_units(module))
 
     def end_batch(self, trainer: L.Trainer, module: Any, outputs: Any, every_n_batches: int) -> bool:
         """Keeps the loss of a batch; returns whether its step was watched, so that `collect` is to follow."""
@@ -123,7 +123,7 @@ class Collector:
         self._layers.after_step()
         self._collect_ratios()
         self._collect_hyper_steps(trainer)
-        self._modes["evaluating"] = list(seen.layers_in(module, training=False))
+        self._modes["evaluating"] = list(seen.layers_in_evaluation_mode(trainer, module))
 
     def _collect_metrics(self, metrics: Mapping[str, float]) -> None:
         """Adds the metrics of each callback that has fired since the last look, which changes one of them at least."""
@@ -154,7 +154,7 @@ class Collector:
 
     def validate(self, module: Any) -> None:
         """Looks at the modes of layers during validation."""
-        self._modes["training"] = list(seen.layers_in(module, training=True))
+        self._modes["training"] = list(seen.layers_in_training_mode(module))
 
     def end_validation(self, trainer: L.Trainer) -> None:
         """Reads the losses that validation has logged."""
@@ -168,20 +168,20 @@ class Collector:
         self._loss.flush()
         if self._shared is None and seen.hyper_steps(seen.tuner(trainer)) is not None:
             self._shared = seen.shared_examples(trainer)
-        weights = seen.weights_of(module)
-        frozen = {name: weight.numel() for name, weight in weights.items() if not weight.requires_grad}
+        weights = list(seen.weights_of(module).values())
+        frozen = sum(weight.numel() for weight in weights if not weight.requires_grad)
         return Facts(
             batches=self.batches,
             is_over=is_over,
             records=self._records,
             loss=self._loss,
             layers=self._layers.layers,
-            frozen=tuple(frozen),
-            frozen_share=sum(frozen.values()) / max(1, sum(weight.numel() for weight in weights.values())),
-            is_frozen_inside=any(name in frozen for name in list(weights)[len(frozen) :]),
+            frozen=seen.frozen_layers(trainer, module),
+            frozen_share=frozen / max(1, sum(weight.numel() for weight in weights)),
             evaluating=tuple(self._modes["evaluating"]),
             training=tuple(self._modes["training"]),
             is_shuffled=seen.is_shuffled(trainer),
+            is_automatic=module.automatic_optimization,
             tuning=seen.tuning_of(trainer, module, self._records, self._shared or ""),
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -60,7 +61,9 @@ def draw(chart: Chart, name: str) -> str:
             _draw_line(axes, line, index)
         _decorate(axes, chart)
         file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # missing in a font of matplotlib; browsers have their own
+            figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _themed(file.getvalue(), name, f"{chart.title}. {chart.words}.")
 
 

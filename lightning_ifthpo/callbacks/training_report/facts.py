@@ -87,12 +87,12 @@ class Facts:
         records: Curves by the name of their metric; "gradient_norm", "validation/<name>".
         loss: The training loss.
         layers: What was seen of each tensor of weights, by name.
-        frozen: Names of weights with requires_grad=False, without hyperparameters.
-        frozen_share: Share of all weights, by number of entries, that they are.
-        is_frozen_inside: Whether they come behind weights that train, in the order of the module.
+        frozen: Names of weights of single layers with requires_grad=False, behind weights that train.
+        frozen_share: Share of all weights, by number of entries, that have requires_grad=False.
         evaluating: Layers that are in evaluation mode while the module trains.
         training: Layers that are in training mode during validation.
-        is_shuffled: Whether the training loader draws in random order; None if that is unknown.
+        is_shuffled: Whether the training loader draws in random order; None if that is unknown, as of a stream.
+        is_automatic: Whether the Trainer steps the optimizer, so that there is one loss which it makes smaller.
         tuning: What the hyper steps have done; None without them.
     """
 
@@ -103,8 +103,8 @@ class Facts:
     layers: Mapping[str, LayerRecord] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
     frozen_share: float = 0.0
-    is_frozen_inside: bool = False
     evaluating: tuple[str, ...] = ()
     training: tuple[str, ...] = ()
     is_shuffled: bool | None = None
+    is_automatic: bool = True
     tuning: Tuning | None = None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from lightning_ifthpo.core.vectors import wide
 
 _SAMPLE = 4096  # entries of a tensor whose movement is measured
 _MOST = 500  # tensors
+_UNITS = 64  # rows of a tensor of which it is known in which measurements they had no gradient
+_WINDOW = 8  # of these measurements; a unit of a ReLU layer gets none from half of all examples
 
 
 @dataclass
@@ -25,7 +29,8 @@ class LayerRecord:
         without_gradient: In how many of the last ones, in a row, it had no gradient at all.
         zero_gradient: The same for a gradient that was exactly zero.
         unmoved: The same for an optimizer step that left it exactly as it was.
-        dead_units: Sum over measurements of the share of its rows with a gradient of exactly zero.
+        rows: Number of rows that are looked at one by one, at equal distances; 0 if rows are no units.
+        zero_rows: For the last measurements, these rows with a gradient of exactly zero, as the bits of a number.
         gradient: Length of the last gradient.
         ratio: Length of the last update over the length of the weights, from a sample of entries.
         norm: Length of the weights now; first_norm at the first measurement, least_norm the smallest.
@@ -35,12 +40,20 @@ class LayerRecord:
     without_gradient: int = 0
     zero_gradient: int = 0
     unmoved: int = 0
-    dead_units: float = 0.0
+    rows: int = 0
+    zero_rows: list[int] = field(default_factory=list)
     gradient: float = math.nan
     ratio: float = math.nan
     norm: float = math.nan
     first_norm: float = math.nan
     least_norm: float = math.inf
+
+    @property
+    def dead_units(self) -> float:
+        """Share of the rows without a gradient in each of the last measurements; NaN if these are too few."""
+        if not self.rows or len(self.zero_rows) < _WINDOW:
+            return math.nan
+        return functools.reduce(operator.and_, self.zero_rows).bit_count() / self.rows
 
 
 class LayerWatch:
@@ -58,27 +71,28 @@ class LayerWatch:
         self._before: list[tuple[LayerRecord, nn.Parameter, Tensor]] = []
 
     @torch.no_grad()
-    def before_step(self, named: Iterable[tuple[str, nn.Parameter]], tables: frozenset[int]) -> None:
+    def before_step(self, named: Iterable[tuple[str, nn.Parameter]], units: frozenset[int]) -> None:
         """Looks at gradients, and keeps a sample of the weights.
 
         Args:
-            named: The trainable weights.
-            tables: Ids of weights of which each batch uses some rows only, as those of an embedding.
+            named: The trainable weights, of which the first 500 are measured.
+            units: Ids of weights with a row for each unit; not those of which a batch uses some rows, as an embedding.
         """
         self._before, facts = [], []
         for name, weight in list(named)[:_MOST]:
             layer = self.layers.setdefault(name, LayerRecord())
             layer.measurements += 1
             self._before.append((layer, weight, _sample(weight).clone()))
-            facts.append(torch.stack([_norm(weight.detach()), *_gradient_facts(weight, id(weight) in tables)]))
-        for (layer, weight, _), (norm, gradient, dead) in zip(self._before, _read(facts), strict=True):
+            layer.rows = min(_UNITS, len(weight)) if id(weight) in units else 0
+            facts.append(torch.cat([_norm(weight.detach()).reshape(1), _gradient_facts(weight, layer.rows)]))
+        for (layer, weight, _), (norm, gradient, *zero) in zip(self._before, _read(facts), strict=True):
             layer.norm, layer.gradient = norm, gradient
             layer.least_norm = min(norm, layer.least_norm)
             layer.first_norm = norm if math.isnan(layer.first_norm) else layer.first_norm
             has_gradient = weight.grad is not None
             layer.without_gradient = 0 if has_gradient else layer.without_gradient + 1
             layer.zero_gradient = layer.zero_gradient + 1 if has_gradient and gradient == 0.0 else 0
-            layer.dead_units += dead
+            layer.zero_rows = [*layer.zero_rows, sum(int(bit) << row for row, bit in enumerate(zero))][-_WINDOW:]
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -152,15 +166,16 @@ def gradient_norm(weights: Iterable[Tensor]) -> float:
     return float(torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms])))
 
 
-def _gradient_facts(weight: Tensor, is_table: bool) -> list[Tensor]:
-    """Returns the norm of a gradient, and the share of its rows that are zero."""
+def _gradient_facts(weight: Tensor, rows: int) -> Tensor:
+    """Returns the norm of a gradient, and for some rows whether they are zero: [1 + 64], zeros behind the last row."""
+    facts = torch.zeros(1 + _UNITS, device=weight.device)
     gradient = weight.grad
-    nothing = torch.zeros((), device=weight.device)
-    if gradient is None:
-        return [nothing, nothing]
-    if gradient.layout is not torch.strided or gradient.ndim < 2 or is_table:
-        return [_norm(gradient), nothing]
-    return [_norm(gradient), (~gradient.flatten(1).any(dim=1)).float().mean()]
+    if gradient is not None:
+        facts[0] = _norm(gradient)
+        if rows and gradient.layout is torch.strided:
+            some = gradient[:: len(gradient) // rows][:rows]
+            facts[1 : 1 + rows] = ~some.flatten(1).any(dim=1)
+    return facts
 
 
 def _norm(tensor: Tensor) -> Tensor:

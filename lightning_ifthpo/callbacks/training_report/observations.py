@@ -1,7 +1,4 @@
-"""What a Trainer, a module and the other callbacks say of a run. Nothing is changed or computed on a device.
-
-The callbacks of this package are asked for attributes that are private to it.
-"""
+"""What a Trainer, a module and the other callbacks say of a run. Nothing is changed or computed on a device."""
 
 from __future__ import annotations
 
@@ -68,7 +65,7 @@ def shares_of_time(trainer: Any) -> dict[str, float]:
     for callback in trainer.callbacks:
         if isinstance(callback, PeriodicCallback):
             name = type(callback).__name__
-            found[f"{name} {len(found) + 1}" if name in found else name] = callback._cadence.share_of_time
+            found[f"{name} {len(found) + 1}" if name in found else name] = callback.share_of_time
     return found
 
 
@@ -79,10 +76,10 @@ def tuner(trainer: Any) -> IFTHypergradient | None:
 
 def hyper_steps(callback: IFTHypergradient | None) -> tuple[int, float, float] | None:
     """Returns the number of hyper steps, and the decrease that they have predicted and confirmed."""
-    if callback is None or callback._stepper is None:
+    if callback is None or callback.stepper is None:
         return None
-    evidence = callback._stepper.evidence
-    return callback._stepper.steps, evidence.predicted, evidence.confirmed
+    evidence = callback.stepper.evidence
+    return callback.stepper.steps, evidence.predicted, evidence.confirmed
 
 
 def tuning_of(trainer: Any, module: Any, records: Records, shared: str) -> Tuning | None:
@@ -100,7 +97,7 @@ def tuning_of(trainer: Any, module: Any, records: Records, shared: str) -> Tunin
     callback = tuner(trainer)
     if callback is None:
         return None
-    summary, stepper = callback._summary, callback._stepper
+    summary, stepper = callback.latest_summary, callback.stepper
     bounds, is_amortized = tuple(_bounds(module, records)), isinstance(callback.solver, Amortized)
     if summary is not None:
         return Tuning(
@@ -132,7 +129,7 @@ def tuning_of(trainer: Any, module: Any, records: Records, shared: str) -> Tunin
         error=evidence.error,
         travel=evidence.travel,
         replaced=stepper.replaced,
-        skipped=dict(callback._causes),
+        skipped=callback.skipped_by_cause,
         bounds=bounds,
         remarks=remarks(module, evidence),
         shared=shared,
@@ -142,12 +139,12 @@ def tuning_of(trainer: Any, module: Any, records: Records, shared: str) -> Tunin
 def shared_examples(trainer: L.Trainer) -> str:
     """Returns the package's sentence on outer examples that are training examples, too; empty if there are none."""
     callback = tuner(trainer)
-    if callback is None or callback._report is None:
+    if callback is None or callback.outer_source is None:
         return ""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warn_of_shared_examples(trainer, callback._report._source)
-    return str(caught[0].message) if caught else ""
+        warn_of_shared_examples(trainer, callback.outer_source)
+    return str(caught[0].message).removeprefix("IFTHypergradient: ") if caught else ""
 
 
 def is_shuffled(trainer: Any) -> bool | None:
@@ -158,13 +155,76 @@ def is_shuffled(trainer: Any) -> bool | None:
     return False if isinstance(sampler, SequentialSampler) else getattr(sampler, "shuffle", None)
 
 
-def layers_in(module: nn.Module, *, training: bool) -> tuple[str, ...]:
-    """Returns the names of BatchNorm and dropout layers that are in training mode, or in evaluation mode."""
-    return tuple(
-        name
-        for name, layer in module.named_modules()
-        if isinstance(layer, (_BatchNorm, _DropoutNd)) and layer.training == training and name
-    )
+def layers_in_training_mode(module: nn.Module) -> tuple[str, ...]:
+    """Returns the names of BatchNorm and dropout layers that are in training mode."""
+    return tuple(name for name, layer in _layers_with_modes(module) if layer.training)
+
+
+def layers_in_evaluation_mode(trainer: L.Trainer, module: nn.Module) -> tuple[str, ...]:
+    """Returns the names of BatchNorm and dropout layers that are in evaluation mode, in parts that train.
+
+    A BatchNorm layer whose own weights do not train is frozen on purpose, and so is all that is in a frozen body.
+    """
+    layers = {name: layer for name, layer in _layers_with_modes(module) if not layer.training}
+    parts = _parts_that_train(trainer, module) if layers else set()
+    has_weights = {name: next(layer.parameters(), None) is not None for name, layer in layers.items()}
+    return tuple(name for name in layers if (name if has_weights[name] else _owner(name)) in parts)
+
+
+def frozen_layers(trainer: L.Trainer, module: nn.Module) -> tuple[str, ...]:
+    """Returns the frozen weights of single layers that come behind weights that train, in a part that trains.
+
+    Layers in front, whole bodies, target networks, constants and BatchNorm layers are frozen on purpose, as a rule.
+    """
+    parts, found, behind = _parts_that_train(trainer, module), [], False
+    for name, weight in weights_of(module).items():
+        layer, owner = module.get_submodule(_owner(name)), _owner(name)
+        is_layer = not any(layer.children()) and not isinstance(layer, _BatchNorm)
+        behind = behind or weight.requires_grad
+        if behind and is_layer and owner not in parts and _owner(owner) in parts and not weight.requires_grad:
+            found.append(name)
+    return tuple(found)
+
+
+def watched_weights(trainer: L.Trainer, module: Any) -> list[tuple[str, nn.Parameter]]:
+    """Returns names and weights that require gradients, if an optimizer has them or they get a gradient.
+
+    What is left out are copies, such as a target network or the mean of the weights.
+    """
+    trained = _trained_ids(trainer)
+    return [
+        (name, weight)
+        for name, weight in weights_of(module).items()
+        if weight.requires_grad and (id(weight) in trained or weight.grad is not None)
+    ]
+
+
+def _trained_ids(trainer: L.Trainer) -> set[int]:
+    """Returns the ids of the weights that optimizers have, and that require gradients."""
+    groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
+    return {id(weight) for group in groups for weight in group["params"] if weight.requires_grad}
+
+
+def _layers_with_modes(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, layer in module.named_modules():
+        if name and isinstance(layer, (_BatchNorm, _DropoutNd)):
+            yield name, layer
+
+
+def _parts_that_train(trainer: L.Trainer, module: nn.Module) -> set[str]:
+    """Returns the names of all submodules, "" for the module itself, that have a weight in an optimizer."""
+    trained, parts = _trained_ids(trainer), set()
+    for name, weight in module.named_parameters():
+        if id(weight) in trained:
+            while name:
+                name = _owner(name)
+                parts.add(name)
+    return parts
+
+
+def _owner(name: str) -> str:
+    """Returns the name of the submodule that a weight or a submodule belongs to."""
+    return name.rpartition(".")[0]
 
 
 def weights_of(module: Any) -> dict[str, nn.Parameter]:
@@ -173,11 +233,10 @@ def weights_of(module: Any) -> dict[str, nn.Parameter]:
     return dict(named)
 
 
-def tables_of(module: nn.Module) -> frozenset[int]:
-    """Returns the ids of weights of which a batch uses some rows only."""
-    return frozenset(
-        id(layer.weight) for layer in module.modules() if isinstance(layer, (nn.Embedding, nn.EmbeddingBag))
-    )
+def ids_of_units(module: nn.Module) -> frozenset[int]:
+    """Returns the ids of weights that have a row for each unit of a layer."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return frozenset(id(layer.weight) for layer in module.modules() if isinstance(layer, kinds))
 
 
 def _bounds(module: Any, records: Records) -> Iterator[Bound]:

@@ -179,7 +179,7 @@ def _layers(facts: Facts) -> Table | None:
             f"{layer.norm:.3g}",
             f"{layer.gradient:.1e}",
             _maybe(layer.ratio),
-            f"{layer.dead_units / layer.measurements:.0%}",
+            "–" if math.isnan(layer.dead_units) else f"{layer.dead_units:.0%}",
         )
         for name, layer in list(measured.items())[:_LAYERS]
     ]

@@ -135,6 +135,12 @@ def smoothness(deviations: Sequence[float]) -> float:
     return (1.0 - mean(steps) / (2.0 * variance)) * math.sqrt(len(deviations)) if variance > 0.0 else 0.0
 
 
+def noise(values: Sequence[float]) -> float:
+    """Returns the standard deviation of values around a slow change, from the differences of neighbours; 0 without."""
+    steps = [(after - before) ** 2 for before, after in pairwise(values)]
+    return math.sqrt(mean(steps) / 2.0) if steps else 0.0
+
+
 def rises(values: Sequence[float]) -> float:
     """Returns the sum of steps up over the sum of the sizes of all steps; 0 if there are none."""
     steps = [after - before for before, after in pairwise(values)]

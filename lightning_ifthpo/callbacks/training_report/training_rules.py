@@ -9,24 +9,23 @@ from statistics import median
 from lightning_ifthpo.callbacks.training_report.facts import Facts, Finding
 from lightning_ifthpo.callbacks.training_report.gradients import LayerRecord
 from lightning_ifthpo.callbacks.training_report.records import mean
+from lightning_ifthpo.callbacks.training_report.training_loss import detrended, noise, smoothness
 
 _FEW = 3  # measurements of layers, and of curvature
 _FEW_BATCHES = 10
 _GROWN = 1.5  # times the loss at the start
-_GROWN_TUNED = 4.0  # the same while hyperparameters change what the loss is
 _EARLY = 5  # points of the loss
-_PEAK = 10.0  # times the loss at the start; noise of single examples reaches 7 times the median once in a thousand
+_PEAK = 10.0  # times the loss at the start; also growth, where hyperparameters, games or a stream change the loss
+_SURE = 3.0  # standard errors
 _OFTEN = 0.03  # of the run: a bad batch is rarer
 _FALLEN = 0.8  # of the loss at the start: less than this is progress
 _BEYOND_EDGE = 1.5  # edge ratio; training at the edge of stability hovers slightly above 1, by up to 1.2
 _TINY = 1e-4  # of the largest gradient; rounding alone moves a bias in front of BatchNorm
 _VANISHED = 0.01  # of the length of the weights at the start
 _DEAD = 0.5  # share of the units of a layer
-_MOST_FROZEN = 0.5  # of all weights, at the input; with more, a head is trained on a frozen body
-_MOST_FROZEN_INSIDE = 0.9  # behind weights that train; with more, adapters are trained
+_MOST_FROZEN = 0.9  # of all weights; with more, adapters are trained
 _ALIKE = 0.8  # correlation of epochs
 _UNEVEN = 0.05  # standard deviation of the loss along an epoch over its mean
-_SMOOTH = 3.0  # standard errors by which neighbours are more alike than in random order
 _UP = 0.2  # share of rises along an epoch; a loss that falls has 0
 _NAMES = 4  # that are listed
 
@@ -56,13 +55,7 @@ def rate_too_high(facts: Facts) -> Finding | None:
     """A loss that grows, jumps up, or does not fall beyond the optimizer's edge of stability."""
     curve, ratio = facts.loss.curve, _edge_ratio(facts)
     first, last = _start(facts), mean(curve.part(0.75))
-    if first <= 0.0 or curve.count < _FEW_BATCHES:
-        return None
-    early = max(first, mean(curve.values[: max(_EARLY, len(curve) // 20)]))
-    grows = last > early * (_GROWN if facts.tuning is None else _GROWN_TUNED)
-    stays_beyond_edge = last > _FALLEN * early and ratio > _BEYOND_EDGE
-    blew_up = min(curve.values[1:4]) > _PEAK * first
-    if not (_has_diverged(facts) or grows or stays_beyond_edge or blew_up or _peaks(facts) > _OFTEN):
+    if not (_has_diverged(facts) or _rises(facts, ratio)):
         return None
     seen = f"The training loss began at {first:.3g}, and was {curve.most:.3g} at most"
     if facts.loss.first_nonfinite:
@@ -127,6 +120,8 @@ def training_mode_in_validation(facts: Facts) -> Finding | None:
 def dead_layers(facts: Facts) -> Finding | None:
     """Layers whose gradient is exactly zero."""
     dead = _having(facts.layers, lambda layer: layer.zero_gradient >= _FEW)
+    if len(dead) == len(facts.layers):  # examples without a loss, if it was not so from the start
+        dead = [name for name in dead if facts.layers[name].zero_gradient == facts.layers[name].measurements]
     if not dead or facts.loss.curve.last == 0.0:
         return None
     count = min(facts.layers[name].zero_gradient for name in dead)
@@ -149,7 +144,8 @@ def frozen_layers(facts: Facts) -> Finding | None:
         return Finding(
             "weights that never move",
             f"{_listed(still)} exactly as at the start, although gradients reach them.",
-            "Pass them to the optimizer in configure_optimizers, and look at the learning rate of their group.",
+            "Pass them to the optimizer in configure_optimizers, and look at the learning rate of their group. Weights "
+            "in half precision lose short updates by rounding: train in mixed precision.",
             0.75,
         )
     if unused:
@@ -159,10 +155,10 @@ def frozen_layers(facts: Facts) -> Finding | None:
             "Use them in the loss without detach() or no_grad(), or set requires_grad=False.",
             0.7,
         )
-    if facts.frozen and facts.frozen_share < (_MOST_FROZEN_INSIDE if facts.is_frozen_inside else _MOST_FROZEN):
+    if facts.frozen and facts.frozen_share < _MOST_FROZEN:
         return Finding(
             "frozen weights",
-            f"{_listed(facts.frozen, verb='')}, {facts.frozen_share:.0%} of all weights, have requires_grad=False.",
+            f"{_listed(facts.frozen, verb='')}, among weights that train, have requires_grad=False.",
             "If they should train, call requires_grad_(True) before the fit. If they are frozen on purpose, nothing is "
             "wrong.",
             0.65,
@@ -173,18 +169,17 @@ def frozen_layers(facts: Facts) -> Finding | None:
 def dead_units(facts: Facts) -> Finding | None:
     """Layers of which most units get no gradient."""
     shares = {
-        name: layer.dead_units / layer.measurements
+        name: layer.dead_units
         for name, layer in facts.layers.items()
-        if layer.measurements >= _FEW and layer.zero_gradient < _FEW and not layer.without_gradient
+        if layer.dead_units > _DEAD and layer.zero_gradient < _FEW and not layer.without_gradient
     }
-    dead = [name for name, share in shares.items() if share > _DEAD]
-    if not dead:
+    if not shares:
         return None
-    worst = max(dead, key=lambda name: shares[name])
+    worst = max(shares, key=lambda name: shares[name])
     return Finding(
         "dead units",
-        f"{shares[worst]:.0%} of the units of {worst!r} get a gradient of exactly zero, on average over "
-        f"{facts.layers[worst].measurements} measurements.",
+        f"{shares[worst]:.0%} of the units of {worst!r} got a gradient of exactly zero in each of the last "
+        f"{len(facts.layers[worst].zero_rows)} measurements.",
         "Use LeakyReLU or GELU, a smaller learning rate, or a smaller initialization of the biases.",
         0.6,
     )
@@ -196,7 +191,7 @@ def unshuffled(facts: Facts) -> Finding | None:
     alike, uneven, smooth, up = (
         mean(series.part(0.5)) for series in (loss.likeness, loss.unevenness, loss.smoothness, loss.rises)
     )
-    if facts.is_shuffled or not (alike > _ALIKE and uneven > _UNEVEN and smooth > _SMOOTH and up > _UP):
+    if facts.is_shuffled or not (alike > _ALIKE and uneven > _UNEVEN and smooth > _SURE and up > _UP):
         return None
     return Finding(
         "data are not shuffled",
@@ -232,11 +227,23 @@ def _start(facts: Facts) -> float:
     return 0.0 if math.isnan(first) else first
 
 
-def _peaks(facts: Facts) -> float:
-    """Returns the share of the run in which the loss is far above what it was at the start, and is as a rule."""
-    values = facts.loss.curve.part(0.0)
-    level = max(_start(facts), median(values))
-    return sum(value > _PEAK * level for value in values) / len(values)
+def _rises(facts: Facts, ratio: float) -> bool:
+    """Returns whether the loss grows, jumps up, or does not fall beyond the edge, by more than single batches do."""
+    curve, first, values = facts.loss.curve, _start(facts), facts.loss.curve.part(0.0)
+    if first <= 0.0 or curve.count < _FEW_BATCHES:
+        return False
+    begin = values[: max(_EARLY, len(values) // 20)]
+    early, last = max(first, mean(begin)), mean(curve.part(0.75))
+    is_fixed = facts.tuning is None and facts.is_automatic and facts.is_shuffled is not None
+    single = noise(values)  # the spread of single batches
+    grows = last > early * (_GROWN if is_fixed else _PEAK) and last - early > _SURE * single / len(begin) ** 0.5
+    stays_beyond_edge = last > _FALLEN * early and ratio > _BEYOND_EDGE
+    blew_up = min(values[1:4], default=0.0) > max(_PEAK * first, single)
+    level = max(first, median(values))
+    peaks = sum(value > _PEAK * level for value in values) / len(values)
+    # losses of single examples have such peaks, too, but not next to each other
+    has_peaks = peaks > _OFTEN and smoothness(detrended(values)) > _SURE
+    return grows or stays_beyond_edge or blew_up or has_peaks
 
 
 def _edge_ratio(facts: Facts) -> float:

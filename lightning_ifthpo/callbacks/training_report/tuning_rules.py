@@ -18,7 +18,7 @@ _AT_BOUND = 0.99
 _INACCURATE = 0.9  # relative residual; 1 is that of no solution at all
 _STALE = 3.0  # that of an estimate, on a batch that it has not seen; up to 1.5 in runs in which tuning helps
 _STILL = 1e-3  # units of the hyperparameters
-_RISEN = 1.03  # times the lowest validation loss
+_RISEN = 1.1  # times the lowest validation loss; weights alone that fit the training data raised it by 1.06
 _FALLEN = 0.75  # of the outer loss at that time
 _POINTS = 6  # of the validation loss
 _APART = 0.5  # of the outer loss
@@ -198,7 +198,8 @@ def _held_out_gap(tuning: Tuning) -> str:
     if tuning.held_out is None or tuning.outer is None or tuning.outer[1] >= tuning.outer[0]:
         return ""
     gaps = [behind - ahead for behind, ahead in zip(tuning.held_out, tuning.outer, strict=True)]
-    if gaps[1] <= max(gaps[0], _APART * abs(tuning.outer[1])):
+    # relative to the outer loss, as in the summary: the held-out loss is measured earlier than the first outer loss
+    if gaps[1] <= _APART * abs(tuning.outer[1]) or gaps[1] * abs(tuning.outer[0]) <= gaps[0] * abs(tuning.outer[1]):
         return ""
     outer, held_out = (f"from {first:.3g} to {last:.3g}" for first, last in (tuning.outer, tuning.held_out))
     return f"The outer loss went {outer}, and the held-out loss {held_out}."

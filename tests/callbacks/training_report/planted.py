@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ifthpo import BilevelLightningModule, IFTHypergradient, TrainingReport
@@ -70,6 +73,81 @@ class FineTuned(Plain):
     def __init__(self):
         super().__init__()
         self.net[:4].requires_grad_(False)
+
+
+class FrozenStem(Plain):
+    """The first layer and its BatchNorm, frozen as usual in fine-tuning."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[:2].requires_grad_(False)
+        self.net[1].eval()
+
+
+class FrozenBody(Plain):
+    """A body in evaluation mode, with dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Sequential(nn.Linear(INPUTS, 32), nn.BatchNorm1d(32), nn.Dropout(0.2)), nn.Linear(32, CLASSES)
+        )
+        self.net[0].requires_grad_(False).eval()
+
+
+class WithTeacher(Plain):
+    """A frozen copy of the network, and a constant inside the module."""
+
+    def __init__(self):
+        super().__init__()
+        self.constant = nn.Parameter(torch.ones(CLASSES), requires_grad=False)
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            wanted = self.teacher(batch[0]) * self.constant
+        return super().training_step(batch, batch_idx) + 0.1 * F.mse_loss(self.net(batch[0]), wanted)
+
+
+class Averaged(Plain):
+    """A running mean of the weights, which requires gradients and is in no optimizer."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = AveragedModel(self.net)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), lr=self.lr)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.mean.update_parameters(self.net)
+
+
+class SingleExamples(Plain):
+    """One example in a batch, from which half of all ReLU units get no gradient."""
+
+    lr = 0.01
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(INPUTS, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, CLASSES))
+
+    def train_dataloader(self):
+        return DataLoader(blobs(self.n, 0), 1, shuffle=True)
+
+
+class Factors(Plain):
+    """Two tables of which a batch uses some rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = (nn.Parameter(0.1 * torch.randn(400, CLASSES)) for _ in range(2))
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]) + self.left[batch[2]] * self.right[batch[2]], batch[1])
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(*blobs(400, 0).tensors, torch.arange(400)), BATCH, shuffle=True)
 
 
 class WithDropout(Plain):

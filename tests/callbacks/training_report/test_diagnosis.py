@@ -35,7 +35,10 @@ FAULTS = {
     "AtBound": ("hyperparameter at its bound",),
     "ByHeart": ("outer data are learned by heart",),
 }
-HEALTHY = ["Plain", "WithAdam", "FullBatch", "FineTuned", "WithDropout", "InOrder", "Tuned"]
+HEALTHY = [
+    *("Plain", "WithAdam", "FullBatch", "FineTuned", "WithDropout", "InOrder", "Tuned"),
+    *("FrozenStem", "FrozenBody", "WithTeacher", "Averaged", "SingleExamples", "Factors"),
+]
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -17,11 +17,11 @@ def net():
     return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).to(DEVICE)
 
 
-def step(model, watch, lr=0.1, tables=frozenset()):
+def step(model, watch, lr=0.1, units=frozenset()):
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     optimizer.zero_grad()
     model(torch.ones(5, 3, device=DEVICE)).square().sum().backward()
-    watch.before_step(model.named_parameters(), tables)
+    watch.before_step(model.named_parameters(), units)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     optimizer.step()
     watch.after_step()
@@ -52,7 +52,6 @@ def test_a_layer_that_gets_nothing_is_counted_until_it_does():
     step(model, watch)
     step(model, watch)
     assert watch.layers["0.weight"].zero_gradient == 2
-    assert watch.layers["0.weight"].dead_units == 2.0
     assert watch.layers["0.weight"].unmoved == 2
     assert watch.layers["unused.weight"].without_gradient == 2
     with torch.no_grad():
@@ -61,14 +60,37 @@ def test_a_layer_that_gets_nothing_is_counted_until_it_does():
     assert watch.layers["0.weight"].zero_gradient == watch.layers["0.weight"].unmoved == 0
 
 
-def test_dead_units_are_rows_without_a_gradient_except_in_tables():
-    for tables, wanted in ((False, 0.75), (True, 0.0)):
-        model, watch = net(), LayerWatch()
-        with torch.no_grad():
-            model[0].bias[:3] = -100.0
-            model[0].bias[3] = 100.0
-        step(model, watch, tables=frozenset(map(id, model.parameters())) if tables else frozenset())
-        assert watch.layers["0.weight"].dead_units == wanted
+def test_dead_units_are_rows_without_a_gradient_in_all_of_the_last_measurements():
+    model, watch = net(), LayerWatch()
+    units = frozenset({id(model[0].weight)})
+    with torch.no_grad():
+        model[0].bias[:3] = -100.0
+        model[0].bias[3] = 100.0
+    for _ in range(7):
+        step(model, watch, 0.0, units)
+    assert math.isnan(watch.layers["0.weight"].dead_units)
+    with torch.no_grad():
+        model[0].bias[0] = 100.0
+    step(model, watch, 0.0, units)
+    assert watch.layers["0.weight"].dead_units == 0.5  # of four, the first has had one at last
+    with torch.no_grad():
+        model[0].bias[0] = -100.0
+    for _ in range(8):
+        step(model, watch, 0.0, units)
+    assert watch.layers["0.weight"].dead_units == 0.75
+    assert math.isnan(watch.layers["2.weight"].dead_units)  # not among the units
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 1000])
+def test_units_are_rows_at_equal_distances(rows):
+    weight, watch = nn.Parameter(torch.ones(rows, 2, device=DEVICE)), LayerWatch()
+    weight.grad = torch.zeros(rows, 2, device=DEVICE)
+    weight.grad[: rows // 2] = 1.0
+    for _ in range(8):
+        watch.before_step([("w", weight)], frozenset({id(weight)}))
+    layer = watch.layers["w"]
+    assert layer.rows == min(rows, 64)
+    assert layer.dead_units == pytest.approx(0.5 if rows > 1 else 1.0, abs=0.05)  # of a sample
 
 
 @pytest.mark.parametrize("kind", ["half", "double", "complex", "sparse", "large", "strided"])

@@ -101,18 +101,58 @@ def test_whether_data_are_shuffled(options, wanted):
     assert seen.is_shuffled(types.SimpleNamespace(train_dataloader=[1, 2])) is None
 
 
+def trainer_of(*weights):
+    """A Trainer whose optimizer has these weights."""
+    return types.SimpleNamespace(optimizers=[torch.optim.SGD(weights, 0.1)])
+
+
 def test_modes_of_layers():
     net = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2), nn.Dropout(), nn.BatchNorm2d(2))
     net[0].eval()
-    assert seen.layers_in(net, training=False) == ("0",)
-    assert seen.layers_in(net, training=True) == ("2", "3")
+    net[2].eval()
+    assert seen.layers_in_evaluation_mode(trainer_of(*net.parameters()), net) == ("0", "2")
+    assert seen.layers_in_training_mode(net) == ("3",)
 
 
-def test_weights_without_hyperparameters_and_tables():
+def test_layers_that_do_not_train_may_be_in_evaluation_mode():
+    net = nn.Sequential(nn.BatchNorm1d(2), nn.Sequential(nn.Linear(2, 2), nn.Dropout()), nn.Linear(2, 2)).eval()
+    assert seen.layers_in_evaluation_mode(trainer_of(*net[2].parameters()), net) == ()
+    assert seen.layers_in_evaluation_mode(trainer_of(*net[1].parameters()), net) == ("1.1",)
+    net[1].requires_grad_(False)
+    assert seen.layers_in_evaluation_mode(trainer_of(*net.parameters()), net) == ("0",)
+
+
+def test_a_frozen_layer_among_layers_that_train_is_told_from_what_is_frozen_on_purpose():
+    def net():
+        return nn.Sequential(*(nn.Linear(2, 2) for _ in range(3)), nn.BatchNorm1d(2))
+
+    module = nn.ModuleDict({"body": net(), "head": nn.Linear(2, 2), "copy": net()})
+    module.register_parameter("constant", nn.Parameter(torch.ones(1), requires_grad=False))
+    trainer = trainer_of(*module.parameters())
+    for part in (module["body"][0], module["body"][3], module["copy"]):
+        part.requires_grad_(False)
+    assert seen.frozen_layers(trainer, module) == ()
+    module["body"][1].bias.requires_grad_(False)  # a part of a layer
+    assert seen.frozen_layers(trainer, module) == ()
+    module["body"][1].requires_grad_(False)  # all layers before it are frozen, too
+    assert seen.frozen_layers(trainer, module) == ()
+    module["head"].requires_grad_(False)
+    assert seen.frozen_layers(trainer, module) == ("head.weight", "head.bias")
+
+
+def test_copies_of_weights_are_not_watched():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    net[0].requires_grad_(False)
+    net[1].weight.grad = torch.ones(2, 2)
+    watched = seen.watched_weights(trainer_of(net[2].weight), net)
+    assert [name for name, _ in watched] == ["1.weight", "2.weight"]
+
+
+def test_weights_without_hyperparameters_and_units():
     module = Tuned()
     assert list(seen.weights_of(module)) == ["net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias"]
     net = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2))
-    assert seen.tables_of(net) == {id(net[0].weight)}
+    assert seen.ids_of_units(net) == {id(net[1].weight)}
 
 
 def test_bounds_of_hyperparameters_that_are_at_rest_there():

@@ -78,6 +78,10 @@ def test_names_of_hyperparameters_are_not_taken_for_formulas():
     assert "$a_b & <c>" in "".join(ET.fromstring(svg).itertext())
 
 
+def test_a_name_in_any_script_is_drawn_without_a_warning():
+    assert "漢字" in draw(Chart("t", (Line("漢字", curve(1.0)), Line("b", curve(2.0)))), "x")
+
+
 def test_without_data_there_is_no_section_and_nothing_unusual():
     assert sections_of(Facts(batches=0), Extras()) == []
     text = page.render(HEADING, [], [], {})

@@ -53,6 +53,7 @@ def tuned(curves=None, **changes):
 
 SHARED = "10 of 20 outer examples are training examples, too. On them the hyperparameters learn; take other data"
 VANISHED = {name: {"least_norm": 1e-4} for name in ("a.weight", "b.weight")}
+GROWING = [2.0 + 0.02 * k for k in range(200)]
 CASES = {
     "NaN": (facts([*falling(100), math.nan, *falling(10, 0.5)]), "NaN or infinity in a batch", "batch 101"),
     "NaN for good": (facts([*falling(100), *[math.nan] * 9]), "NaN or infinity in a batch", "all later losses"),
@@ -61,7 +62,18 @@ CASES = {
         "learning rate too high",
         "not finite from batch 21",
     ),
-    "growing": (facts([2.0 + 0.02 * k for k in range(200)]), "learning rate too high", r"began at 2, and was 5.98"),
+    "NaN after one batch": (facts([2.0] + [math.nan] * 20), "NaN or infinity in a batch", "batch 2"),
+    "diverged at once": (
+        facts([2.0, 50.0, 1e4, math.inf, math.nan]),
+        "learning rate too high",
+        "not finite from batch 4",
+    ),
+    "diverged from below zero": (
+        facts([*[-0.1 * k for k in range(20)], 10.0, 1e5, math.inf, math.nan]),
+        "learning rate too high",
+        "not finite from batch 23",
+    ),
+    "growing": (facts(GROWING, is_shuffled=True), "learning rate too high", r"began at 2, and was 5.98"),
     "spikes": (facts([2.0, *[300.0] * 20, *falling(200)]), "learning rate too high", "was 300 at most"),
     "beyond the edge": (
         facts([2.0] * 200, records=records(sharpness__edge_ratio=[10.0] * 9)),
@@ -70,11 +82,14 @@ CASES = {
     ),
     "vanished": (facts(layers=VANISHED), "weights vanish", "to 5.6e-05 of"),
     "dead layer": (facts(layers={"a.weight": {"zero_gradient": 4}}), "no gradient reaches a layer", "'a.weight'"),
-    "dead units": (facts(layers={"a.weight": {"dead_units": 7.0}}), "dead units", "70% of the units"),
+    "dead units": (
+        facts(layers={"a.weight": {"rows": 10, "zero_rows": [0b1101111111, 0b0101111101] * 4}}),
+        "dead units",
+        "70% of the units",
+    ),
     "still": (facts(layers={"a.weight": {"unmoved": 10}}), "weights that never move", "'a.weight' is exactly"),
     "unused": (facts(layers={"c.weight": {"without_gradient": 10}}), "weights without a gradient", "'c.weight'"),
-    "frozen": (facts(frozen=("c",), frozen_share=0.3), "frozen weights", "30% of all weights"),
-    "frozen inside": (facts(frozen=("c",), frozen_share=0.7, is_frozen_inside=True), "frozen weights", "70%"),
+    "frozen": (facts(frozen=("c",), frozen_share=0.7), "frozen weights", "'c', among weights that train"),
     "evaluating": (facts(evaluating=("norm",)), "evaluation mode during training", "'norm' is"),
     "training": (facts(training=("n", "m")), "training mode during validation", "'n', 'm' are"),
     "shared": (tuned(shared=SHARED), "outer data are training data", "10 of 20"),
@@ -128,14 +143,22 @@ HEALTHY_RUNS = {
     "one bad batch": facts([*falling(100), 50.0, *falling(100, 0.5)]),
     "edge of stability": facts(records=records(sharpness__edge_ratio=[0.5, 1.0, 1.2, 1.1, 1.2])),
     "noise of single examples": facts([-math.log(1.0 - (k * 0.618034 + 0.05) % 1.0) for k in range(300)]),
+    "growing in a game": facts(GROWING, is_shuffled=True, is_automatic=False),
+    "growing along a stream": facts(GROWING, is_shuffled=None),
+    "growing by chance": facts([0.001, *[0.002] * 20, *[0.001, 0.001, 0.001, 0.1] * 50], is_shuffled=True),
+    "fine-tuned, of single examples": facts([1e-3 * 10 ** ((k * 0.618034 + 0.2) % 1.0 * 3) for k in range(300)]),
     "no loss left": facts([*falling(50), 0.0], layers={"a.weight": {"zero_gradient": 5}}),
+    "no loss in some batches": facts(layers={"a.weight": {"zero_gradient": 5}, "b.weight": {"zero_gradient": 5}}),
+    "sparse activations": facts(layers={"a.weight": {"rows": 4, "zero_rows": [0b0111, 0b1110] * 4}}),
+    "few measurements": facts(layers={"a.weight": {"rows": 4, "zero_rows": [0b1111] * 7}}),
     "bias before BatchNorm": facts(layers={"a.bias": {"unmoved": 10, "gradient": 1e-9}}),
-    "head on a body": facts(frozen=("a",), frozen_share=0.8),
-    "adapters": facts(frozen=("a",), frozen_share=0.99, is_frozen_inside=True),
+    "adapters": facts(frozen=("a",), frozen_share=0.99),
     "tuned": tuned(),
     "larger loss by tuning": dataclasses.replace(tuned(), loss=losses([1.0 + 0.01 * k for k in range(200)])),
     "few skipped": tuned(skipped={"nonfinite": 3}),
     "few steps so far": dataclasses.replace(tuned(made=3, hyper_steps=3), is_over=False),
+    "weights overfit": tuned({"validation__val_loss": [0.3, 0.2, 0.19, 0.19, 0.19, 0.195, 0.2, 0.2]}),
+    "gap as before": tuned(outer=(1.0, 0.2), held_out=(1.8, 0.36)),
     "all fall": tuned({"validation__val_loss": falling(9)}),
     "all rise": tuned({"validation__val_loss": [1.0, 0.5, 0.6, 0.7, 0.8, 0.9], "hypergrad__outer_loss": [1.0] * 40}),
 }

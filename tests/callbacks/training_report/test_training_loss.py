@@ -10,6 +10,7 @@ from lightning_ifthpo.callbacks.training_report.training_loss import (
     TrainingLoss,
     correlation,
     detrended,
+    noise,
     rises,
     smoothness,
 )
@@ -83,6 +84,9 @@ def test_statistics_of_a_curve():
     assert abs(smoothness(gauss(10_000, 1))) < 3.0
     assert rises([0.0, 2.0, 1.0]) == pytest.approx(2 / 3)
     assert rises([1.0]) == 0.0
+    assert noise(gauss(10_000, 2)) == pytest.approx(1.0, rel=0.03)
+    assert noise([0.01 * k for k in range(100)]) == pytest.approx(0.01 / math.sqrt(2.0))
+    assert noise([1.0]) == 0.0
 
 
 def test_a_restored_loss_goes_on_as_if_nothing_had_happened():
