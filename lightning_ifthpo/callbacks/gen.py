@@ -128,7 +128,7 @@ class ExactGeN(L.Callback):
         """Logs each look once."""
         if self._active_scheduler.looks != self._logged:
             self._logged = self._active_scheduler.looks
-            log_metrics(trainer, pl_module, _metrics(self._active_scheduler), headline=("gen/lr", "gen/lr"))
+            log_metrics(trainer, pl_module, _metrics(self._active_scheduler), headlines={"gen/lr": "gen/lr"})
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Detaches the scheduler from the optimizer."""

@@ -73,8 +73,6 @@ class IFTHypergradient(PeriodicCallback):
     >>> callback = IFTHypergradient(every_n_batches=10, curvature="gauss_newton")
     """
 
-    headline = ("hypergrad/outer_loss", "hypergrad/outer")
-
     def __init__(
         self,
         every_n_batches: int = 5,
@@ -107,6 +105,7 @@ class IFTHypergradient(PeriodicCallback):
         self.held_out_dataloader = held_out_dataloader
         self.on_failure = on_failure
         self.precision = precision
+        self.headlines = {"hypergrad/outer_loss": "hypergrad/outer", "hypergrad/gain": "hypergrad/gain"}
         self._restart()
 
     def _restart(self) -> None:
@@ -245,7 +244,7 @@ class IFTHypergradient(PeriodicCallback):
             metrics = result_metrics(result)
             if self._accepts(result, doubt):
                 self._apply(result)
-        return {**metrics, "hypergrad/skipped": float(self.skipped), **summaries(module)}
+        return {**metrics, **self._totals(), **summaries(module)}
 
     def _apply(self, result: Hypergradient) -> None:
         stepper = self._active_stepper
@@ -262,7 +261,10 @@ class IFTHypergradient(PeriodicCallback):
         """Returns the metrics of a hyper step that is not made."""
         self._require_dry_run()
         metrics = result_metrics(self._active_stepper.preview(batch))
-        return {**metrics, "hypergrad/skipped": float(self.skipped), **summaries(module)}
+        return {**metrics, **self._totals(), **summaries(module)}
+
+    def _totals(self) -> dict[str, float]:
+        return {"hypergrad/skipped": float(self.skipped), "hypergrad/gain": self._active_stepper.evidence.confirmed}
 
     def _require_dry_run(self) -> None:
         if not self._is_tested:

@@ -20,10 +20,10 @@ from lightning_ifthpo.runtime.loggers import log_metrics
 class PeriodicCallback(L.Callback):
     """Fires when its `Cadence` says so, on a copy of the training batch from before the training step.
 
-    A subclass calls `_restart` at the end of its constructor, and sets `headline`, see `log_metrics`.
+    A subclass calls `_restart` at the end of its constructor, and sets `headlines`, see `log_metrics`.
     """
 
-    headline: tuple[str, str]
+    headlines: Mapping[str, str]
 
     def __init__(
         self, every_n_batches: int, *, start_after_batches: int = 0, max_overhead: float | None = None
@@ -100,7 +100,7 @@ class PeriodicCallback(L.Callback):
         if due:
             with self._cadence.firing(synchronize):
                 self._metrics = self._fire(trainer, module, batch)
-                log_metrics(trainer, module, self._metrics, headline=self.headline)
+                log_metrics(trainer, module, self._metrics, headlines=self.headlines)
             self._has_fired = True
             with self._cadence.off_budget(synchronize):
                 self._illustrate(trainer, module, batch)

@@ -108,7 +108,7 @@ class SharpnessMonitor(PeriodicCallback):
         self.spectral_density = spectral_density
         self.trace = trace
         self.name = name
-        self.headline = (f"{name}/lambda_max", f"{name}/max")
+        self.headlines = {f"{name}/lambda_max": f"{name}/max"}
         self._restart()
 
     def _restart(self) -> None:

@@ -162,16 +162,20 @@ def _risen(outer: Losses, held_out: Losses | None) -> str:
     return " and ".join(risen)
 
 
-def _learned_by_heart(outer: Losses, held_out: Losses | None) -> tuple[str, ...]:
-    """Returns a sentence if the outer loss falls, and the held-out loss ever less so.
+def is_learned_by_heart(outer: Losses, held_out: Losses) -> bool:
+    """Returns whether the outer loss falls, and the held-out loss ever less so.
 
     Gaps are compared relative to the outer loss. It is first measured at the first hyper steps, and the held-out loss
     before training, so that the first gap can be larger than it was.
     """
-    if held_out is None or outer[1] >= outer[0]:
-        return ()
     gaps = [behind - ahead for behind, ahead in zip(held_out, outer, strict=True)]
-    if gaps[1] <= _APART * abs(outer[1]) or gaps[1] * abs(outer[0]) <= gaps[0] * abs(outer[1]):
+    has_grown = gaps[1] * abs(outer[0]) > gaps[0] * abs(outer[1])
+    return outer[1] < outer[0] and has_grown and gaps[1] > _APART * abs(outer[1])
+
+
+def _learned_by_heart(outer: Losses, held_out: Losses | None) -> tuple[str, ...]:
+    """Returns a sentence if outer examples are learned by heart."""
+    if held_out is None or not is_learned_by_heart(outer, held_out):
         return ()
     return (
         f"The outer loss ends at {outer[1]:.2g} and the held-out loss at {held_out[1]:.2g}: the hyperparameters learn "

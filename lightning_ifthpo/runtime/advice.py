@@ -21,20 +21,24 @@ _MANY = 10_000_000  # examples, for which a comparison takes seconds
 
 def warn_of_shared_examples(trainer: L.Trainer, outer: Iterable[Any]) -> None:
     """Warns if outer examples are training examples, too, as far as data sets and samplers show it."""
+    if shared := shared_examples(trainer, outer):
+        rank_zero_warn(
+            f"IFTHypergradient: {shared} outer examples are training examples, too. On them the hyperparameters learn "
+            "what helps to fit the training data, such as less weight decay; take outer data that training does not "
+            "see, unless both losses are meant for the same data, as in a game"
+        )
+
+
+def shared_examples(trainer: L.Trainer, outer: Iterable[Any]) -> str:
+    """Returns how many outer examples are training examples, too, as "8 of 20"; empty if none is that shows."""
     training: Any = trainer.train_dataloader
     if not all(
         isinstance(loader, DataLoader) and draws_all(loader, trainer.world_size) for loader in (training, outer)
     ):
-        return
+        return ""
     assert isinstance(outer, DataLoader)
-    shared = _shared_examples(training.dataset, outer.dataset)
-    if shared:
-        rank_zero_warn(
-            f"IFTHypergradient: {shared} of {len(outer.dataset)} outer examples are "  # type: ignore[arg-type]
-            "training examples, too. On them the hyperparameters learn what helps to fit the training data, such as "
-            "less weight decay; take outer data that training does not see, unless both losses are meant for the same "
-            "data, as in a game"
-        )
+    shared, total = _shared_examples(training.dataset, outer.dataset), len(outer.dataset)  # type: ignore[arg-type]
+    return f"{shared} of {total}" if shared else ""
 
 
 def _shared_examples(data: Any, other: Any) -> int:

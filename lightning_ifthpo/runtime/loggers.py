@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def log_metrics(
-    trainer: L.Trainer, module: L.LightningModule, metrics: Mapping[str, float], *, headline: tuple[str, str]
+    trainer: L.Trainer, module: L.LightningModule, metrics: Mapping[str, float], *, headlines: Mapping[str, str]
 ) -> None:
-    """Writes metrics to all loggers and `trainer.callback_metrics`, and the headline one to the progress bar.
+    """Writes metrics to all loggers and `trainer.callback_metrics`, and the headlines to the progress bar.
 
     `self.log` would repeat the last value at every logging step. Here loggers get it once, at the step of its batch.
 
@@ -28,16 +28,15 @@ def log_metrics(
         trainer: The Trainer.
         module: Its module.
         metrics: Values by name.
-        headline: Name of a metric, and a short name for it on the progress bar, which cuts long ones off.
+        headlines: Names of metrics, and short names for them on the progress bar, which cuts long ones off.
     """
     step = _step(trainer)
     for logger in trainer.loggers:
         logger.log_metrics(dict(metrics), step=step)
     for name, value in metrics.items():
         trainer.callback_metrics[name] = torch.as_tensor(value, dtype=torch.float32)
-    name, short = headline
-    if name in metrics:
-        module.log(short, metrics[name], prog_bar=True, logger=False, on_step=True, on_epoch=False)
+    shown = {short: metrics[name] for name, short in headlines.items() if name in metrics}
+    module.log_dict(shown, prog_bar=True, logger=False, on_step=True, on_epoch=False)
 
 
 def takes_figures(logger: Any) -> bool:

@@ -118,16 +118,18 @@ def read_csv(path):
 
 def test_metrics_are_logged_once_at_their_step_to_all_loggers(tmp_path):
     loggers = [CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path, name="tb")]
-    _, trainer, _ = trained([IFTHypergradient(every_n_batches=4)], logger=loggers, enable_progress_bar=False)
+    callback = IFTHypergradient(every_n_batches=4)
+    _, trainer, _ = trained([callback], logger=loggers, enable_progress_bar=False)
     rows = [row for row in read_csv(tmp_path / "csv" / "version_0" / "metrics.csv") if row.get("hypergrad/norm")]
     assert [int(row["step"]) for row in rows] == [3, 7, 11]
-    names = ["norm", "direct_norm", "indirect_norm", "outer_loss", "residual", "products", "skipped"]
+    names = ["norm", "direct_norm", "indirect_norm", "outer_loss", "residual", "products", "skipped", "gain"]
     names = [f"hypergrad/{name}" for name in names] + [f"hyperparameter/decay/{k}" for k in ("mean", "min", "max")]
     for name in names:
         assert math.isfinite(float(rows[-1][name])), name
         assert float(trainer.callback_metrics[name]) == pytest.approx(float(rows[-1][name]), rel=1e-5)
     assert float(rows[-1]["hypergrad/products"]) == 2
-    assert "hypergrad/outer" in trainer.progress_bar_metrics
+    assert {"hypergrad/outer", "hypergrad/gain"} <= trainer.progress_bar_metrics.keys()
+    assert float(rows[-1]["hypergrad/gain"]) == pytest.approx(callback.summary().confirmed, rel=1e-5)
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -157,7 +157,7 @@ def test_metrics_reach_every_logger_once_the_callbacks_and_the_progress_bar():
     loggers = [Notes(), Notes()]
 
     def action(trainer, module):
-        log_metrics(trainer, module, {"a/b": 1.5, "a/c": 2.0}, headline=("a/b", "b"))
+        log_metrics(trainer, module, {"a/b": 1.5, "a/c": 2.0}, headlines={"a/b": "b"})
 
     trainer = during_training(action, logger=loggers)
     for logger in loggers:
@@ -168,9 +168,9 @@ def test_metrics_reach_every_logger_once_the_callbacks_and_the_progress_bar():
     assert float(trainer.callback_metrics["a/b"]) == 1.5
 
 
-def test_without_its_headline_the_others_are_logged():
+def test_without_its_headlines_the_others_are_logged():
     logger = Notes()
-    trainer = during_training(lambda *both: log_metrics(*both, {"a/c": 2.0}, headline=("a/b", "b")), logger=logger)
+    trainer = during_training(lambda *both: log_metrics(*both, {"a/c": 2.0}, headlines={"a/b": "b"}), logger=logger)
     assert ({"a/c": 2.0}, 0) in logger.logged
     assert "b" not in trainer.progress_bar_metrics
 

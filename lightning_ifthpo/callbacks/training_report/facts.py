@@ -54,7 +54,7 @@ class Tuning:
         skipped: Number of skipped hyper steps for each cause.
         bounds: The hyperparameters that have an upper bound.
         remarks: Sentences of the package on hyperparameters that have no hypergradient any more.
-        shared: The package's sentence on outer examples that are training examples; empty if there are none.
+        shared: How many outer examples are training examples, as "8 of 20"; empty if there are none.
         held_out: Held-out loss at the start and at the end; None before the end, or without held-out data.
         outer: The same for the outer loss.
         verdict: Verdict and reason of the summary; empty before the end.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +21,7 @@ from lightning_ifthpo.callbacks.training_report.records import Records
 from lightning_ifthpo.hyperparameters import SampleWeights
 from lightning_ifthpo.hyperparameters.bounded import Bounded
 from lightning_ifthpo.module import BilevelLightningModule
-from lightning_ifthpo.runtime.advice import warn_of_shared_examples
+from lightning_ifthpo.runtime import advice
 from lightning_ifthpo.solvers import Amortized
 
 _GROUPS = 8  # parameter groups whose learning rate is recorded
@@ -89,7 +88,7 @@ def tuning_of(trainer: Any, module: Any, records: Records, shared: str) -> Tunin
         trainer: The Trainer.
         module: Its module.
         records: Curves that have been recorded.
-        shared: The package's sentence on outer examples that are training examples, or "".
+        shared: How many outer examples are training examples, as "8 of 20", or "".
 
     Returns:
         None without the callback, and before its first batch.
@@ -137,14 +136,11 @@ def tuning_of(trainer: Any, module: Any, records: Records, shared: str) -> Tunin
 
 
 def shared_examples(trainer: L.Trainer) -> str:
-    """Returns the package's sentence on outer examples that are training examples, too; empty if there are none."""
+    """Returns how many outer examples are training examples, too, as "8 of 20"; empty if there are none."""
     callback = tuner(trainer)
     if callback is None or callback.outer_source is None:
         return ""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        warn_of_shared_examples(trainer, callback.outer_source)
-    return str(caught[0].message).removeprefix("IFTHypergradient: ") if caught else ""
+    return advice.shared_examples(trainer, callback.outer_source)
 
 
 def is_shuffled(trainer: Any) -> bool | None:

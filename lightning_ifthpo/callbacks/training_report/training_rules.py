@@ -28,6 +28,7 @@ _ALIKE = 0.8  # correlation of epochs
 _UNEVEN = 0.05  # standard deviation of the loss along an epoch over its mean
 _UP = 0.2  # share of rises along an epoch; a loss that falls has 0
 _NAMES = 4  # that are listed
+_ABSURD = 1000.0  # times the edge of stability
 
 
 def nonfinite_loss(facts: Facts) -> Finding | None:
@@ -64,7 +65,8 @@ def rate_too_high(facts: Facts) -> Finding | None:
         seen += f" and {last:.3g} in the last quarter of the run"
     if not math.isnan(ratio):
         seen += f". λ_max is {ratio:.2g} times the optimizer's edge of stability (1 is the edge)"
-    factor = f" by a factor of {ratio:.2g} or more" if ratio > 1.0 else ", by a factor of 10 to begin with"
+    # of weights that have exploded the ratio says nothing
+    factor = f" by a factor of {ratio:.2g} or more" if 1.0 < ratio < _ABSURD else ", by a factor of 10 to begin with"
     return Finding(
         "learning rate too high", f"{seen}.", f"Lower the learning rate{factor}, or let ExactGeN choose it.", 0.95
     )

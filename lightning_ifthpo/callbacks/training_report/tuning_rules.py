@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from statistics import median
 
+from lightning_ifthpo.callbacks.summary import is_learned_by_heart
 from lightning_ifthpo.callbacks.training_report.facts import Facts, Finding, Tuning
 from lightning_ifthpo.callbacks.training_report.records import mean
 
@@ -21,7 +22,6 @@ _STILL = 1e-3  # units of the hyperparameters
 _RISEN = 1.1  # times the lowest validation loss; weights alone that fit the training data raised it by 1.06
 _FALLEN = 0.75  # of the outer loss at that time
 _POINTS = 6  # of the validation loss
-_APART = 0.5  # of the outer loss
 
 _CAUSES = {
     "negative_curvature": (
@@ -47,8 +47,16 @@ def shared_data(facts: Facts) -> Finding | None:
     """Outer examples that are training examples."""
     if facts.tuning is None or not facts.tuning.shared:
         return None
-    seen, _, remedy = facts.tuning.shared.partition(". ")
-    return Finding("outer data are training data", f"{seen}.", f"{remedy.rstrip('.')}.", 0.83)
+    remedy = (
+        "Take outer data that training does not see, unless both losses are meant for the same data, as in a game: on "
+        "training data hyperparameters learn what helps to fit these."
+    )
+    return Finding(
+        "outer data are training data",
+        f"{facts.tuning.shared} outer examples are training examples, too.",
+        remedy,
+        0.83,
+    )
 
 
 def rate_too_high(facts: Facts) -> Finding | None:
@@ -194,12 +202,8 @@ def _outer_level(facts: Facts) -> float:
 
 
 def _held_out_gap(tuning: Tuning) -> str:
-    """Returns what held-out data say, if the outer loss falls and theirs ever less so; else nothing."""
-    if tuning.held_out is None or tuning.outer is None or tuning.outer[1] >= tuning.outer[0]:
-        return ""
-    gaps = [behind - ahead for behind, ahead in zip(tuning.held_out, tuning.outer, strict=True)]
-    # relative to the outer loss, as in the summary: the held-out loss is measured earlier than the first outer loss
-    if gaps[1] <= _APART * abs(tuning.outer[1]) or gaps[1] * abs(tuning.outer[0]) <= gaps[0] * abs(tuning.outer[1]):
+    """Returns what held-out data say, if outer examples are learned by heart; else nothing."""
+    if tuning.held_out is None or tuning.outer is None or not is_learned_by_heart(tuning.outer, tuning.held_out):
         return ""
     outer, held_out = (f"from {first:.3g} to {last:.3g}" for first, last in (tuning.outer, tuning.held_out))
     return f"The outer loss went {outer}, and the held-out loss {held_out}."

@@ -51,7 +51,7 @@ def tuned(curves=None, **changes):
     return facts(tuning=dataclasses.replace(TUNED, **changes), records=records(**(defaults | (curves or {}))))
 
 
-SHARED = "10 of 20 outer examples are training examples, too. On them the hyperparameters learn; take other data"
+SHARED = "10 of 20"
 VANISHED = {name: {"least_norm": 1e-4} for name in ("a.weight", "b.weight")}
 GROWING = [2.0 + 0.02 * k for k in range(200)]
 CASES = {
@@ -193,3 +193,9 @@ def test_each_way_in_which_a_solve_fails_has_a_remedy():
     assert {status.value for status in Status if not status.succeeded} < set(_CAUSES)
     kinds = diagnose(tuned(skipped={"something new": 40}))
     assert [finding.kind for finding in kinds] == ["solves end with status something new"]
+
+
+@pytest.mark.parametrize(("ratio", "factor"), [(10.0, "by a factor of 10 or more"), (1e14, "10 to begin with")])
+def test_curvature_of_exploded_weights_is_no_advice(ratio, factor):
+    (found,) = diagnose(facts([2.0] * 200, records=records(sharpness__edge_ratio=[ratio] * 9)))
+    assert factor in found.remedy
