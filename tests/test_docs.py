@@ -84,8 +84,10 @@ def test_the_readme_is_short_and_ten_lines_are_ten():
 def test_five_minutes_shows_the_same():
     """It stands there twice, because GitHub includes no files."""
     page = DOCS / "start" / "five_minutes.md"
-    for language in ("diff", "text"):
+    for language in ("diff", "console"):
         assert blocks_in(page, language) == blocks_in(README, language)
+    (plain,) = blocks_in(page, "python")
+    assert plain.split() == versions_of_the_diff()[1].split()
 
 
 @pytest.mark.slow  # ten seconds
