@@ -14,6 +14,7 @@ import importlib
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from examples.experiments.common import HERE, markdown, mean, number, read
 
@@ -28,9 +29,13 @@ def table(name: str) -> str:
         return wins_and_losses()
     name, _, function = name.partition(".")
     results = read(name)
-    made: str = getattr(importlib.import_module(f"examples.experiments.{name}"), function or "table")(results)
+    made: str = getattr(_experiment(name), function or "table")(results)
     earlier = any("earlier version" in stamp for stamp in results["measured"])
     return made + ("\n\nMeasured with an earlier version." if earlier else "")
+
+
+def _experiment(name: str) -> Any:
+    return importlib.import_module(f"examples.experiments.{name}")
 
 
 def wins_and_losses() -> str:
@@ -38,7 +43,7 @@ def wins_and_losses() -> str:
     labels, images = read("clean_noisy_labels")["scores"], read("distill_dataset")["scores"]
     decays, augmentation = read("tune_weight_decay"), read("learned_augmentation")["scores"]
     overfitted = read("overfit_validation")["models"]["resnet18"]
-    final = importlib.import_module("examples.experiments.overfit_validation").final
+    final = _experiment("overfit_validation").final
     rate = read("learning_rate_free")["cells"]["convolutions/SGD"]
     unseen = (3, 4, 5)  # seeds by which no setting was chosen
     rows = [
