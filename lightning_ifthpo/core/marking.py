@@ -20,12 +20,20 @@ def mark_outputs(output: Tensor) -> Tensor:
     Args:
         output: Floating-point tensor of any shape.
 
+    Raises:
+        TypeError: If the output is no tensor, such as a tuple of several.
+
     >>> import torch
     >>> from lightning_ifthpo.curvature import GaussNewtonOperator
     >>> w, x, y = torch.tensor([2.0], requires_grad=True), torch.tensor([1.0, 3.0]), torch.tensor([1.0, 2.0])
     >>> GaussNewtonOperator(lambda: (mark_outputs(w * x) - y).square().sum(), [w]).to_dense()  # 2 x·x
     tensor([[20.]])
     """
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"mark_outputs expected a tensor, got {type(output).__name__}; of several outputs call it on each: "
+            "a, b = mark_outputs(a), mark_outputs(b)"
+        )
     recorder = _recorder.get()
     if recorder is not None:
         recorder.append(output)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_ifthpo.core.validation import require_at_least, require_flag
+from lightning_ifthpo.core.validation import is_number, require_at_least, require_flag
 from lightning_ifthpo.hyperparameters.bounded import Bounded
 
 
 class LossWeights(nn.Module):
-    """A positive weight for each of K terms of a loss, all starting at one: K softmax(λ).
+    """A positive weight for each of K terms of a loss, by default all starting at one: K softmax(λ).
 
     The weights always sum to K, as in GradNorm (Chen et al. 2018): a common factor would not move the minimum, only
     rescale the learning rate. No weight exceeds K, which keeps training stable. Every ratio of weights can be reached,
@@ -22,10 +24,12 @@ class LossWeights(nn.Module):
 
     Args:
         terms: Number of terms K, or their names.
+        initial: The weights to start from, K positive numbers in the order of the terms or by name, such as
+            `natural_values()`. They are scaled to the sum K. None for ones.
 
     Raises:
-        ValueError: If there are fewer than two terms, or names are not distinct; when called, if the losses are not K
-            scalars, or have other names.
+        ValueError: If there are fewer than two terms, names are not distinct, or initial weights are not K positive
+            numbers, or have other names; when called, if the losses are not K scalars, or have other names.
         TypeError: If `terms` is neither an integer nor a list of names.
 
     >>> weights = LossWeights(["digit", "style"])
@@ -36,7 +40,9 @@ class LossWeights(nn.Module):
     unit = 1.0  # λ is a logarithm
     is_for_training_loss = True
 
-    def __init__(self, terms: int | Sequence[str]) -> None:
+    def __init__(
+        self, terms: int | Sequence[str], *, initial: Sequence[float] | Mapping[str, float] | None = None
+    ) -> None:
         super().__init__()
         counted = isinstance(terms, int) and not isinstance(terms, bool)
         named = isinstance(terms, (list, tuple)) and all(isinstance(name, str) for name in terms)
@@ -48,7 +54,18 @@ class LossWeights(nn.Module):
             raise ValueError(f"expected at least two terms, got {count}: the weight of a single one is a learning rate")
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"expected distinct names, got {self.names}")
-        self.logits = nn.Parameter(torch.zeros(count), requires_grad=False)
+        weights = [1.0] * count if initial is None else self._in_order(initial)
+        if len(weights) != count or not all(is_number(weight) and 0.0 < weight < math.inf for weight in weights):
+            raise ValueError(f"expected initial to be {count} positive numbers, got {initial!r}")
+        self.logits = nn.Parameter(torch.tensor(weights).log(), requires_grad=False)
+
+    def _in_order(self, values: Sequence[Any] | Mapping[str, Any]) -> list[Any]:
+        """Returns values in the order of the terms."""
+        if isinstance(values, Mapping):
+            if values.keys() != set(self.names):
+                raise ValueError(f"expected initial weights named {self.names}, got {tuple(values)}")
+            values = [values[name] for name in self.names]
+        return [float(value) if isinstance(value, Tensor) else value for value in values]
 
     def natural_values(self) -> Tensor | dict[str, Tensor]:
         """Returns the weight of each term: [K], or scalars by name."""

@@ -35,3 +35,9 @@ def test_an_error_ends_the_recording():
         raise ArithmeticError
     mark_outputs(torch.ones(1))
     assert outputs == []
+
+
+@pytest.mark.parametrize("output", [(torch.ones(1), torch.ones(1)), {"a": torch.ones(1)}, None], ids=repr)
+def test_several_outputs_are_marked_one_by_one(output):
+    with pytest.raises(TypeError, match=f"expected a tensor, got {type(output).__name__}; of several outputs"):
+        mark_outputs(output)

@@ -17,6 +17,17 @@ def test_what_belongs_to_the_loss_does_not_depend_on_the_mode(make):
 # LossWeights
 
 
+def test_weights_start_where_they_are_told():
+    tuned = disturb(LossWeights(["a", "b", "c"]))
+    for initial in (tuned.natural_values(), {name: float(w) for name, w in tuned.natural_values().items()}):
+        again = LossWeights(["c", "a", "b"], initial=initial).natural_values()
+        assert {name: float(w) for name, w in again.items()} == pytest.approx(
+            {name: float(w) for name, w in tuned.natural_values().items()}
+        )
+    assert LossWeights(2, initial=[3.0, 1.0]).natural_values().tolist() == pytest.approx([1.5, 0.5])
+    assert LossWeights(2, initial=torch.tensor([3.0, 1.0])).natural_values().tolist() == pytest.approx([1.5, 0.5])
+
+
 def test_loss_weights_start_at_one():
     assert LossWeights(3).natural_values().tolist() == pytest.approx([1.0, 1.0, 1.0])
     assert float(LossWeights(3)(torch.tensor([1.0, 2.0, 4.0]))) == pytest.approx(7.0)
@@ -98,6 +109,11 @@ def test_smoothed_targets_stay_distributions(extreme, maximum):
         (lambda: LossWeights(1), ValueError, "at least two terms, got 1"),
         (lambda: LossWeights(["a"]), ValueError, "at least two terms, got 1"),
         (lambda: LossWeights(["a", "a"]), ValueError, "distinct names"),
+        (lambda: LossWeights(2, initial=[1.0]), ValueError, r"initial to be 2 positive numbers, got \[1.0\]"),
+        (lambda: LossWeights(2, initial=[1.0, 0.0]), ValueError, "initial to be 2 positive numbers"),
+        (lambda: LossWeights(2, initial=[1.0, float("inf")]), ValueError, "initial to be 2 positive numbers"),
+        (lambda: LossWeights(2, initial=[1.0, "b"]), ValueError, "initial to be 2 positive numbers"),
+        (lambda: LossWeights(["a", "b"], initial={"a": 1.0}), ValueError, r"named \('a', 'b'\), got \('a',\)"),
         (lambda: LossWeights("ab"), TypeError, "a list of names, got 'ab'"),
         (lambda: LossWeights(2)(torch.ones(3)), ValueError, r"expected 2 scalar losses, got shape \(3,\)"),
         (lambda: LossWeights(2)(torch.tensor(1.0)), ValueError, r"expected 2 scalar losses, got shape \(\)"),
