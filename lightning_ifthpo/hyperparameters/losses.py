@@ -41,7 +41,7 @@ class LossWeights(nn.Module):
     is_for_training_loss = True
 
     def __init__(
-        self, terms: int | Sequence[str], *, initial: Sequence[float] | Mapping[str, float] | None = None
+        self, terms: int | Sequence[str], *, initial: Sequence[float] | Mapping[str, float] | Tensor | None = None
     ) -> None:
         super().__init__()
         counted = isinstance(terms, int) and not isinstance(terms, bool)
@@ -59,13 +59,17 @@ class LossWeights(nn.Module):
             raise ValueError(f"expected initial to be {count} positive numbers, got {initial!r}")
         self.logits = nn.Parameter(torch.tensor(weights).log(), requires_grad=False)
 
-    def _in_order(self, values: Sequence[Any] | Mapping[str, Any]) -> list[Any]:
-        """Returns values in the order of the terms."""
+    def _in_order(self, values: Any) -> list[Any]:
+        """Returns values in the order of the terms; nothing of what are no values."""
         if isinstance(values, Mapping):
             if values.keys() != set(self.names):
                 raise ValueError(f"expected initial weights named {self.names}, got {tuple(values)}")
             values = [values[name] for name in self.names]
-        return [float(value) if isinstance(value, Tensor) else value for value in values]
+        if isinstance(values, Tensor):
+            values = values.reshape(-1).tolist()
+        if not isinstance(values, (list, tuple)):
+            return []
+        return [value.item() if isinstance(value, Tensor) and value.numel() == 1 else value for value in values]
 
     def natural_values(self) -> Tensor | dict[str, Tensor]:
         """Returns the weight of each term: [K], or scalars by name."""

@@ -113,6 +113,8 @@ def test_smoothed_targets_stay_distributions(extreme, maximum):
         (lambda: LossWeights(2, initial=[1.0, 0.0]), ValueError, "initial to be 2 positive numbers"),
         (lambda: LossWeights(2, initial=[1.0, float("inf")]), ValueError, "initial to be 2 positive numbers"),
         (lambda: LossWeights(2, initial=[1.0, "b"]), ValueError, "initial to be 2 positive numbers"),
+        (lambda: LossWeights(2, initial=True), ValueError, "initial to be 2 positive numbers, got True"),
+        (lambda: LossWeights(2, initial=[torch.ones(2), 1.0]), ValueError, "initial to be 2 positive numbers"),
         (lambda: LossWeights(["a", "b"], initial={"a": 1.0}), ValueError, r"named \('a', 'b'\), got \('a',\)"),
         (lambda: LossWeights("ab"), TypeError, "a list of names, got 'ab'"),
         (lambda: LossWeights(2)(torch.ones(3)), ValueError, r"expected 2 scalar losses, got shape \(3,\)"),
