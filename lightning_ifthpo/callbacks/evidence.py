@@ -95,19 +95,18 @@ class Evidence:
         """
         gradient, move = _wide(gradients), _wide(after) - _wide(before)
         sizes = [tensor.numel() for tensor in after]
-        has_gradient = gradient != 0.0
-        shares = torch.stack([part.float().mean() for part in torch.split(has_gradient, sizes)]).tolist()
+        counts = torch.stack([torch.count_nonzero(part) for part in torch.split(gradient, sizes)]).tolist()
+        shares = [count / max(1, size) for count, size in zip(counts, sizes, strict=True)]
         self.predicted -= _change(gradient, move, sizes, shares)
-        waiting = torch.zeros_like(move)
-        if self._move is not None:
-            earlier_move = self._move.to(gradient)
+        in_units, earlier_move, self._move = move, self._move, move
+        if earlier_move is not None:
+            earlier_move = earlier_move.to(gradient)
             confirmed = -_change(gradient, earlier_move, sizes, shares)
             self.confirmed += confirmed
             self._terms += 1
             self._squares += confirmed**2
-            waiting = earlier_move.masked_fill(has_gradient, 0.0)
-        self._move = move + waiting
-        in_units = move
+            if set(shares) != {1.0}:  # what has no gradient now waits for one
+                self._move = move + earlier_move.masked_fill(gradient != 0.0, 0.0)
         if set(units) != {1.0}:
             in_units = torch.cat([part / unit for part, unit in zip(torch.split(move, sizes), units, strict=True)])
         self.travel += math.sqrt(float(in_units @ in_units) / len(in_units))

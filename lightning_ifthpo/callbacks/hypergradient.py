@@ -115,7 +115,7 @@ class IFTHypergradient(PeriodicCallback):
         self._summary: TuningSummary | None = None
         self._restored: dict[str, Any] = {}
         self._stepper: HyperStepper | None = None
-        self.outer_source: Iterable[Any] | None = None  # of outer batches, while training goes on
+        self.shared_examples = ""  # how many outer examples are training examples, as "8 of 20"
         self._frozen: FrozenHyperparameters | None = None
         self._unfrozen: list[str] = []
         self._has_warned_of_unfrozen = False
@@ -193,8 +193,8 @@ class IFTHypergradient(PeriodicCallback):
         if pl_module.has_fixed_hyperparameters:
             return
         restored, self._restored = self._restored, {}
-        source = self.outer_source = find_outer_data(trainer, pl_module, self.outer_dataloader)
-        warn_of_shared_examples(trainer, source)
+        source = find_outer_data(trainer, pl_module, self.outer_dataloader)
+        self.shared_examples = warn_of_shared_examples(trainer, source)
         tell_of_few_steps(trainer, self.every_n_batches, self.start_after_batches)
         self._stepper = HyperStepper(
             trainer,
@@ -280,7 +280,7 @@ class IFTHypergradient(PeriodicCallback):
         if self._stepper is not None:
             self._restored = self.state_dict()
             self._stepper.outer_data.close()
-            self._stepper = self._report = self.outer_source = None
+            self._stepper = self._report = None
         if self._frozen is not None:
             self._frozen.release()
             self._frozen = None

@@ -103,7 +103,7 @@ def influence(
         if not (callable(function) or isinstance(function, Loss) or (function is None and name == "penalty")):
             raise TypeError(
                 f"expected {name} to be a callable without arguments, got {type(function).__name__}; write it as a "
-                "function, such as lambda: …, that computes the value anew"
+                "function, such as lambda: …, that computes the value at each call"
             )
     if isinstance(parameters, (Tensor, nn.Module)):
         raise TypeError(

@@ -19,18 +19,12 @@ _FEW = 10  # hyper steps
 _MANY = 10_000_000  # examples, for which a comparison takes seconds
 
 
-def warn_of_shared_examples(trainer: L.Trainer, outer: Iterable[Any]) -> None:
-    """Warns if outer examples are training examples, too, as far as data sets and samplers show it."""
-    if shared := shared_examples(trainer, outer):
-        rank_zero_warn(
-            f"IFTHypergradient: {shared} outer examples are training examples, too. On them the hyperparameters learn "
-            "what helps to fit the training data, such as less weight decay; take outer data that training does not "
-            "see, unless both losses are meant for the same data, as in a game"
-        )
+def warn_of_shared_examples(trainer: L.Trainer, outer: Iterable[Any]) -> str:
+    """Warns if outer examples are training examples, too, as far as data sets and samplers show it.
 
-
-def shared_examples(trainer: L.Trainer, outer: Iterable[Any]) -> str:
-    """Returns how many outer examples are training examples, too, as "8 of 20"; empty if none is that shows."""
+    Returns:
+        How many they are, as "8 of 20"; empty if none is that shows.
+    """
     training: Any = trainer.train_dataloader
     if not all(
         isinstance(loader, DataLoader) and draws_all(loader, trainer.world_size) for loader in (training, outer)
@@ -38,7 +32,14 @@ def shared_examples(trainer: L.Trainer, outer: Iterable[Any]) -> str:
         return ""
     assert isinstance(outer, DataLoader)
     shared, total = _shared_examples(training.dataset, outer.dataset), len(outer.dataset)  # type: ignore[arg-type]
-    return f"{shared} of {total}" if shared else ""
+    if not shared:
+        return ""
+    rank_zero_warn(
+        f"IFTHypergradient: {shared} of {total} outer examples are training examples, too. On them the hyperparameters "
+        "learn what helps to fit the training data, such as less weight decay; take outer data that training does not "
+        "see, unless both losses are meant for the same data, as in a game"
+    )
+    return f"{shared} of {total}"
 
 
 def _shared_examples(data: Any, other: Any) -> int:

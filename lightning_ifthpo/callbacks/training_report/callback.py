@@ -32,7 +32,7 @@ class TrainingReport(L.Callback):
     updates of each layer, and the time of callbacks; what there are no data for is left out. It needs nothing outside
     itself. It is written when training starts, again and again while it goes on, and at the end, also after an error;
     each time to a new file that takes the place of the old one. Diagnosis and numbers are always new; charts are drawn
-    anew as often as the budget allows, and at the end.
+    again as often as the budget allows, and at the end.
 
     It works on any LightningModule, with the other callbacks of this package or without, and changes nothing: it draws
     no random numbers, and reads the device every n batches. The first process writes what it sees.

@@ -39,7 +39,6 @@ class Collector:
         self._layers, self._noise = LayerWatch(), NoiseScale()
         self._marks = Series(_MARKS)
         self._modes: dict[str, list[str]] = {"evaluating": [], "training": []}
-        self._shared: str | None = None
         self._start_anew()
 
     def _start_anew(self) -> None:
@@ -166,8 +165,6 @@ class Collector:
     def facts(self, trainer: L.Trainer, module: Any, *, is_over: bool) -> Facts:
         """Returns what was seen so far."""
         self._loss.flush()
-        if self._shared is None and seen.hyper_steps(seen.tuner(trainer)) is not None:
-            self._shared = seen.shared_examples(trainer)
         weights = list(seen.weights_of(module).values())
         frozen = sum(weight.numel() for weight in weights if not weight.requires_grad)
         return Facts(
@@ -182,7 +179,7 @@ class Collector:
             training=tuple(self._modes["training"]),
             is_shuffled=seen.is_shuffled(trainer),
             is_automatic=module.automatic_optimization,
-            tuning=seen.tuning_of(trainer, module, self._records, self._shared or ""),
+            tuning=seen.tuning_of(trainer, module, self._records, seen.shared_examples(trainer)),
         )
 
     def extras(self, trainer: L.Trainer, module: Any, shares: Mapping[str, float]) -> Extras:

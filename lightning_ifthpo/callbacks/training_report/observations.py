@@ -21,7 +21,6 @@ from lightning_ifthpo.callbacks.training_report.records import Records
 from lightning_ifthpo.hyperparameters import SampleWeights
 from lightning_ifthpo.hyperparameters.bounded import Bounded
 from lightning_ifthpo.module import BilevelLightningModule
-from lightning_ifthpo.runtime import advice
 from lightning_ifthpo.solvers import Amortized
 
 _GROUPS = 8  # parameter groups whose learning rate is recorded
@@ -138,9 +137,7 @@ def tuning_of(trainer: Any, module: Any, records: Records, shared: str) -> Tunin
 def shared_examples(trainer: L.Trainer) -> str:
     """Returns how many outer examples are training examples, too, as "8 of 20"; empty if there are none."""
     callback = tuner(trainer)
-    if callback is None or callback.outer_source is None:
-        return ""
-    return advice.shared_examples(trainer, callback.outer_source)
+    return "" if callback is None else callback.shared_examples
 
 
 def is_shuffled(trainer: Any) -> bool | None:
