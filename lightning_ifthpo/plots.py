@@ -15,9 +15,11 @@ from matplotlib.figure import Figure
 from lightning_ifthpo.spectrum import SpectralDensity
 
 _MEAN = re.compile(r"hyperparameter/[^/]+/mean")
+# Blue, vermilion and a grey that the colour-blind can tell apart (Okabe and Ito 2008, "Color Universal Design").
+_POSITIVE, _NEGATIVE, _TINY = "#0072B2", "#D55E00", "#767676"
 _LINES: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("lambda_max", "λ_max", {"color": "tab:blue"}),
-    ("lambda_min", "λ_min", {"color": "tab:red"}),
+    ("lambda_max", "λ_max", {"color": _POSITIVE}),
+    ("lambda_min", "λ_min", {"color": _NEGATIVE, "linestyle": ":"}),
     ("edge", "stability edge", {"color": "black", "linestyle": "--", "linewidth": 1}),
 )
 
@@ -47,7 +49,7 @@ def plot_spectral_density(density: SpectralDensity, *, bins_per_decade: int = 6)
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.add_subplot()
     middle = len(heights) // 2
-    colors = ["tab:red"] * middle + ["tab:gray"] + ["tab:blue"] * middle
+    colors = [_NEGATIVE] * middle + [_TINY] + [_POSITIVE] * middle
     lefts, widths = edges[:-1].tolist(), edges.diff().tolist()
     axes.bar(lefts, heights.tolist(), widths, align="edge", color=colors, edgecolor="white", linewidth=0.3)
     axes.set_xscale("symlog", linthresh=tiny, linscale=0.2)

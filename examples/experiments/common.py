@@ -33,6 +33,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
+from examples.experiments.style import styled
+
 HERE = Path(__file__).parent
 RECORDED, PICTURES = HERE / "results", HERE / "pictures"  # what the documentation shows
 
@@ -216,7 +218,7 @@ def conclude(
     print("", table(results), "", sep="\n")
     print(f"Results: {write(name, results, RECORDED if args.record else args.output)}")
     if draw is not None:
-        print(f"Picture: {save(draw(results), (PICTURES if args.record else args.output) / f'{name}.png')}")
+        print(f"Picture: {save(draw, results, (PICTURES if args.record else args.output) / f'{name}.png')}")
     figures: Figures = {
         key: {"measured": rounded(value), "expected": rounded(expected.get(key))} for key, value in measured.items()
     }
@@ -224,10 +226,11 @@ def conclude(
     return figures
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Writes a picture and returns its path."""
+def save(draw: Callable[[Results], Figure], results: Results, path: Path) -> Path:
+    """Draws a picture in the common style, writes it and returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": None})  # the same bytes from the same results
+    with styled():
+        draw(results).savefig(path, metadata={"Software": None})  # the same bytes from the same results
     return path
 
 

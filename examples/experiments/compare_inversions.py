@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,6 +36,7 @@ from examples.experiments.common import (
     number,
     start,
 )
+from examples.experiments.style import OURS, PLAIN, WRONG, Role, name_rows, page
 from lightning_ifthpo import Hypergradient, implicit_hypergradient, unrolled_hypergradient
 from lightning_ifthpo.curvature import mark_outputs
 from lightning_ifthpo.solvers import ConjugateGradient, Direct, Identity, Neumann, Nystrom
@@ -184,28 +186,37 @@ def table(results: Results) -> str:
 
 def draw(results: Results) -> Figure:
     """Returns the cosine of each method's direction, one row for each method, in a panel for each problem."""
-    tables = {
-        f"{model},\n{where}": rows for model, places in results["models"].items() for where, rows in places.items()
-    }
-    names = list(dict.fromkeys(name for rows in tables.values() for name in rows))
-    figure = Figure(figsize=(12.5, 0.36 * len(names) + 1.8), layout="constrained", dpi=90)
+    models = results["models"]
+    tables = {f"{model},\n{where}": models[model][where] for where in PLACES for model in models}
+    names = list(dict.fromkeys(name for table in tables.values() for name in table))
+    counts = [f"by {near_exact(places[PLACES[0]])} of {len(names)} methods ({model})" for model, places in models.items()]
+    headline = "At the optimum, a cosine of .9 with the exact hypergradient is reached\n" + ", ".join(counts)
+    figure = page(0.25 * len(names) + 1.7, headline)
     panels = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
-    for panel, (title, rows) in zip(panels, tables.items(), strict=True):
+    for panel, (title, table) in zip(panels, tables.items(), strict=True):
+        name_rows(panel, names)
         for place, name in enumerate(names):
-            if name in rows:
-                row = rows[name]
-                color = "tab:blue" if row["products"] else "tab:gray"
-                panel.plot([0.0, row["cosine"]], [place, place], color=color, alpha=0.35, linewidth=2)
-                is_doubtful = row["failed"] or row["stopped"]
-                panel.plot(row["cosine"], place, "o", color=color, mfc="white" if is_doubtful else color, markersize=8)
-        panel.set_title(title, fontsize=13)
-        panel.set_xlim(0.0, 1.05)
-        panel.grid(axis="x", alpha=0.3)
-    panels[0].set_yticks(range(len(names)), labels=names, fontsize=12)
-    panels[0].invert_yaxis()
-    figure.supxlabel("cosine with the exact hypergradient", fontsize=13)
-    figure.suptitle("Blue: with products, gray: without any, hollow: its status says that it failed", fontsize=13)
+            cosine, role = table[name]["cosine"], role_of(table[name])
+            panel.plot([0.0, cosine], [place, place], color=role.color, alpha=0.35)
+            panel.plot(cosine, place, **role.points(markersize=7))
+            panel.annotate(number(cosine, 2), (1.12, place), va="center", fontsize=8, color=role.color)
+        panel.set(title=title, xlabel="cosine", xlim=(0.0, 1.45), xticks=[0.0, 0.5, 1.0])
+    kinds = {"with products": OURS, "without products": PLAIN, "stopped early or failed, as its status says": WRONG}
+    marks = [Line2D([], [], label=label, **role.points(markersize=7)) for label, role in kinds.items()]
+    figure.legend(handles=marks, loc="outside lower center", ncols=3)
     return figure
+
+
+def near_exact(table: Results) -> int:
+    """Returns how many methods have a cosine of at least .9."""
+    return sum(row["cosine"] >= 0.9 for row in table.values())
+
+
+def role_of(row: Results) -> Role:
+    """Returns how a method is drawn."""
+    if row["failed"] or row["stopped"]:
+        return WRONG
+    return OURS if row["products"] else PLAIN
 
 
 def main(argv: list[str] | None = None) -> Figures:

@@ -52,6 +52,7 @@ from examples.experiments.problems.distillation import (
     load_data,
     train,
 )
+from examples.experiments.style import OURS, PLAIN, name_rows, page
 from lightning_ifthpo import IFTHypergradient
 from lightning_ifthpo.solvers import ConjugateGradient
 
@@ -136,27 +137,31 @@ def table(results: Results) -> str:
 def draw(results: Results) -> Figure:
     """Returns the learned images, below the means that they started from, and what they are worth."""
     picture, scores = results["picture"], results["scores"]
-    figure = Figure(figsize=(12.5, 5.0), layout="constrained", dpi=110)
-    figure.suptitle(f"{picture['classes']} learned images in place of {picture['images']:,} real ones", fontsize=16)
-    panels = figure.subplot_mosaic([["means", "accuracy"], ["distilled", "accuracy"]], width_ratios=(1.5, 1.0))
+    figure = page(
+        3.5,
+        f"{picture['classes']} learned images in place of {picture['images']:,} real ones: "
+        f"test accuracy {number(mean(scores['distilled']))} against {number(mean(scores['all']))}",
+    )
+    panels = figure.subplot_mosaic([["means", "accuracy"], ["distilled", "accuracy"]], width_ratios=(1.25, 1.0))
     titles = {
         "means": "Class means, where it starts (classes 0 to 9)",
         "distilled": "Learned images, first seed (classes 0 to 9)",
     }
     for name, title in titles.items():
         images = from_hex(picture[name], (10, *picture["shape"]))
-        panels[name].imshow(tiled(images, 5).squeeze(2).numpy(), cmap="gray", interpolation="nearest")
-        panels[name].set_title(title, fontsize=13)
+        panels[name].imshow(tiled(images, 5).squeeze(2).numpy())
+        panels[name].set_title(title)
         panels[name].set_axis_off()
     panel = panels["accuracy"]
-    for row, name in enumerate(ROWS):
-        panel.barh(row, mean(scores[name]), color="tab:blue" if name == "distilled" else "tab:gray")
-        panel.plot(values(scores[name]), [row] * len(values(scores[name])), "o", color="black", markersize=4)
-        panel.annotate(number(mean(scores[name])), (0.02 * panel.get_xlim()[1], row), va="center", color="white")
-    labels = [meaning.replace(" of each", "\nof each") for meaning in ROWS.values()]
-    panel.set(yticks=range(len(ROWS)), yticklabels=labels, title="Test accuracy of fresh regressions")
-    panel.invert_yaxis()
-    panel.spines[["top", "right"]].set_visible(False)
+    name_rows(panel, [meaning.replace(" of each", "\nof each") for meaning in ROWS.values()])
+    for place, name in enumerate(ROWS):
+        role = OURS if name == "distilled" else PLAIN
+        panel.barh(place, mean(scores[name]), height=0.6, color=role.color)
+        panel.annotate(number(mean(scores[name])), (0.03, place), va="center", color="white", weight="bold")
+        several = values(scores[name])
+        if len(several) > 1:
+            panel.plot([min(several), max(several)], [place, place], "|-", color="black", markersize=9)
+    panel.set(title="Test accuracy of fresh regressions\n(black: from the lowest seed to the highest)", xlim=(0, 1))
     return figure
 
 

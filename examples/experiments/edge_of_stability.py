@@ -11,6 +11,7 @@ et al. 2021, "Gradient descent on neural networks typically occurs at the edge o
 from __future__ import annotations
 
 import csv
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -33,6 +34,7 @@ from examples.experiments.common import (
     quiet_trainer,
     start,
 )
+from examples.experiments.style import page
 from lightning_ifthpo import SharpnessMonitor
 from lightning_ifthpo.plots import plot_sharpness
 
@@ -83,18 +85,29 @@ def column(log: Path, name: str) -> list[float]:
         return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
-def run(fraction: float, folder: Path) -> tuple[Results, Figure]:
-    """Trains with both optimizers; returns the ratio to the edge over the last quarter, and the picture of the logs."""
+def run(fraction: float, folder: Path) -> tuple[Results, dict[str, Path]]:
+    """Trains with both optimizers; returns the ratio to the edge over the last quarter, and the logs."""
     results: Results = {}
-    figure = Figure(figsize=(10, 4), layout="constrained", dpi=110)
-    for axes, (name, (title, _, _, steps)) in zip(figure.subplots(1, 2), OPTIMIZERS.items(), strict=True):
-        log = train(name, max(round(steps * fraction), 4 * EVERY), folder)
+    logs = {}
+    for name, (_, _, _, steps) in OPTIMIZERS.items():
+        logs[name] = log = train(name, max(round(steps * fraction), 4 * EVERY), folder)
         ratios = column(log, "sharpness/edge_ratio")
         settled = ratios[-len(ratios) // 4 :]
         products = median(column(log, "sharpness/products"))
         results[name] = {"mean": fmean(settled), "least": min(settled), "most": max(settled), "products": products}
-        plot_sharpness(log, axes).set_title(title)
-    return results, figure
+    return results, logs
+
+
+def draw(logs: dict[str, Path], results: Results) -> Figure:
+    """Returns curvature and the edge along both runs."""
+    ratios = " and ".join(f"{results[name]['mean']:.2f}" for name in logs)
+    figure = page(3.4, f"Curvature and the edge of stability: in the last quarter their ratio is {ratios}")
+    for panel, (name, log) in zip(figure.subplots(1, 2), logs.items(), strict=True):
+        plot_sharpness(log, panel).set_title(OPTIMIZERS[name][0])
+        panel.get_legend().remove()
+        panel.yaxis.set_major_formatter("{x:,.0f}")
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
 
 
 def summary(results: Results) -> dict[str, float]:
@@ -118,8 +131,8 @@ def main(argv: list[str] | None = None) -> Figures:
     parser.add_argument("--fraction", type=float, default=1.0, help="of the training steps, to see only the start")
     args = parser.parse_args(argv)
     start()
-    results, figure = run(args.fraction, args.output / NAME)
-    return conclude(NAME, results, args, summary=summary, table=table, draw=lambda _: figure)
+    results, logs = run(args.fraction, args.output / NAME)
+    return conclude(NAME, results, args, summary=summary, table=table, draw=partial(draw, logs))
 
 
 if __name__ == "__main__":

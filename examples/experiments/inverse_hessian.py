@@ -1,8 +1,8 @@
 """The inverse Hessian of logistic regression on MNIST and every approximation of it, as pictures.
 
 At the minimum of the training loss, cross-entropy with a little weight decay, the inverse Hessian is compared with what
-each method of the package makes of it (Lorraine, Vicol, Duvenaud 2019, Fig. 2). Red entries are large and blue ones
-small, in one logarithmic scale for all panels. There is a block of pixels by pixels for each pair of digits.
+each method of the package makes of it (Lorraine, Vicol, Duvenaud 2019, Fig. 2). Yellow entries are large and
+blue ones small, in one logarithmic scale for all panels. There is a block of pixels by pixels for each pair of digits.
 
 The identity contains none of the blocks; each Neumann term adds more of them. Gauss–Newton is exact, because the model
 is linear. KFAC misses only that the digits' predictions depend on each other differently in each image. The outer
@@ -17,6 +17,7 @@ Images are pooled to 7 × 7 pixels, which leaves 500 weights; `--full` takes all
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
@@ -36,6 +37,7 @@ from examples.experiments.common import (
     number,
     start,
 )
+from examples.experiments.style import page
 from lightning_ifthpo import unrolled_hypergradient
 from lightning_ifthpo.curvature import (
     GaussNewtonOperator,
@@ -53,6 +55,7 @@ TERMS = (1, 5, 20, 100)
 ITERATIONS = (5, 20)  # of conjugate gradients
 RANK = 100
 PIXELS = 90  # on each side of a panel, at most
+COLUMNS = 4  # of panels
 
 
 class Problem:
@@ -162,16 +165,19 @@ def small(matrix: Tensor) -> Tensor:
 def draw(pictures: dict[str, Tensor], results: Results) -> Figure:
     """Returns all matrices in one scale, that of the exact inverse, clipped at its percentiles."""
     low, high = pictures["exact inverse"].quantile(torch.tensor([0.02, 0.995], dtype=torch.float64)).tolist()
-    figure = Figure(figsize=(13.0, 5.2), layout="constrained", dpi=75)
-    panels = figure.subplots(2, (len(pictures) + 1) // 2).ravel()
+    methods = results["methods"]
+    nearest = ", ".join(sorted(methods, key=lambda name: methods[name]["error"])[:3])
+    height = 2.1 * math.ceil(len(pictures) / COLUMNS) + 0.4
+    figure = page(height, f"The inverse Hessian and its approximations; the nearest are {nearest}")
+    panels = figure.subplots(math.ceil(len(pictures) / COLUMNS), COLUMNS).ravel()
     for panel in panels:
         panel.set_axis_off()
     for panel, (name, picture) in zip(panels, pictures.items(), strict=False):
-        row = results["methods"].get(name)
+        row = methods.get(name)
         caption = f"error {row['error']:.3f}, cosine {row['cosine']:.3f}" if row else "(the scale of all)"
-        image = panel.imshow(picture.numpy(), cmap="coolwarm", vmin=low, vmax=high, interpolation="nearest")
-        panel.set_title(f"{name}\n{caption}", fontsize=11)
-    bar = figure.colorbar(image, ax=figure.axes, shrink=0.8, pad=0.01, extend="both")
+        image = panel.imshow(picture.numpy(), cmap="cividis", vmin=low, vmax=high)
+        panel.set_title(f"{name}\n{caption}", fontsize="medium")
+    bar = figure.colorbar(image, ax=figure.axes, shrink=0.7, pad=0.01, aspect=30, extend="both")
     bar.set_label("log₁₀ of the magnitude of an entry")
     return figure
 
@@ -218,7 +224,7 @@ def main(argv: list[str] | None = None) -> Figures:
         args,
         summary=summary,
         table=table,
-        draw=lambda _: draw(pictures, results),
+        draw=partial(draw, pictures),
         comparable=pooling == 4,
     )
 

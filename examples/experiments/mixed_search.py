@@ -27,7 +27,6 @@ import math
 import time
 from collections.abc import Sequence
 from itertools import pairwise
-from statistics import fmean
 from textwrap import fill
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -49,12 +48,14 @@ from examples.experiments.common import (
     make_parser,
     markdown,
     mean,
+    number,
     quiet_trainer,
     random_batches,
     spread,
     start,
     values,
 )
+from examples.experiments.style import OURS, PLAIN, curve, dots, name_rows, page
 from lightning_ifthpo import BilevelLightningModule, IFTHypergradient
 from lightning_ifthpo.hyperparameters import LabelSmoothing, SampleWeights, WeightDecay
 
@@ -281,38 +282,42 @@ def table(results: Results) -> str:
 
 
 def draw(results: Results) -> Figure:
-    """Returns how the searches proceed, and the accuracy of retrained networks."""
-    figure = Figure(figsize=(12.0, 4.6), layout="constrained", dpi=90)
-    figure.suptitle("Searches of the same training time, on digits of which 30 % have a wrong label", fontsize=15)
-    along, final = figure.subplots(1, 2, sharey=True)
-    for column, (name, search) in enumerate(results["searches"].items()):
-        color, label = f"C{column}", f"{METHODS[name]} ({mean(search['trials']):.0f} trials)"
-        seconds, accuracies = mean_progress(list(search["progress"].values()))
-        along.step(seconds, accuracies, where="post", color=color, linewidth=2.5, label=label)
-        retrained = values(search["retrained"])
-        final.plot([column] * len(retrained), retrained, "o", color=color, markersize=9, alpha=0.5)
-        final.plot(column, mean(search["retrained"]), "_", color=color, markersize=40, markeredgewidth=2.5)
-    along.set_xlabel("seconds of training", fontsize=12)
-    along.set_ylabel("test accuracy", fontsize=12)
-    along.set_title("Network of the best trial so far, mean over seeds", fontsize=13)
-    along.legend(frameon=False, fontsize=11, loc="lower right")
-    final.set(xticks=range(len(METHODS)), xlim=(-0.5, len(METHODS) - 0.5))
-    final.set_xticklabels([fill(label, 16) for label in METHODS.values()], fontsize=10)
-    final.set_title("Network retrained with what was found: seeds and mean", fontsize=13)
+    """Returns how each search proceeds, and the accuracy of networks retrained with what was found."""
+    searches = results["searches"]
+    found = {name: mean(search["retrained"]) for name, search in searches.items()}
+    others = max(accuracy for name, accuracy in found.items() if name != "inside")
+    figure = page(
+        5.2,
+        f"Searches of the same training time, then retrained: hypergradients inside reach {number(found['inside'])},\n"
+        f"the best search without them {number(others)}; 30 % of the training labels are wrong",
+    )
+    above, below = figure.subfigures(2, 1, height_ratios=(1.15, 1.0))
+    panels = above.subplots(1, len(searches), sharex=True, sharey=True)
+    final = below.subplots()
+    name_rows(final, [METHODS[name] for name in searches])
+    for place, (panel, (name, search)) in enumerate(zip(panels, searches.items(), strict=True)):
+        role = OURS if name == "inside" else PLAIN
+        seconds, accuracies = progress(list(search["progress"].values()))
+        curve(panel, seconds, accuracies, role)
+        panel.set_title(f"{fill(METHODS[name], 20)}\n({mean(search['trials']):.0f} trials)")
+        dots(final, place, values(search["retrained"]), role)
+    above.supxlabel("seconds of training; a line for the mean, a band for all seeds", fontsize="medium")
+    panels[0].set_ylabel("test accuracy\nof the best trial so far")
+    final.set_xlabel("test accuracy after retraining; a point for each seed, a bar for the mean")
     return figure
 
 
-def mean_progress(searches: Sequence[Sequence[Sequence[float]]]) -> tuple[list[float], list[float]]:
-    """Returns the mean of step functions of time, from where all have begun: seconds and values.
+def progress(searches: Sequence[Sequence[Sequence[float]]]) -> tuple[list[float], Tensor]:
+    """Returns step functions of time, from where all have begun: seconds, and values [searches, seconds].
 
     Args:
         searches: (seconds, value) of the steps of each.
     """
     begin = max(search[0][0] for search in searches)
     seconds = sorted({begin, *(step[0] for search in searches for step in search if step[0] >= begin)})
-    current = [[value for time, value in search if time <= second][-1] for second in seconds for search in searches]
-    means = [fmean(current[i : i + len(searches)]) for i in range(0, len(current), len(searches))]
-    return seconds, means
+    return seconds, torch.tensor(
+        [[[value for time, value in search if time <= second][-1] for second in seconds] for search in searches]
+    )
 
 
 def silence() -> None:

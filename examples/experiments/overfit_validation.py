@@ -25,9 +25,11 @@ torchvision reads, nothing was measured.
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Iterator
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -58,6 +60,7 @@ from examples.experiments.problems.overfitting import (
     Split,
     load_data,
 )
+from examples.experiments.style import BOUND, OTHER, OUTER, OURS, PLAIN, TEST, TRAINING, curve, page
 from lightning_ifthpo import IFTHypergradient, implicit_hypergradient, unrolled_hypergradient
 from lightning_ifthpo.solvers import Identity, Neumann
 
@@ -69,7 +72,14 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "amortized": {},  # the default, with Gauss–Newton, as outputs are marked
 }
 KINDS = ("tuned", "not tuned", "trained on both")  # of training
-PARTS = {"training": "tab:blue", "validation": "tab:orange", "test": "tab:red"}
+PARTS = ("training", "validation", "test")
+CURVES = {  # of the picture; thin ones are those without tuning
+    "training": ("tuned", "training", TRAINING),
+    "validation": ("tuned", "validation", OUTER),
+    "validation, not tuned": ("not tuned", "validation", PLAIN),
+    "test": ("tuned", "test", TEST),
+    "test, trained on both": ("trained on both", "test", BOUND),
+}
 METHODS = ("Neumann series", "unrolled")  # whose memory is measured
 
 
@@ -170,28 +180,33 @@ def table(results: Results) -> str:
 
 
 def draw(results: Results) -> Figure:
-    """Returns accuracies along training, means over seeds, and memory against the number of terms."""
+    """Returns accuracies along training, and memory against the number of terms."""
     models = results["models"]
-    figure = Figure(figsize=(3.2 * (len(models) + 1), 3.6), layout="constrained", dpi=80)
-    *panels, last = figure.subplots(1, len(models) + 1)
-    for panel, (name, kinds) in zip(panels, models.items(), strict=True):
-        means = {kind: torch.tensor(list(kinds[kind].values())).mean(0).T for kind in KINDS}
-        steps, *curves = means["tuned"]
-        for curve, (part, color) in zip(curves, PARTS.items(), strict=True):
-            panel.plot(steps, curve, color=color, linewidth=2, label=part)
-        for kind, part in (("not tuned", "validation"), ("trained on both", "test")):
-            curve = means[kind][Scores._fields.index(part)]
-            panel.plot(steps, curve, "--", color=PARTS[part], label=f"{part}, {kind}")
+    fitted, test = (fmean(final(kinds["tuned"], part) for kinds in models.values()) for part in ("validation", "test"))
+    lines = math.ceil((len(models) + 2) / 3)  # with a panel for memory and one for the legend
+    figure = page(
+        2.35 * lines + 0.6,
+        "One decay for each weight fits 50 validation images like 50 more training images:\n"
+        f"their accuracy rises to {fitted:.0%} in the mean, that of test images to {test:.0%}",
+    )
+    panels = figure.subplots(lines, 3, squeeze=False).ravel()
+    for panel, (name, kinds) in zip(panels, models.items(), strict=False):
+        for label, (kind, part, role) in CURVES.items():
+            by_seed = torch.tensor(list(kinds[kind].values()))
+            curve(panel, by_seed[0, :, 0], by_seed[..., Scores._fields.index(part)], role, label=label)
         panel.set(title=f"{MODELS[name].title}, {kinds['decays']:,} decays", xlabel="training steps", ylim=(0.0, 1.05))
         panel.set_xlim(left=0)
-        panel.label_outer()
-    panels[0].set_ylabel("accuracy")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
-    for (method, copies), style in zip(results["memory"].items(), ("o-", "s--"), strict=True):
-        last.loglog(results["terms"], copies, style, color="black", label=method)
-    last.set(title="Peak memory, perceptron", xlabel="terms or unrolled steps", ylabel="copies of the weights")
-    last.set_ylim(bottom=1.0)
-    last.legend(frameon=False)
+    for panel in panels[: len(models) : 3]:
+        panel.set_ylabel("accuracy")
+    memory, legend, *empty = panels[len(models) :]
+    for (method, copies), role in zip(results["memory"].items(), (OURS, OTHER), strict=True):
+        memory.loglog(results["terms"], copies, **role.line(marker=role.marker, label=method))
+    memory.set(title="Memory, in copies of the weights", xlabel="terms or unrolled steps")
+    memory.set_ylim(bottom=1.0)
+    memory.legend()
+    legend.legend(*panels[0].get_legend_handles_labels(), loc="center", title="Accuracy on images for")
+    for panel in (legend, *empty):
+        panel.set_axis_off()
     return figure
 
 

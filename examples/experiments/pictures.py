@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         if name in CHEAP:
             experiment.main(["--record"])
         elif DRAWN[name] in read(name) and not read(name).get("earlier"):
-            print(f"Picture: {save(experiment.draw(read(name)), PICTURES / f'{name}.png')}")
+            print(f"Picture: {save(experiment.draw, read(name), PICTURES / f'{name}.png')}")
         else:
             print(f"{name}: its results are those of an earlier version, without what the picture needs")
 

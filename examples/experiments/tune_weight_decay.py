@@ -40,6 +40,7 @@ from examples.experiments.common import (
     start,
     values,
 )
+from examples.experiments.style import BOUND, OTHER, OUTER, OURS, TEST, WRONG, dots, name_rows, page
 from lightning_ifthpo import BilevelLightningModule, IFTHypergradient
 from lightning_ifthpo.hyperparameters import WeightDecay
 
@@ -217,37 +218,38 @@ def table(results: Results) -> str:
 
 def draw(results: Results) -> Figure:
     """Returns where tuned decays end on the curve of the grid, and what each method makes of the two sets."""
-    figure = Figure(figsize=(12.5, 6.4), layout="constrained", dpi=100)
-    figure.suptitle("Weight decay on 300 images: one tuned run ends where the best of a grid ends", fontsize=16)
-    axes = figure.subplot_mosaic([["grid", "scores"], ["path", "tensors"]], width_ratios=(1.0, 1.1))
-    paths = results["global"]["path"].values()
-    for part, color in (("test", "tab:blue"), ("outer", "tab:orange")):
+    paths = torch.tensor(list(results["global"]["path"].values()))[..., 0]  # [seeds, looks]
+    steps = [PATH_EVERY * (place + 1) for place in range(paths.shape[1])]
+    end = geometric_mean(paths[:, -1].tolist())
+    best = min(GRID, key=lambda decay: mean_loss(results, f"grid {decay:g}", "outer"))
+    headline = f"Weight decay: one tuned run ends at {end:.2g}; the best of a grid of {len(GRID)} runs is {best:g}"
+    figure = page(5.6, headline)
+    axes = figure.subplot_mosaic([["grid", "scores"], ["path", "tensors"]])
+    name_rows(axes["scores"], list(METHODS))
+    for part, role, shift in (("test", TEST, -0.17), ("outer", OUTER, 0.17)):
         curve = [mean_loss(results, f"grid {decay:g}", part) for decay in GRID]
-        axes["grid"].plot(GRID, curve, "o-", color=color, markersize=4, label=f"grid, {part} images")
-        end = (geometric_mean(path[-1][0] for path in paths), mean_loss(results, "global", part))
-        axes["grid"].plot(*end, "*", color=color, markersize=15, label=f"tuned, {part} images")
+        axes["grid"].plot(GRID, curve, **role.line(marker=role.marker, label=f"grid, {part} images"))
+        loss = mean_loss(results, "global", part)
+        label = "tuned, both" if part == "outer" else None
+        axes["grid"].plot(end, loss, "*", color="white", mec=OURS.color, mew=1.5, markersize=13, label=label)
         for row, name in enumerate(METHODS):
             if (name, part) != ("retrained", "outer"):  # it trains on them
                 label = f"{part} images" if row == 0 else None
-                accuracies = values(results[name][part])
-                axes["scores"].plot(accuracies, [row] * len(accuracies), "o", color=color, alpha=0.5, label=label)
-                axes["scores"].plot(mean(results[name][part]), row, "|", color=color, markersize=22, markeredgewidth=2)
-    axes["grid"].set(title="A grid, and where the tuned decay ends", ylabel="cross-entropy")
-    axes["scores"].set(title="Accuracy of each seed, and the mean", yticks=range(len(METHODS)), yticklabels=METHODS)
-    axes["scores"].set(ylim=(len(METHODS) - 0.5, -0.5))
-    for path in paths:
-        steps = [PATH_EVERY * (place + 1) for place in range(len(path))]
-        axes["path"].plot([decays[0] for decays in path], steps, color="tab:green")
-        axes["path"].plot(path[-1][0], steps[-1], "*", color="tab:green", markersize=15)
-    axes["path"].set(title="Its path, for each seed", xlabel="decay", ylabel="training step")
-    for name in ("grid", "path"):
-        axes[name].set(xscale="log", xlim=(GRID[0] / 2, GRID[-1] * 2))
-    first = next(iter(results["tensor"]["path"].values()))
-    for label, decays in zip(TENSORS, zip(*first, strict=True), strict=True):
-        axes["tensors"].semilogy([PATH_EVERY * (place + 1) for place in range(len(first))], decays, label=label)
-    axes["tensors"].set(title="One decay per tensor, first seed", xlabel="training step", ylabel="decay")
-    for name in ("grid", "scores", "tensors"):
-        axes[name].legend(frameon=False, fontsize=10)
+                dots(axes["scores"], row + shift, values(results[name][part]), role, label)
+    axes["grid"].set(title="The grid, and where the tuned decay ends", ylabel="cross-entropy", xlabel="decay")
+    axes["grid"].set_xscale("log")
+    axes["scores"].set(title="Accuracy: a point for each seed, a bar for the mean", xlabel="accuracy")
+    axes["path"].plot(steps, paths.T, **OURS.line())
+    axes["path"].axhline(best, **BOUND.line(linewidth=1.2, label="best of the grid"))
+    axes["path"].set(title="A single decay while it is tuned, each seed", ylabel="decay")
+    first = zip(*next(iter(results["tensor"]["path"].values())), strict=True)
+    for label, role, decays in zip(TENSORS, (OURS, OTHER, TEST, WRONG), first, strict=True):
+        axes["tensors"].plot(steps, decays, **role.line(label=label))
+    axes["tensors"].set_title("One decay per tensor while tuned, first seed")
+    for name in ("path", "tensors"):
+        axes[name].set(yscale="log", xlabel="training step")
+    for panel in axes.values():
+        panel.legend()
     return figure
 
 
