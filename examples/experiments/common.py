@@ -230,7 +230,8 @@ def save(draw: Callable[[Results], Figure], results: Results, path: Path) -> Pat
     """Draws a picture in the common style, writes it and returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with styled():
-        draw(results).savefig(path, metadata={"Software": None})  # the same bytes from the same results
+        # the same bytes from the same results
+        draw(results).savefig(path, metadata={"Software": None}, pil_kwargs={"optimize": True})
     return path
 
 
@@ -273,6 +274,12 @@ def mean(by_seed: Mapping[str, float], seeds: Iterable[int] | None = None) -> fl
     return fmean(values(by_seed, seeds) or [by_seed["mean"]])
 
 
+def deviation(by_seed: Mapping[str, float]) -> float | None:
+    """Returns the standard deviation over seeds; None if there is only one."""
+    several = values(by_seed)
+    return pstdev(several) if len(several) > 1 else None if several else by_seed.get("deviation")
+
+
 def number(value: float, digits: int = 3) -> str:
     """Returns a number without a zero before the point: .906."""
     shown = f"{value:.{digits}f}"
@@ -281,9 +288,8 @@ def number(value: float, digits: int = 3) -> str:
 
 def spread(by_seed: Mapping[str, float], digits: int = 3) -> str:
     """Returns the mean ± the standard deviation over seeds; the value alone if there is only one."""
-    several = values(by_seed)
-    deviation = pstdev(several) if len(several) > 1 else None if several else by_seed.get("deviation")
-    return number(mean(by_seed), digits) + ("" if deviation is None else f" ± {number(deviation, digits)}")
+    around = deviation(by_seed)
+    return number(mean(by_seed), digits) + ("" if around is None else f" ± {number(around, digits)}")
 
 
 def extent(by_seed: Mapping[str, float], seeds: Iterable[int] | None = None, digits: int = 3) -> str:

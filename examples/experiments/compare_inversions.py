@@ -189,7 +189,9 @@ def draw(results: Results) -> Figure:
     models = results["models"]
     tables = {f"{model},\n{where}": models[model][where] for where in PLACES for model in models}
     names = list(dict.fromkeys(name for table in tables.values() for name in table))
-    counts = [f"by {near_exact(places[PLACES[0]])} of {len(names)} methods ({model})" for model, places in models.items()]
+    counts = [
+        f"by {near_exact(places[PLACES[0]])} of {len(names)} methods ({model})" for model, places in models.items()
+    ]
     headline = "At the optimum, a cosine of .9 with the exact hypergradient is reached\n" + ", ".join(counts)
     figure = page(0.25 * len(names) + 1.7, headline)
     panels = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]

@@ -2,7 +2,7 @@
 
 At the minimum of the training loss, cross-entropy with a little weight decay, the inverse Hessian is compared with what
 each method of the package makes of it (Lorraine, Vicol, Duvenaud 2019, Fig. 2). Yellow entries are large and
-blue ones small, in one logarithmic scale for all panels. There is a block of pixels by pixels for each pair of digits.
+dark ones small, in one logarithmic scale for all panels. There is a block of pixels by pixels for each pair of digits.
 
 The identity contains none of the blocks; each Neumann term adds more of them. Gauss–Newton is exact, because the model
 is linear. KFAC misses only that the digits' predictions depend on each other differently in each image. The outer
@@ -167,15 +167,15 @@ def draw(pictures: dict[str, Tensor], results: Results) -> Figure:
     low, high = pictures["exact inverse"].quantile(torch.tensor([0.02, 0.995], dtype=torch.float64)).tolist()
     methods = results["methods"]
     nearest = ", ".join(sorted(methods, key=lambda name: methods[name]["error"])[:3])
-    height = 2.1 * math.ceil(len(pictures) / COLUMNS) + 0.4
-    figure = page(height, f"The inverse Hessian and its approximations; the nearest are {nearest}")
+    height = 2.1 * math.ceil(len(pictures) / COLUMNS) + 0.6
+    figure = page(height, f"The inverse Hessian and its approximations;\nthe nearest are {nearest}")
     panels = figure.subplots(math.ceil(len(pictures) / COLUMNS), COLUMNS).ravel()
     for panel in panels:
         panel.set_axis_off()
     for panel, (name, picture) in zip(panels, pictures.items(), strict=False):
         row = methods.get(name)
         caption = f"error {row['error']:.3f}, cosine {row['cosine']:.3f}" if row else "(the scale of all)"
-        image = panel.imshow(picture.numpy(), cmap="cividis", vmin=low, vmax=high)
+        image = panel.imshow(picture.numpy(), cmap="viridis", vmin=low, vmax=high)
         panel.set_title(f"{name}\n{caption}", fontsize="medium")
     bar = figure.colorbar(image, ax=figure.axes, shrink=0.7, pad=0.01, aspect=30, extend="both")
     bar.set_label("log₁₀ of the magnitude of an entry")

@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -61,6 +62,7 @@ from examples.experiments.problems.augmentation import (
     RandomDistortion,
     network,
 )
+from examples.experiments.style import OURS, PLAIN, dots, name_rows, page
 from lightning_ifthpo import IFTHypergradient
 
 NAME = "learned_augmentation"
@@ -210,33 +212,29 @@ def table(results: Results) -> str:
 def draw(results: Results) -> Figure:
     """Returns what each row makes of an image, and its accuracies."""
     picture, scores = results["picture"], results["scores"]
-    titles = ["image", *["version"] * SAMPLES, "deviation"]
-    height = 0.78 * len(scores) + 1.2
-    figure = Figure(figsize=(13.0, height), dpi=90)
-    figure.subplots_adjust(left=0.25, right=0.95, bottom=0.75 / height, top=1.0 - 0.35 / height)
-    widths = [1.0] * len(titles) + [6.5]
-    grid = figure.add_gridspec(len(scores), len(widths), width_ratios=widths, wspace=0.08, hspace=0.08)
-    panel = figure.add_subplot(grid[:, -1])
     names = [name for name in ROWS if name in scores]
+    best, plain = max(names, key=lambda name: mean(scores[name])), names[0]
+    figure = page(
+        0.52 * len(names) + 1.2,
+        f"Test accuracy from {number(mean(scores[plain]))} ({ROWS[plain].meaning}) "
+        f"to {number(mean(scores[best]))}\n({ROWS[best].meaning}); blue: learned by hypergradients",
+    )
+    left, right = figure.subfigures(1, 2, width_ratios=(2.0, 1.0))
+    grid = left.subplots(len(names), SAMPLES + 2, squeeze=False)
+    panel = right.subplots()
+    name_rows(panel, [number(mean(scores[name])) for name in names])
+    panel.yaxis.tick_right()
     for place, name in enumerate(names):
-        images = from_hex(picture["tiles"][name], (len(titles), *picture["shape"]))
-        for column, (tile, title) in enumerate(zip(images, titles, strict=True)):
-            axes = figure.add_subplot(grid[place, column])
-            axes.imshow(tile.permute(1, 2, 0).numpy(), cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
+        images = from_hex(picture["tiles"][name], (SAMPLES + 2, *picture["shape"]))
+        for axes, tile in zip(grid[place], images, strict=True):
+            axes.imshow(tile.permute(1, 2, 0).numpy(), vmin=0.0, vmax=1.0)
             axes.set(xticks=[], yticks=[])
-            if place == 0:
-                axes.set_title(title, fontsize=10)
-            if column == 0:
-                axes.set_ylabel(ROWS[name].meaning, rotation=0, ha="right", va="center", fontsize=12)
-        color, several = "tab:gray" if ROWS[name].hyper_rate is None else "tab:blue", values(scores[name])
-        panel.plot(several, [place] * len(several), "o", color=color, alpha=0.4, markersize=6)
-        panel.plot(mean(scores[name]), place, "|", color=color, markersize=22, markeredgewidth=3)
-        shown = number(mean(scores[name]))
-        panel.annotate(shown, (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=12)
-    panel.set(ylim=(len(names) - 0.5, -0.5), yticks=[])
-    panel.set_xlabel("accuracy: a dot for each seed, a bar for the mean; blue: learned", fontsize=11)
-    panel.grid(axis="x", alpha=0.3)
-    panel.spines[["top", "left", "right"]].set_visible(False)
+        label = fill(ROWS[name].meaning, 21)
+        grid[place, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize="small")
+        dots(panel, place, values(scores[name]), PLAIN if ROWS[name].hyper_rate is None else OURS)
+    for column, title in ((0, "image"), (1, f"{SAMPLES} versions"), (-1, "spread")):
+        grid[0, column].set_title(title)
+    panel.set(title="Accuracy: seeds and mean", xlabel="test accuracy")
     return figure
 
 

@@ -15,12 +15,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -30,6 +32,7 @@ from examples.experiments.common import (
     Results,
     accuracy,
     conclude,
+    deviation,
     digits_8x8,
     make_parser,
     markdown,
@@ -40,6 +43,7 @@ from examples.experiments.common import (
     start,
     values,
 )
+from examples.experiments.style import BOUND, OTHER, OURS, PLAIN, Role, name_rows, page
 from lightning_ifthpo import ExactGeN
 
 NAME = "learning_rate_free"
@@ -62,6 +66,29 @@ GRIDS: dict[str, tuple[float, ...]] = {
     "AdamW": (1e-3, 2e-3, 3e-3, 5e-3, 7e-3, 1e-2, 1.4e-2, 2e-2, 3e-2),
 }
 PACKAGES = {"AutoGeN": "GeN", "Prodigy": "prodigyopt"}
+
+
+class Entrant(NamedTuple):
+    """How a method is named and drawn, and whether only the best of the rates that it is given counts."""
+
+    title: str
+    role: Role
+    is_filled: bool
+    needs_rate: bool
+
+    def points(self, **others: Any) -> dict[str, Any]:
+        """Returns arguments of `Axes.plot`."""
+        face = {} if self.is_filled else {"markerfacecolor": "white", "markeredgewidth": 1.3}
+        return self.role.points(**face, **others)
+
+
+METHODS = {
+    "constant": Entrant("constant rate", PLAIN, is_filled=True, needs_rate=True),
+    "cosine": Entrant("cosine", PLAIN, is_filled=False, needs_rate=True),
+    "AutoGeN": Entrant("AutoGeN", OTHER, is_filled=True, needs_rate=False),
+    "Prodigy": Entrant("Prodigy", OTHER, is_filled=False, needs_rate=True),
+    "ExactGeN": Entrant("`ExactGeN`", OURS, is_filled=True, needs_rate=False),
+}
 
 
 def perceptron(inputs: int) -> nn.Module:
@@ -206,30 +233,74 @@ def difference(cell: Results) -> float:
 def table(results: Results) -> str:
     """Returns accuracies in percent; `ExactGeN` and AutoGeN over all rates they are given."""
     cells = results["cells"]
-    titles = {"constant": "constant rate", "cosine": "cosine", "AutoGeN": "AutoGeN", "Prodigy": "Prodigy"}
-    shown = [method for method in titles if any(method in cell for cell in cells.values())]
+    shown = [method for method in METHODS if method != "ExactGeN" and any(method in cell for cell in cells.values())]
     rows = []
     for name, cell in cells.items():
         row = [name.replace("/", ", ")]
         for method in shown:
-            chosen = pooled if method == "AutoGeN" else lambda by_rate: best(by_rate)[1]
-            row.append(spread(chosen(cell[method]), 1) if method in cell else "")
+            row.append(spread(counted(cell, method), 1) if method in cell else "")
         rows.append([*row, spread(pooled(cell["ExactGeN"]), 1), f"{difference(cell):+.2f}".replace("-", "−")])
-    return markdown(["", *(titles[method] for method in shown), "`ExactGeN`", "minus constant"], rows)
+    return markdown(["", *(METHODS[method].title for method in shown), "`ExactGeN`", "minus constant"], rows)
+
+
+def counted(cell: Results, method: str) -> Results:
+    """Returns the accuracies that count: those of the best rate, or of all for a method that should not need one."""
+    return best(cell[method])[1] if METHODS[method].needs_rate else pooled(cell[method])
 
 
 def draw(results: Results) -> Figure:
     """Returns the accuracies of the table and, where they were kept, the rates that `ExactGeN` chose."""
     cells = results["cells"]
     gaps = [difference(cell) for cell in cells.values()]
-    kept = {name: cell["rates"] for name, cell in cells.items() if "rates" in cell}
+    has_rates = all("rates" in cell for cell in cells.values())
     figure = page(
-        0.62 * len(cells) + 1.5 + 2.2 * bool(kept),
-        f"Without a learning rate, ExactGeN ends between {min(gaps):+.1f} and {max(gaps):+.1f} points from\n"
-        "the best constant rate of a grid, which was chosen by test accuracy".replace("-", "−"),
+        5.6 if has_rates else 3.8,
+        f"Without a learning rate, ExactGeN is between {min(gaps):+.1f} and {max(gaps):+.1f} points".replace("-", "−")
+        + "\nfrom the best constant rate of a grid, which is chosen by test accuracy",
     )
-    ...
+    nets: dict[str, Results] = {}
+    for name, cell in cells.items():
+        net, optimizer = name.split("/")
+        nets.setdefault(net, {})[optimizer] = cell
+    panels = figure.subplots(1 + has_rates, len(nets), squeeze=False, sharey="row")
+    for panel, (net, by_optimizer) in zip(panels[0], nets.items(), strict=True):
+        draw_accuracies(panel, by_optimizer)
+        panel.set(title=net, xlabel="test accuracy (%)")
+    for panel, by_optimizer in zip(panels[1] if has_rates else (), nets.values(), strict=False):
+        for dash, (optimizer, cell) in zip(("-", "--", ":"), by_optimizer.items(), strict=False):
+            best_rate = best(cell["constant"])[0] or 1.0
+            ratios = [rate / best_rate for rate in cell["rates"]]
+            panel.semilogy(ratios, color=OURS.color, linestyle=dash, label=optimizer)
+        panel.axhline(1.0, **BOUND.line(linewidth=1.0))
+        panel.set(xlabel="step", ylim=(1e-3, 30.0))
+        panel.legend(loc="lower center")
+    if has_rates:
+        panels[1, 0].set_ylabel("chosen rate over\nthe best constant one")
+    entrants = {name: entrant for name, entrant in METHODS.items() if any(name in cell for cell in cells.values())}
+    marks = [Line2D([], [], label=name, **entrant.points()) for name, entrant in entrants.items()]
+    title = "mean and standard deviation over seeds; ExactGeN and AutoGeN: over all rates that they were given, too"
+    figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), title=title)
     return figure
+
+
+def draw_accuracies(panel: Axes, cells: Results) -> None:
+    """Draws a row for each optimizer, with a line for each method; an arrow points to what is far to the left."""
+    name_rows(panel, list(cells))
+    fair = [mean(counted(cell, method)) for cell in cells.values() for method in ("constant", "ExactGeN")]
+    left = min(fair) - 2.5
+    for row, cell in enumerate(cells.values()):
+        panel.axhline(row + 0.5, color="#767676", linewidth=0.5)
+        for place, (name, entrant) in enumerate(METHODS.items()):
+            if name in cell:
+                center, around = mean(counted(cell, name)), deviation(counted(cell, name))
+                height = row + 0.17 * (place - 2)
+                if center < left:
+                    note = f"{center:.0f}" + ("" if around is None else f" ± {around:.0f}")
+                    panel.plot(left + 0.15, height, **entrant.points(marker="<"))
+                    panel.annotate(note, (left + 0.4, height), va="center", fontsize=8)
+                else:
+                    panel.errorbar(center, height, xerr=around, elinewidth=1.2, **entrant.points())
+    panel.set_xlim(left=left)
 
 
 def main(argv: list[str] | None = None) -> Figures:

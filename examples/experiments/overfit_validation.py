@@ -60,7 +60,7 @@ from examples.experiments.problems.overfitting import (
     Split,
     load_data,
 )
-from examples.experiments.style import BOUND, OTHER, OUTER, OURS, PLAIN, TEST, TRAINING, curve, page
+from examples.experiments.style import BOUND, OTHER, OURS, OUTER, PLAIN, TEST, TRAINING, curve, page
 from lightning_ifthpo import IFTHypergradient, implicit_hypergradient, unrolled_hypergradient
 from lightning_ifthpo.solvers import Identity, Neumann
 

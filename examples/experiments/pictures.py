@@ -1,7 +1,7 @@
 """Draws all pictures of the documentation.
 
 Most are drawn from the result files. Those of `CHEAP` need more than a result file holds, so their experiments are run
-again, which takes a minute. An experiment of which an earlier version has recorded only means keeps its picture.
+again, which takes a minute. An experiment of which an earlier version has recorded less than that keeps its picture.
 
     python -m examples.experiments.pictures                       # all
     python -m examples.experiments.pictures tune_weight_decay     # one
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         experiment = importlib.import_module(f"examples.experiments.{name}")
         if name in CHEAP:
             experiment.main(["--record"])
-        elif DRAWN[name] in read(name) and not read(name).get("earlier"):
+        elif DRAWN[name] in read(name):
             print(f"Picture: {save(experiment.draw, read(name), PICTURES / f'{name}.png')}")
         else:
             print(f"{name}: its results are those of an earlier version, without what the picture needs")

@@ -251,14 +251,14 @@ def draw(results: Results) -> Figure:
     )
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.55 * len(samples), 2.6))
     grid = top.subplots(len(samples), len(SHOWN))
+    for axes, fraction in zip(grid[0], SHOWN, strict=True):
+        axes.set_title(f"{fraction:.0%} of training")
     for row, (method, looks) in zip(grid, samples.items(), strict=True):
-        for axes, look, fraction in zip(row, looks, SHOWN, strict=True):
+        for axes, look in zip(row, looks, strict=True):
             axes.plot(*zip(*look, strict=True), **ROLES[method].points(markersize=1.8, alpha=0.6))
             axes.plot(*MODES.T, "+", color="black", markersize=7)
             axes.set(xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[], aspect="equal")
             axes.spines[:].set_visible(True)
-            if row is grid[0]:
-                axes.set_title(f"{fraction:.0%} of training")
         row[0].set_ylabel(method)
     top.supxlabel("samples of the first seed, lagging discriminator (+: the modes)", fontsize="medium")
     panels = dict(zip(RATES, bottom.subplots(1, len(RATES), sharey=True), strict=True))
@@ -268,8 +268,8 @@ def draw(results: Results) -> Figure:
         fractions = (torch.arange(1, covered.shape[1] + 1) / covered.shape[1]).tolist()
         curve(panels[pace], fractions, covered, ROLES[method], label=method)
     for pace, (generator, discriminator) in RATES.items():
-        panels[pace].set_title(f"{pace}: rates {generator:g} (generator), {discriminator:g} (discriminator)")
-        panels[pace].set(xlabel="fraction of training", ylim=(0, 8.4))
+        panels[pace].set_title(f"{pace}: generator {generator:g}, discriminator {discriminator:g}")
+        panels[pace].set(xlabel="fraction of training, at these learning rates", ylim=(0, 8.4))
     panels["balanced"].legend(loc="lower right")
     panels["lagging"].set_ylabel("modes covered, of 8\n(mean and all seeds)")
     return figure

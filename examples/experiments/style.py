@@ -37,7 +37,6 @@ STYLE: dict[Any, Any] = {
     "lines.markersize": 5,
     "image.cmap": "gray",
     "image.interpolation": "nearest",
-    "text.parse_math": False,
 }
 
 

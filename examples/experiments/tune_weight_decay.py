@@ -40,7 +40,7 @@ from examples.experiments.common import (
     start,
     values,
 )
-from examples.experiments.style import BOUND, OTHER, OUTER, OURS, TEST, WRONG, dots, name_rows, page
+from examples.experiments.style import BOUND, OTHER, OURS, OUTER, TEST, dots, name_rows, page
 from lightning_ifthpo import BilevelLightningModule, IFTHypergradient
 from lightning_ifthpo.hyperparameters import WeightDecay
 
@@ -243,13 +243,15 @@ def draw(results: Results) -> Figure:
     axes["path"].axhline(best, **BOUND.line(linewidth=1.2, label="best of the grid"))
     axes["path"].set(title="A single decay while it is tuned, each seed", ylabel="decay")
     first = zip(*next(iter(results["tensor"]["path"].values())), strict=True)
-    for label, role, decays in zip(TENSORS, (OURS, OTHER, TEST, WRONG), first, strict=True):
-        axes["tensors"].plot(steps, decays, **role.line(label=label))
+    looks = [(OURS.color, "-"), (OURS.color, ":"), (OTHER.color, "-."), (OTHER.color, "--")]
+    for label, (color, dash), decays in zip(TENSORS, looks, first, strict=True):
+        axes["tensors"].plot(steps, decays, color=color, linestyle=dash, label=label)
     axes["tensors"].set_title("One decay per tensor while tuned, first seed")
     for name in ("path", "tensors"):
         axes[name].set(yscale="log", xlabel="training step")
-    for panel in axes.values():
-        panel.legend()
+    for name in ("scores", "path", "tensors"):
+        axes[name].legend()
+    axes["grid"].legend(loc="upper right", bbox_to_anchor=(0.88, 1.03))  # between the ends of the curve
     return figure
 
 
