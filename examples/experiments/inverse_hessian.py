@@ -54,7 +54,7 @@ DECAY = 1e-3  # of all weights, in the loss; without it softmax has a null space
 TERMS = (1, 5, 20, 100)
 ITERATIONS = (5, 20)  # of conjugate gradients
 RANK = 100
-PIXELS = 90  # on each side of a panel, at most
+PIXELS = 80  # on each side of a panel, at most
 COLUMNS = 4  # of panels
 
 

@@ -291,7 +291,8 @@ def draw(results: Results) -> Figure:
         f"Searches of the same training time, then retrained: hypergradients inside reach {number(found['inside'])},\n"
         f"the best search without them {number(others)}; 30 % of the training labels are wrong",
     )
-    above, below = figure.subfigures(2, 1, height_ratios=(1.15, 1.0))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1.15, 1.0))
+    above, below = parts
     panels = above.subplots(1, len(searches), sharex=True, sharey=True)
     final = below.subplots()
     name_rows(final, [METHODS[name] for name in searches])

@@ -193,7 +193,7 @@ def draw(results: Results) -> Figure:
     for panel, (name, kinds) in zip(panels, models.items(), strict=False):
         for label, (kind, part, role) in CURVES.items():
             by_seed = torch.tensor(list(kinds[kind].values()))
-            curve(panel, by_seed[0, :, 0], by_seed[..., Scores._fields.index(part)], role, label=label)
+            curve(panel, by_seed[0, :, 0].tolist(), by_seed[..., Scores._fields.index(part)], role, label=label)
         panel.set(title=f"{MODELS[name].title}, {kinds['decays']:,} decays", xlabel="training steps", ylim=(0.0, 1.05))
         panel.set_xlim(left=0)
     for panel in panels[: len(models) : 3]:

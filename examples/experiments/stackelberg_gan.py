@@ -249,7 +249,8 @@ def draw(results: Results) -> Figure:
         f"With a lagging discriminator the implicit term covers {found['implicit']} of 8 modes "
         f"instead of {found['ordinary']}",
     )
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.55 * len(samples), 2.6))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1.55 * len(samples), 2.6))
+    top, bottom = parts
     grid = top.subplots(len(samples), len(SHOWN))
     for axes, fraction in zip(grid[0], SHOWN, strict=True):
         axes.set_title(f"{fraction:.0%} of training")
