@@ -83,10 +83,11 @@ def main() -> dict[str, dict[str, float]]:
     quiet_trainer([hypergradient]).fit(module, range(1500))
 
     distilled = module.images()[0].detach()
-    rows = [torch.cat([image.view(8, 8) for image in images], 1) for images in (first, distilled)]
-    plt.imshow(torch.cat(rows).numpy(), cmap="gray")
-    plt.title("a real image of each digit, and what it became")
-    plt.axis("off")
+    figure, panels = plt.subplots(2, 10, figsize=(8.0, 2.2))
+    figure.suptitle("A real image of each digit (above), and what it became (below)")
+    for panel, image in zip(panels.flat, torch.cat([first, distilled]), strict=True):
+        panel.imshow(image.view(8, 8).numpy(), cmap="gray")
+        panel.set_axis_off()
     plt.savefig("distilled_images.png")
     measured = {
         "accuracy, ten real images": accuracy_of_a_fresh_network(first, held_out[:]),

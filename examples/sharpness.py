@@ -76,10 +76,12 @@ def main() -> dict[str, dict[str, float]]:
     )
     trainer.fit(Digits(), DataLoader(data, IMAGES))
     print("largest eigenvalue over the edge:", *(f"{ratio:.2f}" for ratio in ratios.seen))
-    plt.plot(range(EVERY, STEPS + 1, EVERY), ratios.seen, ".-")
+    plt.plot(range(EVERY, STEPS + 1, EVERY), ratios.seen, ".-", color="#0072B2")
     plt.axhline(1.0, color="black", linestyle="--", label="the edge of stability")
-    plt.gca().set(xlabel="step", ylabel="largest eigenvalue over 2/η")
-    plt.legend()
+    plt.gca().set(
+        title="Curvature grows to the edge, and stays there", xlabel="step", ylabel="largest eigenvalue over 2/η"
+    )
+    plt.legend(loc="lower right")
     plt.savefig("sharpness.png")
 
     measured = {"edge ratio, first": ratios.seen[0], "edge ratio, last ten": fmean(ratios.seen[-10:])}
