@@ -20,6 +20,7 @@ from lightning_ifthpo.hypergradients import (
     unrolled_hypergradient,
 )
 from lightning_ifthpo.module import BilevelLightningModule
+from lightning_ifthpo.wrong_labels import LabelIssues, label_issues, label_margins
 
 __all__ = [
     "BilevelLightningModule",
@@ -30,6 +31,7 @@ __all__ = [
     "HyperparameterSchedule",
     "IFTHypergradient",
     "Influence",
+    "LabelIssues",
     "LinearBestResponse",
     "Loss",
     "SharpnessMonitor",
@@ -37,6 +39,8 @@ __all__ = [
     "check_hypergradient",
     "implicit_hypergradient",
     "influence",
+    "label_issues",
+    "label_margins",
     "unrolled_hypergradient",
 ]
 

@@ -1,10 +1,11 @@
-"""Plots of curvature and hyperparameters; they need matplotlib (`pip install 'lightning_ifthpo[plots]'`)."""
+"""Plots of curvature, hyperparameters and wrong labels; `pip install 'lightning_ifthpo[plots]'` for matplotlib."""
 
 from __future__ import annotations
 
 import csv
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lightning_ifthpo.spectrum import SpectralDensity
+from lightning_ifthpo.wrong_labels import LabelIssues
 
 _MEAN = re.compile(r"hyperparameter/[^/]+/mean")
 # Blue, vermilion and a grey that the colour-blind can tell apart (Okabe and Ito 2008, "Color Universal Design").
@@ -127,6 +129,41 @@ def plot_hyperparameters(metrics_csv: str | Path, axes: Axes | None = None, *, l
     axes.set(xlabel="step", ylabel="hyperparameter", yscale="log" if log and is_positive else "linear")
     axes.legend(fontsize=8)
     return axes
+
+
+def plot_label_issues(
+    issues: LabelIssues, images: Any, *, names: Sequence[str] | None = None, count: int = 24
+) -> Figure:
+    """Shows the examples whose labels are most likely wrong, each with its given and its likely label.
+
+    Args:
+        issues: Result of `label_issues`.
+        images: The images of the data set, [n, height, width] or [n, channels, height, width], or anything that gives
+            such an image, or a tuple that starts with one, for an index: a data set. One channel is shown in grey,
+            three as colours from 0 to 1.
+        names: Name of each class; by default its number.
+        count: Number of images to show, at most.
+
+    Raises:
+        ValueError: If there are no images to show, or count < 1.
+    """
+    rows = list(issues.head(count)) if count >= 1 else []
+    if not rows:
+        raise ValueError(f"expected at least one image to show, got {len(issues)} examples and count={count}")
+    columns = min(6, len(rows))
+    lines = math.ceil(len(rows) / columns)
+    figure = Figure(figsize=(1.35 * columns, 1.6 * lines), layout="constrained")
+    for row, axes in zip(rows, figure.subplots(lines, columns, squeeze=False).flat, strict=False):
+        image = images[row["index"]]
+        pixels = torch.as_tensor(image[0] if isinstance(image, tuple) else image).detach().cpu()
+        pixels = pixels.movedim(0, -1).squeeze(-1) if pixels.ndim == 3 else pixels
+        axes.imshow(pixels.float().numpy(), cmap="gray_r")
+        labels = [row["given_label"], row["predicted_label"]]
+        given, likely = (names[label] if names else str(label) for label in labels)
+        axes.set_title(f"{given} → {likely}" if row["is_label_issue"] else given, fontsize=10)
+    for axes in figure.axes:
+        axes.set_axis_off()
+    return figure
 
 
 def _rows(metrics_csv: str | Path) -> list[dict[str, str]]:

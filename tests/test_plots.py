@@ -5,8 +5,9 @@ import csv
 import pytest
 import torch
 
+from lightning_ifthpo import label_issues
 from lightning_ifthpo.curvature import MatrixOperator
-from lightning_ifthpo.plots import plot_hyperparameters, plot_sharpness, plot_spectral_density
+from lightning_ifthpo.plots import plot_hyperparameters, plot_label_issues, plot_sharpness, plot_spectral_density
 from lightning_ifthpo.spectrum import SpectralDensity, spectral_density
 
 
@@ -121,3 +122,22 @@ def test_a_log_without_hyperparameters_is_refused(tmp_path):
         write(tmp_path / "metrics.csv", rows)
         with pytest.raises(ValueError, match="train with IFTHypergradient and CSVLogger"):
             plot_hyperparameters(tmp_path / "metrics.csv")
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (1, 4, 5), (3, 4, 5)], ids=str)
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_the_worst_images_are_shown_with_their_labels(shape, as_dataset):
+    images, logits = torch.rand(3, *shape), torch.tensor([[4.0, 0.0], [3.0, 0.0], [0.0, 2.0]])
+    labels = torch.tensor([0, 1, 1])
+    data = torch.utils.data.TensorDataset(images, labels) if as_dataset else images
+    figure = plot_label_issues(label_issues(logits, labels), data, names=["cat", "dog"], count=2)
+    assert [axes.get_title() for axes in figure.axes] == ["dog → cat", "dog"]
+    shown = torch.tensor(figure.axes[0].images[0].get_array().data)
+    assert torch.equal(shown, images[1].movedim(0, -1).squeeze(-1) if len(shape) == 3 else images[1])
+    unnamed = plot_label_issues(label_issues(logits, labels), data)
+    assert [axes.get_title() for axes in unnamed.axes] == ["1 → 0", "1", "0"]
+
+
+def test_a_picture_of_no_images_is_refused():
+    with pytest.raises(ValueError, match="at least one image"):
+        plot_label_issues(label_issues(torch.zeros(1, 2), torch.tensor([0])), torch.zeros(1, 2, 2), count=0)

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from numbers import Integral, Real
 
+import torch
+from torch import Tensor
+
 
 def is_number(value: object) -> bool:
     """True for real numbers, NaN included; False for bools."""
@@ -45,3 +48,14 @@ def require_shape(name: str, value: Iterable[int]) -> None:
     """Raises ValueError unless the value is a tuple or a list of positive integers; it may be empty."""
     if not isinstance(value, (tuple, list)) or not all(isinstance(size, int) and size >= 1 for size in value):
         raise ValueError(f"expected {name} to be a tuple of positive sizes, got {value!r}")
+
+
+def require_labels(name: str, labels: Tensor, classes: int) -> None:
+    """Raises ValueError unless labels are integers [n] from 0 to classes − 1, with n >= 1."""
+    is_vector = isinstance(labels, Tensor) and labels.ndim == 1 and labels.numel() > 0
+    if not is_vector or labels.is_floating_point() or labels.dtype == torch.bool:
+        came = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"expected {name} to be an integer tensor [n], got {came}")
+    low, high = labels.aminmax()
+    if low < 0 or high >= classes:
+        raise ValueError(f"expected {name} from 0 to {classes - 1}, got {int(low)} to {int(high)}")

@@ -1,4 +1,4 @@
-"""A weight for each training example."""
+"""A weight for each training example, from a table or from a small network."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from typing_extensions import Self
 
 from lightning_ifthpo.core.validation import require_at_least
 from lightning_ifthpo.hyperparameters.bounded import Bounded
@@ -35,6 +36,32 @@ class SampleWeights(Bounded):
         super().__init__(initial=1.0, maximum=2.0)
         self.logits = nn.Parameter(torch.zeros(n), requires_grad=False)
 
+    @classmethod
+    def from_margins(cls, margins: Tensor) -> Self:
+        """Returns weights 2σ(m_i / s) that start from margins m_i, with s their root mean square.
+
+        The margin of an example is the logit of its given label minus the largest other one (`label_margins`), for
+        example the mean over the epochs of an earlier run. So a weight that few hyper steps reach, because its example
+        is seldom drawn, does not stay at one. Where labels are wrong in a pattern, take the margins of a network that
+        was trained with `LabelTransition`: those of a plain one mislead.
+
+        Args:
+            margins: One margin for each training example, [n].
+
+        Raises:
+            ValueError: If margins are not finite numbers [n].
+
+        >>> SampleWeights.from_margins(torch.tensor([3.0, -3.0])).natural_values()
+        tensor([1.4621, 0.5379])
+        """
+        if not (isinstance(margins, Tensor) and margins.ndim == 1 and bool(margins.isfinite().all())):
+            came = tuple(margins.shape) if isinstance(margins, Tensor) else type(margins).__name__
+            raise ValueError(f"expected finite margins in a tensor [n], got {came}")
+        weights = cls(len(margins))
+        scale = margins.square().mean().sqrt()
+        weights.logits.copy_(margins / scale if scale > 0.0 else torch.zeros_like(margins))
+        return weights
+
     def natural_values(self) -> Tensor:
         """Returns the weight of each training example, [n]."""
         return self._value(self.logits)
@@ -42,6 +69,42 @@ class SampleWeights(Bounded):
     def forward(self, index: Tensor) -> Tensor:
         """Returns the weights [B] of the examples with these indices, integers [B]."""
         return self._value(self.logits[index])
+
+
+class WeightNetwork(Bounded):
+    """A weight in (0, 2) for each example of a batch, a learned function of its loss, its margin or other features.
+
+    This is the Meta-Weight-Net of Shu et al. (2019), for data too large for a table, or for examples that are drawn
+    only once. The weights start at one. Gradients do not flow back through the features.
+
+    Args:
+        features: Number of features of an example.
+        hidden: Width of the hidden layer.
+
+    Raises:
+        ValueError: If an argument is out of range; when called, if there are not as many features of shape [B].
+
+    >>> WeightNetwork(features=2)(torch.tensor([0.1, 3.0]), torch.tensor([2.0, -1.0]))
+    tensor([1., 1.])
+    """
+
+    is_for_training_loss = True
+
+    def __init__(self, features: int = 1, *, hidden: int = 32) -> None:
+        require_at_least("features", features, 1)
+        require_at_least("hidden", hidden, 1)
+        super().__init__(initial=1.0, maximum=2.0)
+        self.features = features
+        self.net = nn.Sequential(nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, 1)).requires_grad_(False)
+        nn.init.zeros_(self.net[2].weight)
+        nn.init.zeros_(self.net[2].bias)
+
+    def forward(self, *features: Tensor) -> Tensor:
+        """Returns the weights [B] of examples with these features, each [B]."""
+        shapes = [tuple(feature.shape) for feature in features]
+        if len(features) != self.features or len(set(shapes)) > 1 or len(shapes[0]) != 1:
+            raise ValueError(f"expected {self.features} features [B], got shapes {shapes}")
+        return self._value(self.net(torch.stack(features, 1).detach()).squeeze(1))
 
 
 class IndexedDataset(Dataset[Any]):
