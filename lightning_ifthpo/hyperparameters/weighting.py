@@ -95,9 +95,10 @@ class WeightNetwork(Bounded):
         require_at_least("hidden", hidden, 1)
         super().__init__(initial=1.0, maximum=2.0)
         self.features = features
-        self.net = nn.Sequential(nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, 1)).requires_grad_(False)
-        nn.init.zeros_(self.net[2].weight)
-        nn.init.zeros_(self.net[2].bias)
+        last = nn.Linear(hidden, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.net = nn.Sequential(nn.Linear(features, hidden), nn.Tanh(), last).requires_grad_(False)
 
     def forward(self, *features: Tensor) -> Tensor:
         """Returns the weights [B] of examples with these features, each [B]."""
