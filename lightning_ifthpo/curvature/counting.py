@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from torch import Tensor
+
 _listener: ContextVar[Callable[[], None] | None] = ContextVar("_listener", default=None)
 
 
@@ -28,16 +30,15 @@ def hearing_products(listener: Callable[[], None]) -> Iterator[None]:
         _listener.reset(token)
 
 
-@contextmanager
-def one_product() -> Iterator[None]:
-    """Makes the block one product, whatever products of other operators it consists of."""
+def as_one_product(product: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+    """Returns the product with v: [n], and tells the listener of one, whatever products of other operators it takes."""
     listener = _listener.get()
     if listener is None:
-        yield
-        return
+        return product(v)
     token = _listener.set(None)
     try:
-        yield
+        image = product(v)
     finally:
         _listener.reset(token)
     listener()
+    return image
