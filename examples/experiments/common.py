@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 from examples.experiments.style import styled
+from examples.experiments.watching import Watching, is_watched
 
 HERE = Path(__file__).parent
 RECORDED, PICTURES = HERE / "results", HERE / "pictures"  # what the documentation shows
@@ -112,9 +113,13 @@ def accuracy(net: nn.Module, examples: Examples) -> float:
 
 
 def quiet_trainer(callbacks: Sequence[L.Callback] = (), **options: Any) -> L.Trainer:
-    """Returns a Trainer for one epoch on the CPU that prints and saves nothing, unless the options say otherwise."""
+    """Returns a Trainer for one epoch on the CPU that prints and saves nothing, unless the options say otherwise.
+
+    On a terminal a bar shows how far it has come.
+    """
+    callbacks = [*callbacks, *([Watching()] if is_watched() else [])]
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
-    return L.Trainer(**{"accelerator": "cpu", "max_epochs": 1, "callbacks": list(callbacks), **quiet, **options})
+    return L.Trainer(**{"accelerator": "cpu", "max_epochs": 1, "callbacks": callbacks, **quiet, **options})
 
 
 def start(threads: int = 1, ignore: Sequence[str] = ()) -> None:

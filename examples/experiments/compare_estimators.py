@@ -40,6 +40,7 @@ from examples.experiments.common import (
     number,
     start,
 )
+from examples.experiments.watching import watched
 from lightning_ifthpo import implicit_hypergradient
 from lightning_ifthpo.curvature import Curvature
 from lightning_ifthpo.optimizers.update_rule import UpdateRule
@@ -186,7 +187,7 @@ def measure(setting: Setting, name: str, seeds: int, points: int, unroll: int, u
             optimizer = torch.optim.SGD(weights, lr=lr, momentum=0.9 if name == "momentum" else 0.0)
         estimates: dict[str, Tensor | None] = {}
         first, shuffled = setting.start + WARM_UP, partial(torch.randperm, generator=problem.generator)
-        for step in range(1, first + GAP * (points - 1) + 1):
+        for step in watched(range(1, first + GAP * (points - 1) + 1), f"{name}, seed {seed}"):
             batch, outer_batch = shuffled(TRAINING)[:BATCH_SIZE], shuffled(OUTER)[:BATCH_SIZE]
             inner = partial(problem.inner, problem.weights, problem.hyperparameter, batch)
             (problem.weights.grad,) = torch.autograd.grad(inner()[0], problem.weights)

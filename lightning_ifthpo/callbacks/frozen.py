@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+
+
+def freeze(module: Any) -> list[str]:
+    """Freezes the hyperparameters of a bilevel module; returns the names of those that were not frozen."""
+    unfrozen = {name: parameter for name, parameter in module.named_hyperparameters() if parameter.requires_grad}
+    for parameter in unfrozen.values():
+        parameter.requires_grad_(False)
+    return list(unfrozen)
 
 
 class FrozenHyperparameters:
@@ -20,14 +29,21 @@ class FrozenHyperparameters:
     def __init__(self, module: Any) -> None:
         self._hyperparameters = dict(module.named_hyperparameters())
         self._hooks = [_without_gradients(hyperparameter) for hyperparameter in self._hyperparameters.values()]
+        self._has_warned = False
 
-    def refreeze(self) -> list[str]:
-        """Freezes the hyperparameters again; returns the names of those that something had unfrozen."""
+    def refreeze(self) -> None:
+        """Freezes the hyperparameters again that something has unfrozen, and warns the first time."""
         unfrozen = [name for name, parameter in self._hyperparameters.items() if parameter.requires_grad]
         for name in unfrozen:
             self._hyperparameters[name].requires_grad_(False)
             self._hyperparameters[name].grad = None
-        return unfrozen
+        if unfrozen and not self._has_warned:
+            self._has_warned = True
+            name = unfrozen[0]
+            rank_zero_warn(
+                f"hyperparameter {name!r} was unfrozen during training, and is frozen again: only hyper steps "
+                "move hyperparameters. To unfreeze weights alone, use self.inner_parameters()"
+            )
 
     def release(self) -> None:
         """Lets backward passes leave gradients again."""

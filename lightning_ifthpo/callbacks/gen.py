@@ -21,6 +21,7 @@ from lightning_ifthpo.runtime.distributed import Ranks
 from lightning_ifthpo.runtime.loggers import log_metrics
 from lightning_ifthpo.runtime.losses import ModuleLosses
 from lightning_ifthpo.runtime.precision import has_half_weights
+from lightning_ifthpo.runtime.progress import Progress
 from lightning_ifthpo.runtime.requirements import check_precision, check_real_weights, check_strategy
 from lightning_ifthpo.runtime.verification import trusted_operator
 from lightning_ifthpo.step_size import ExactGeNLR
@@ -55,7 +56,8 @@ class ExactGeN(L.Callback):
 
     Logs at each look `gen/lr`, the highest of all groups; `gen/alpha`, the optimal step along the last update, if there
     is one; `gen/directional_sharpness`; `gen/accepted`, 0 if the look was not used; and `gen/refused`, the number of
-    looks that were not used. With `per_group` also `gen/lr/0` and so on, for each group.
+    looks that were not used. With `per_group` also `gen/lr/0` and so on, for each group. At the end it says in a line
+    from where to where the rate went, and by how many looks.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -81,7 +83,26 @@ class ExactGeN(L.Callback):
         self.every_n_batches = every_n_batches
         self.curvature = curvature
         self.options = RateOptions(rule, probe, lr_min, lr_max, final_decay, per_group)
+        self._restart()
+
+    def _restart(self) -> None:
         self._scheduler: ExactGeNLR | None = None
+        self._progress = Progress()
+        self._first_rates: list[float] = []  # of each rule, after the first look
+        self._earlier_looks = 0  # before the run was resumed
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what the line at the end says of the time before resuming; the scheduler has a state of its own."""
+        return {"first_rates": self._first_rates, "looks": self._looks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores a result of `state_dict`."""
+        self._first_rates, self._earlier_looks = state_dict["first_rates"], state_dict["looks"]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Resets the callback; a checkpoint that belongs to this fit is loaded after this."""
+        if stage == "fit":
+            self._restart()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Checks the optimizer and replaces its scheduler."""
@@ -115,7 +136,8 @@ class ExactGeN(L.Callback):
             # a look after the step needs a copy, because the training step may change the batch
             loss = self._losses.inner(batch if scheduler.is_pending else copied(batch))
             if not self._losses.is_verified:
-                scheduler.curvature = self._settled_curvature(loss)
+                with self._progress.showing(trainer, "trying the first batch"):
+                    scheduler.curvature = self._settled_curvature(loss)
             # the first look takes a gradient too, which a compiled graph would not keep
             kind: str = scheduler.curvature
             if kind == "three_point" and not scheduler.looks:
@@ -128,6 +150,7 @@ class ExactGeN(L.Callback):
         """Logs each look once."""
         if self._active_scheduler.looks != self._logged:
             self._logged = self._active_scheduler.looks
+            self._first_rates = self._first_rates or self._rates
             log_metrics(trainer, pl_module, _metrics(self._active_scheduler), headlines={"gen/lr": "gen/lr"})
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -137,13 +160,33 @@ class ExactGeN(L.Callback):
         self.__dict__.pop("_losses", None)  # a callback outlives the fit, and should not keep the model
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Detaches the scheduler; the Trainer does not call `teardown` after an exception."""
+        """Does what `on_fit_end` and `teardown` do, which the Trainer does not call after an exception."""
+        self._tell()
         self.teardown(trainer, pl_module, "fit")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Reports how many looks were not used."""
-        if self._active_scheduler.refused:
-            rank_zero_info(f"ExactGeN: number of looks that were not used: {self._active_scheduler.refused}")
+        """Says where the rate went."""
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._scheduler is None or not self._first_rates:
+            return  # without a look there is no rate
+        refused, present = self._scheduler.refused, max(float(rate) for rate in self._scheduler.get_lr())
+        notes = f"; {refused} could not be used" if refused else ""
+        notes += "" if all(rule.settled for rule in self._scheduler.rules) else "; it has not settled yet"
+        notes += f"; the final decay took it to {present:.3g}" if present < max(self._rates) else ""
+        first, last = (", ".join(f"{rate:.3g}" for rate in rates) for rates in (self._first_rates, self._rates))
+        looks = "one look" if self._looks == 1 else f"{self._looks} looks"
+        rank_zero_info(f"ExactGeN: the learning rate went from {first} to {last} by {looks}{notes}")
+
+    @property
+    def _rates(self) -> list[float]:
+        """The rate of each rule, before the final decay."""
+        return [rule.lr or 0.0 for rule in self._active_scheduler.rules]
+
+    @property
+    def _looks(self) -> int:
+        return self._earlier_looks + (0 if self._scheduler is None else self._scheduler.looks)
 
     def _settled_curvature(self, loss: Loss) -> Any:
         """Returns the curvature that the first batch allows, which is verified unless it needs no derivative."""

@@ -12,6 +12,7 @@ from lightning_ifthpo.core.vectors import flattened, length
 from lightning_ifthpo.hypergradients import Hypergradient
 
 _FEW = 24  # entries that are logged one by one
+_NAMED = 5  # numbers that have room in a line of the summary
 
 
 def result_metrics(result: Hypergradient) -> dict[str, float]:
@@ -49,6 +50,15 @@ def extents(module: Any) -> dict[str, tuple[float, float, float]]:
     for name, _, flat in _natural_values(module):
         mean, least, most = torch.stack(_extent(flat)).tolist()
         found[name] = (mean, least, most)
+    return found
+
+
+def named_numbers(module: Any) -> dict[str, dict[str, float]]:
+    """Returns the numbers of each hyperparameter that has a few with names of their own, in natural units."""
+    found = {}
+    for name, parts, flat in _natural_values(module):
+        if 1 < len(parts) == len(flat) <= _NAMED:
+            found[name] = dict(zip(parts, flat.tolist(), strict=True))
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_ifthpo.callbacks.evidence import Evidence
@@ -44,6 +45,9 @@ class HyperStepper:
         source: Loader of outer batches.
         curvature, solver, warm_start, precision, every_n_batches: As in `IFTHypergradient`.
         state: A result of `state_dict`; empty for a new start.
+
+    Attributes:
+        is_tried: Whether `dry_run` has found nothing wrong, as it has to before a hypergradient is computed.
     """
 
     def __init__(
@@ -59,8 +63,8 @@ class HyperStepper:
         every_n_batches: int,
         state: dict[str, Any],
     ) -> None:
-        self._trainer = trainer
-        self._module = module
+        self._trainer, self._module = trainer, module
+        self.is_tried = False
         first_order = curvature == "auto" and isinstance(solver, SAMA)
         self._curvature = "finite_difference" if first_order else curvature
         self._solver = solver
@@ -119,14 +123,15 @@ class HyperStepper:
         paths = [path for path, _ in self._module.named_hyperparameters()]
         has_effect = [direct is not None and bool(direct.any()) for direct in outer.direct]
         warn_of_direct_effects(self._module, list(compress(paths, has_effect)))
+        self.is_tried = True
 
     def compute(self, batch: Any, *, diagnosed: bool) -> tuple[Hypergradient, str]:
         """Returns the hypergradient for a training batch and the next outer batch, and why it should not be used.
 
         Raises:
-            NoLossError: If there is no inner loss on this batch; then nothing is counted or used up.
+            NoLossError: If there is no inner loss on this batch, or on none so far; nothing is counted or used up.
         """
-        outer_batch = self._prepared(self.outer_data.peek())
+        outer_batch = self._next_outer_batch()
         solver = self._solver_for_moving_weights()
         with self._session(), self._counting():
             result, scale = self._scaled_hypergradient(batch, outer_batch, solver, diagnosed=diagnosed)
@@ -154,19 +159,25 @@ class HyperStepper:
 
     def preview(self, batch: Any) -> Hypergradient:
         """Returns the hypergradient for a training batch and the next outer batch, and changes no state."""
-        outer_batch = self._prepared(self.outer_data.peek())
+        outer_batch = self._next_outer_batch()
         solver = self._solver_for_moving_weights()
         with self._session():
             return self._scaled_hypergradient(batch, outer_batch, solver, diagnosed=False)[0]
 
-    def apply(self, result: Hypergradient) -> float:
-        """Makes one step of the hyper-optimizer; returns its size if that was far too long, see `HyperOptimizer`."""
+    def apply(self, result: Hypergradient) -> None:
+        """Makes one step of the hyper-optimizer, and warns of the first that was far too long."""
         loss = float(result.outer_loss)
         before = [hyperparameter.detach().clone() for hyperparameter in self._hyperparameters]
         excess = self._optimizer.step(result.gradients, loss)
+        if excess and self.replaced == 1:
+            rank_zero_warn(
+                f"hyper step {self.steps}: the hyper-optimizer would have moved the hyperparameters by {excess:.2g} "
+                "units at once (1 is a factor of e, for a decay), which weights cannot follow. A step of the default "
+                "optimizer was made instead; further ones are counted in summary(). Lower its learning rate, or leave "
+                "out configure_hyper_optimizer"
+            )
         units, batch = self._optimizer.units, self.outer_data.consumed - 1
         self.evidence.add(result.gradients, before, self._hyperparameters, units, loss, batch)
-        return excess
 
     @property
     def replaced(self) -> int:
@@ -270,6 +281,11 @@ class HyperStepper:
 
     def _session(self) -> AbstractContextManager[None]:
         return self._losses.session(self._curvature, seed=self._seed, step=self.steps)
+
+    def _next_outer_batch(self) -> Any:
+        if not self.is_tried:
+            raise NoLossError("no batch has had a loss yet")
+        return self._prepared(self.outer_data.peek())
 
     def _prepared(self, batch: Any) -> Any:
         return prepared(self._trainer, self._module, batch, seed=self._seed, step=self.steps)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
+from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_ifthpo.callbacks.frozen import FrozenHyperparameters
+from lightning_ifthpo.callbacks.failures import Failures, Policy
+from lightning_ifthpo.callbacks.frozen import FrozenHyperparameters, freeze
 from lightning_ifthpo.callbacks.hyper_metrics import many, result_metrics, summaries
 from lightning_ifthpo.callbacks.hyper_step import HyperStepper
 from lightning_ifthpo.callbacks.periodic import PeriodicCallback, check_single_process, is_monitored
@@ -20,16 +18,14 @@ from lightning_ifthpo.callbacks.summary import TuningSummary
 from lightning_ifthpo.core.loss import NoLossError
 from lightning_ifthpo.core.validation import require_choice, require_flag
 from lightning_ifthpo.curvature.kinds import OPERATORS, Curvature
-from lightning_ifthpo.hypergradients import Hypergradient
 from lightning_ifthpo.module import BilevelLightningModule
-from lightning_ifthpo.runtime.advice import tell_of_few_steps, warn_of_shared_examples
+from lightning_ifthpo.runtime.advice import tell_of_few_steps, warn_of_no_step, warn_of_shared_examples
 from lightning_ifthpo.runtime.loggers import log_histograms, log_result
 from lightning_ifthpo.runtime.optimizer_state import include_hyperparameters
 from lightning_ifthpo.runtime.outer_data import check_batches, find_outer_data
 from lightning_ifthpo.runtime.precision import CurvaturePrecision
 from lightning_ifthpo.runtime.requirements import check_module, check_precision
-from lightning_ifthpo.solvers import Amortized, Solver, Status
-from lightning_ifthpo.solvers.causes import Cause
+from lightning_ifthpo.solvers import Amortized, Solver
 
 
 class IFTHypergradient(PeriodicCallback):
@@ -73,6 +69,8 @@ class IFTHypergradient(PeriodicCallback):
     >>> callback = IFTHypergradient(every_n_batches=10, curvature="gauss_newton")
     """
 
+    work = "hyper step"
+
     def __init__(
         self,
         every_n_batches: int = 5,
@@ -83,7 +81,7 @@ class IFTHypergradient(PeriodicCallback):
         start_after_batches: int = 0,
         outer_dataloader: Iterable[Any] | None = None,
         held_out_dataloader: Iterable[Any] | None = None,
-        on_failure: Literal["skip", "use", "raise"] = "skip",
+        on_failure: Policy = "skip",
         max_overhead: float | None = None,
         precision: CurvaturePrecision = "32",
     ) -> None:
@@ -92,7 +90,7 @@ class IFTHypergradient(PeriodicCallback):
             raise TypeError(f"expected solver to be an instance such as ConjugateGradient(), or None, got {solver!r}")
         require_choice("curvature", curvature, ("auto", *OPERATORS))
         require_flag("warm_start", warm_start)
-        require_choice("on_failure", on_failure, ("skip", "use", "raise"))
+        require_choice("on_failure", on_failure, get_args(Policy))
         require_choice("precision", precision, ("32", "inherit"))
         self.curvature = curvature
         self.solver = Amortized(products=2, horizon=100) if solver is None else solver
@@ -101,8 +99,7 @@ class IFTHypergradient(PeriodicCallback):
         self.warm_start = warm_start
         if held_out_dataloader is not None:
             check_batches(held_out_dataloader, "held_out_dataloader: ")
-        self.outer_dataloader = outer_dataloader
-        self.held_out_dataloader = held_out_dataloader
+        self.outer_dataloader, self.held_out_dataloader = outer_dataloader, held_out_dataloader
         self.on_failure = on_failure
         self.precision = precision
         self.headlines = {"hypergrad/outer_loss": "hypergrad/outer", "hypergrad/gain": "hypergrad/gain"}
@@ -110,7 +107,7 @@ class IFTHypergradient(PeriodicCallback):
 
     def _restart(self) -> None:
         super()._restart()
-        self._causes: dict[str, int] = {}  # of skipped hyper steps, and their numbers
+        self._failures = Failures(self.on_failure)
         self._report: Report | None = None
         self._summary: TuningSummary | None = None
         self._restored: dict[str, Any] = {}
@@ -118,20 +115,17 @@ class IFTHypergradient(PeriodicCallback):
         self.shared_examples = ""  # how many outer examples are training examples, as "8 of 20"
         self._frozen: FrozenHyperparameters | None = None
         self._unfrozen: list[str] = []
-        self._has_warned_of_unfrozen = False
         self._optimizer_states: list[dict[str, Any]] = []
-        self._is_tested = False
-        self._has_remarked = False
 
     @property
     def skipped(self) -> int:
         """Number of hyper steps that were skipped."""
-        return sum(self._causes.values())
+        return sum(self._failures.causes.values())
 
     @property
     def skipped_by_cause(self) -> dict[str, int]:
         """Number of hyper steps that were skipped, for each cause."""
-        return dict(self._causes)
+        return dict(self._failures.causes)
 
     @property
     def stepper(self) -> HyperStepper | None:
@@ -155,7 +149,7 @@ class IFTHypergradient(PeriodicCallback):
             return self._restored
         return {
             "skipped": self.skipped,
-            "causes": self._causes,
+            "causes": self._failures.causes,
             "report": self._report.state_dict(),
             "metrics": self._metrics,
             "cadence": self._cadence.state_dict(),
@@ -174,10 +168,7 @@ class IFTHypergradient(PeriodicCallback):
         """Resets the callback, and freezes the hyperparameters before a strategy wraps the module."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and isinstance(pl_module, BilevelLightningModule):
-            tunable = dict(pl_module.named_hyperparameters())
-            self._unfrozen = [name for name, parameter in tunable.items() if parameter.requires_grad]
-            for parameter in tunable.values():
-                parameter.requires_grad_(False)
+            self._unfrozen = freeze(pl_module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Makes all checks that need no data."""
@@ -210,7 +201,7 @@ class IFTHypergradient(PeriodicCallback):
         held_out, state = self.held_out_dataloader, restored.get("report", {})
         self._report = Report(self._stepper, pl_module, source, held_out, state)
         if restored:
-            self._causes, self._metrics = restored["causes"], restored["metrics"]
+            self._failures.causes, self._metrics = restored["causes"], restored["metrics"]
             self._cadence.load_state_dict(restored["cadence"])
         self._cadence.begin(self._stepper.ranks.broadcast_bool)
         super().on_train_start(trainer, pl_module)
@@ -220,55 +211,36 @@ class IFTHypergradient(PeriodicCallback):
     ) -> None:
         """Freezes the hyperparameters again, and makes a dry run on the first batch that has a loss."""
         assert self._frozen is not None, "training has not started"
-        if unfrozen := self._frozen.refreeze():
-            self._warn_of_unfrozen(unfrozen)
+        self._frozen.refreeze()
         if self._stepper is None or self._report is None or pl_module.has_fixed_hyperparameters:
             return  # without a batch there is no hyper step
-        if not self._is_tested:
+        if not self._stepper.is_tried:
             try:
-                self._active_stepper.dry_run(batch)
-                self._is_tested = True
-                self._report.begin()
+                with self._progress.showing(trainer, "trying the first batch"):
+                    self._stepper.dry_run(batch)
+                    self._report.begin()
             except NoLossError:
                 check_single_process(trainer)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def _fire(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
         """Makes one hyper step."""
-        self._require_dry_run()
         metrics: dict[str, float] = {}
-        with self._skipping_without_memory(trainer):
-            # A diagnosis costs products, so only a failure that is reported gets one.
-            diagnosed = not self._has_warned or self.on_failure == "raise"
-            result, doubt = self._active_stepper.compute(batch, diagnosed=diagnosed)
-            metrics = result_metrics(result)
-            if self._accepts(result, doubt):
-                self._apply(result)
-        return {**metrics, **self._totals(), **summaries(module)}
-
-    def _apply(self, result: Hypergradient) -> None:
         stepper = self._active_stepper
-        moved = stepper.apply(result)
-        if moved and stepper.replaced == 1:
-            rank_zero_warn(
-                f"hyper step {stepper.steps}: the hyper-optimizer would have moved the hyperparameters by {moved:.2g} "
-                "units at once (1 is a factor of e, for a decay), which weights cannot follow. A step of the default "
-                "optimizer was made instead; further ones are counted in summary(). Lower its learning rate, or leave "
-                "out configure_hyper_optimizer"
-            )
+        with self._failures.skipping_without_memory(trainer, stepper):
+            result, doubt = stepper.compute(batch, diagnosed=self._failures.reports_next)
+            metrics = result_metrics(result)
+            if self._failures.accepts(result, doubt, stepper.steps):
+                stepper.apply(result)
+        return {**metrics, **self._totals(), **summaries(module)}
 
     def _preview(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
         """Returns the metrics of a hyper step that is not made."""
-        self._require_dry_run()
         metrics = result_metrics(self._active_stepper.preview(batch))
         return {**metrics, **self._totals(), **summaries(module)}
 
     def _totals(self) -> dict[str, float]:
         return {"hypergrad/skipped": float(self.skipped), "hypergrad/gain": self._active_stepper.evidence.confirmed}
-
-    def _require_dry_run(self) -> None:
-        if not self._is_tested:
-            raise NoLossError("no batch has had a loss yet")
 
     def _lacks_metrics(self, trainer: L.Trainer) -> bool:
         """Also asks whether a callback or a scheduler monitors one of the metrics, because a preview costs a solve."""
@@ -295,16 +267,11 @@ class IFTHypergradient(PeriodicCallback):
         if self._stepper is None or self._report is None or pl_module.has_fixed_hyperparameters:
             return
         if not self._stepper.steps:
-            rank_zero_warn(
-                "IFTHypergradient made no hyper step, so that the hyperparameters are as they were: no batch with a "
-                f"loss came {self.every_n_batches} training batches after the first {self.start_after_batches} "
-                "(every_n_batches, start_after_batches)"
-            )
+            warn_of_no_step(self.every_n_batches, self.start_after_batches)
             return
-        summary = self._summarize(self._report)
-        tuned = {f"hyperparameter/{change.name}": change.end[0] for change in summary.hyperparameters}
-        last = math.nan if summary.outer_loss is None else summary.outer_loss[1]
-        log_result(trainer, tuned, {"hypergrad/final_outer_loss": last})
+        with self._progress.showing(trainer, "losses at the end"):
+            self._summarize(self._report)
+        log_result(trainer, *self.summary().result())
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Summarizes what was done so far, as after Ctrl-C, without evaluating a loss again."""
@@ -322,68 +289,12 @@ class IFTHypergradient(PeriodicCallback):
             raise RuntimeError("there is no summary before the end of a fit with hyper steps; call trainer.fit first")
         return self._summary
 
-    def _summarize(self, report: Report, *, evaluated: bool = True) -> TuningSummary:
+    def _summarize(self, report: Report, *, evaluated: bool = True) -> None:
         """Keeps and tells a summary."""
-        self._summary = report.summary(
-            skipped=self._causes,
-            share_of_time=self._cadence.share_of_time,
-            remedy="lower every_n_batches" if self.max_overhead is None else "raise max_overhead",
-            evaluated=evaluated,
-        )
+        self._summary = report.summary(self._failures.causes, self._cadence, evaluated=evaluated)
         rank_zero_info(str(self._summary))
-        return self._summary
-
-    def _warn_of_unfrozen(self, names: list[str]) -> None:
-        if not self._has_warned_of_unfrozen:
-            self._has_warned_of_unfrozen = True
-            rank_zero_warn(
-                f"hyperparameter {names[0]!r} was unfrozen during training, and is frozen again: only hyper steps move "
-                "hyperparameters. To unfreeze weights alone, use self.inner_parameters()"
-            )
 
     @property
     def _active_stepper(self) -> HyperStepper:
         assert self._stepper is not None, "training has not started"
         return self._stepper
-
-    @contextmanager
-    def _skipping_without_memory(self, trainer: L.Trainer) -> Iterator[None]:
-        """Skips a hyper step that runs out of memory, if it may be skipped; see `on_failure`."""
-        reason = ""
-        try:
-            yield
-        except RuntimeError as error:
-            # if one process skips alone, the others wait forever
-            if self.on_failure == "raise" or trainer.world_size > 1 or not is_oom_error(error):
-                raise
-            reason = f"hyper step {self._active_stepper.steps} ran out of memory ({str(error).splitlines()[0]})"
-        if reason:
-            garbage_collection_cuda()  # outside the except block, the error no longer holds its tensors
-            advice = "a smaller outer batch or curvature='finite_difference' needs less"
-            self._skip("out of memory", f"{reason}; {advice}")
-
-    def _skip(self, cause: str, reason: str) -> None:
-        self._causes[cause] = self._causes.get(cause, 0) + 1
-        self._warn_once(f"{reason}. It is skipped; further ones are not reported, but counted in hypergrad/skipped")
-
-    def _remark(self, diagnosis: str) -> None:
-        """Warns once if the outer loss ignores the weights; other remarks on a solve that succeeded pass in a fit."""
-        if not self._has_remarked and Cause.ZERO_RIGHT_HAND_SIDE.words in diagnosis:
-            self._has_remarked = True
-            rank_zero_warn(f"hyper step {self._active_stepper.steps}: {diagnosis}")
-
-    def _accepts(self, result: Hypergradient, doubt: str) -> bool:
-        """Returns whether to use a result, and reports a failed solve, or a doubt about the outer loss."""
-        if result.status.succeeded and not doubt:
-            self._remark(result.diagnosis)
-            return True
-        reason = f"hyper step {self._active_stepper.steps} "
-        reason += f"is doubtful: {doubt}" if doubt else f"ended with status {result.status.value!r}: {result.diagnosis}"
-        if self.on_failure == "raise":
-            raise RuntimeError(reason)
-        usable = self.on_failure == "use" and result.status is not Status.NONFINITE
-        if usable:
-            self._warn_once(f"{reason}. It is used nevertheless; further ones are not reported")
-        else:
-            self._skip("doubtful outer loss" if doubt else result.status.value, reason)
-        return usable

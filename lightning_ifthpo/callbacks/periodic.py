@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -15,15 +15,18 @@ from lightning_ifthpo.core.loss import NoLossError
 from lightning_ifthpo.runtime.batches import copied
 from lightning_ifthpo.runtime.cadence import Cadence
 from lightning_ifthpo.runtime.loggers import log_metrics
+from lightning_ifthpo.runtime.progress import Progress
 
 
 class PeriodicCallback(L.Callback):
     """Fires when its `Cadence` says so, on a copy of the training batch from before the training step.
 
-    A subclass calls `_restart` at the end of its constructor, and sets `headlines`, see `log_metrics`.
+    A subclass calls `_restart` at the end of its constructor, and sets `headlines`, see `log_metrics`, and `work`, what
+    it does in two words.
     """
 
     headlines: Mapping[str, str]
+    work: ClassVar[str]
 
     def __init__(
         self, every_n_batches: int, *, start_after_batches: int = 0, max_overhead: float | None = None
@@ -52,6 +55,7 @@ class PeriodicCallback(L.Callback):
     def _restart(self) -> None:
         """Sets the state before training."""
         self._cadence = Cadence(self.every_n_batches, self.start_after_batches, self.max_overhead)
+        self._progress = Progress()
         self._batch: Any = None
         self._metrics: dict[str, float] = {}
         self._has_fired = False
@@ -99,14 +103,16 @@ class PeriodicCallback(L.Callback):
         synchronize = torch.accelerator.synchronize if module.device.type != "cpu" else lambda: None
         if due:
             with self._cadence.firing(synchronize):
-                self._metrics = self._fire(trainer, module, batch)
+                with self._progress.showing(trainer, self.work):
+                    self._metrics = self._fire(trainer, module, batch)
                 log_metrics(trainer, module, self._metrics, headlines=self.headlines)
             self._has_fired = True
             with self._cadence.off_budget(synchronize):
                 self._illustrate(trainer, module, batch)
         elif self._lacks_metrics(trainer):
             with self._cadence.off_budget(synchronize):
-                self._metrics = self._preview(trainer, module, batch)
+                with self._progress.showing(trainer, self.work):
+                    self._metrics = self._preview(trainer, module, batch)
                 self._publish(trainer, self._metrics)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

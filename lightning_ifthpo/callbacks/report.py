@@ -10,10 +10,11 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_ifthpo.callbacks.hyper_metrics import extents
+from lightning_ifthpo.callbacks.hyper_metrics import extents, named_numbers
 from lightning_ifthpo.callbacks.hyper_step import HyperStepper
 from lightning_ifthpo.callbacks.summary import Change, Losses, TuningSummary, judge, remarks
 from lightning_ifthpo.core.random_state import isolated
+from lightning_ifthpo.runtime.cadence import Cadence
 
 _HELD_OUT = 8  # batches
 
@@ -41,11 +42,12 @@ class Report:
         self._source, self._held_out_source = source, held_out
         self._held_out: list[Any] = []
         self._start: dict[str, tuple[float, float, float]] = state.get("start") or extents(module)
+        self._parts: dict[str, dict[str, float]] = state.get("parts") or named_numbers(module)
         self._held_out_start: float | None = state.get("held_out_start")
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that resuming needs, as plain numbers."""
-        return {"start": self._start, "held_out_start": self._held_out_start}
+        return {"start": self._start, "parts": self._parts, "held_out_start": self._held_out_start}
 
     def begin(self) -> None:
         """Takes the first batches of held-out data, and evaluates them.
@@ -71,27 +73,23 @@ class Report:
         if self._held_out_start is None:
             self._held_out_start = loss
 
-    def summary(
-        self, *, skipped: Mapping[str, int], share_of_time: float, remedy: str, evaluated: bool = True
-    ) -> TuningSummary:
+    def summary(self, skipped: Mapping[str, int], cadence: Cadence, *, evaluated: bool = True) -> TuningSummary:
         """Returns the summary of the hyper steps so far.
 
         Args:
             skipped: Number of skipped hyper steps for each cause.
-            share_of_time: Time of hyper steps over all time.
-            remedy: What makes hyper steps more frequent.
+            cadence: Of the hyper steps.
             evaluated: Whether to evaluate losses at the end, or to take the last one that is known.
         """
         evidence = self._stepper.evidence
         outer = self._outer_losses(evaluated=evaluated)
         held_out = self._held_out_losses() if evaluated else None
-        verdict, reason, advice = judge(evidence, outer, held_out, remedy)
-        ends = extents(self._module)
+        verdict, reason, advice = judge(evidence, outer, held_out, cadence.remedy)
         return TuningSummary(
             verdict=verdict,
             reason=reason,
             advice=(*advice, *remarks(self._module, evidence)),
-            hyperparameters=tuple(Change(name, self._start[name], ends[name]) for name in ends),
+            hyperparameters=tuple(self._changes()),
             outer_loss=outer,
             held_out_loss=held_out,
             predicted=evidence.predicted,
@@ -100,8 +98,14 @@ class Report:
             hyper_steps=self._stepper.steps,
             skipped=dict(skipped),
             replaced=self._stepper.replaced,
-            share_of_time=share_of_time,
+            share_of_time=cadence.share_of_time,
         )
+
+    def _changes(self) -> Iterator[Change]:
+        parts = named_numbers(self._module)
+        for name, end in extents(self._module).items():
+            pairs = {part: (self._parts[name][part], value) for part, value in parts.get(name, {}).items()}
+            yield Change(name, self._start[name], end, pairs)
 
     def _outer_losses(self, *, evaluated: bool) -> Losses | None:
         evidence = self._stepper.evidence

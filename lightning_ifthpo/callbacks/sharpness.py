@@ -72,6 +72,8 @@ class SharpnessMonitor(PeriodicCallback):
     >>> monitor = SharpnessMonitor(every_n_batches=50, top_k=3)
     """
 
+    work = "sharpness"
+
     def __init__(
         self,
         every_n_batches: int = 100,
@@ -206,7 +208,10 @@ class SharpnessMonitor(PeriodicCallback):
         if not self._pictures or self._pictured_epoch == trainer.current_epoch:
             return
         with self._tolerating_failures():
-            with self._operator(trainer, module, batch) as (operator, _):
+            with (
+                self._progress.showing(trainer, "spectral density"),
+                self._operator(trainer, module, batch) as (operator, _),
+            ):
                 density = spectral_density(operator)
             self._pictured_epoch = trainer.current_epoch
             if trainer.is_global_zero:

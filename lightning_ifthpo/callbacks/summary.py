@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
 from lightning_ifthpo.callbacks.evidence import Evidence
-from lightning_ifthpo.hyperparameters import SampleWeights
 from lightning_ifthpo.hyperparameters.bounded import Bounded
 
 Losses: TypeAlias = tuple[float, float]
@@ -26,20 +25,31 @@ _FEW = 10  # hyper steps
 _MANY = 10  # lines
 _EXPLODED = 3.0  # times the outer loss at the start
 _FELL = 0.25  # of the outer loss at the start
-_AT_BOUND = 0.99
 _APART = 0.5  # of the outer loss
 _CONTROL = "Compare with a run after freeze_hyperparameters()."
 
 
 @dataclass(frozen=True)
 class Change:
-    """One registered hyperparameter at the start and at the end: mean, minimum and maximum in natural units."""
+    """One registered hyperparameter at the start and at the end, in natural units.
+
+    Attributes:
+        name: Its registered name.
+        start: Mean, minimum and maximum at the start.
+        end: The same at the end.
+        parts: Start and end of each number that has a name of its own, such as the weight of a term of the loss, if
+            there are at most five.
+    """
 
     name: str
     start: tuple[float, float, float]
     end: tuple[float, float, float]
+    parts: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        if self.parts:
+            named = (f"{part} {first:.3g} → {last:.3g}" for part, (first, last) in self.parts.items())
+            return f"{self.name}: {', '.join(named)}"
         return f"{self.name}: {_extent(self.start)} → {_extent(self.end)}"
 
 
@@ -82,6 +92,11 @@ class TuningSummary:
     def as_dict(self) -> dict[str, Any]:
         """Returns all of it as a dict of plain values."""
         return asdict(self)
+
+    def result(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Returns the tuned values and the final outer loss, by the names that loggers get them under."""
+        tuned = {f"hyperparameter/{change.name}": change.end[0] for change in self.hyperparameters}
+        return tuned, {"hypergrad/final_outer_loss": math.nan if self.outer_loss is None else self.outer_loss[1]}
 
     def rows(self) -> list[dict[str, float | str]]:
         """Returns a row for each hyperparameter, for a table or a data frame."""
@@ -196,9 +211,8 @@ def remarks(module: Any, evidence: Evidence) -> tuple[str, ...]:
     found = []
     for name, value in module.named_natural_values():
         kind = getattr(module, name)
-        bounded = isinstance(kind, Bounded) and not isinstance(kind, SampleWeights)
         parts = list(value.values()) if isinstance(value, Mapping) else [value]
-        if bounded and max(float(part.amax()) for part in parts) > _AT_BOUND * kind.maximum:
+        if isinstance(kind, Bounded) and kind.is_at_bound(max(float(part.amax()) for part in parts)):
             found.append(f"{name!r} stands at its bound, maximum={kind.maximum:g}; raise it if that is meant.")
         elif name in cut_off:
             count, total, last = cut_off[name]

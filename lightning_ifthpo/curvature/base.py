@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_ifthpo.core.graph import custom_functions, second_derivatives_of
 from lightning_ifthpo.core.loss import Loss, LossGraph
+from lightning_ifthpo.curvature.counting import as_one_product
 
 
 class CurvatureOperator(ABC):
@@ -33,7 +34,7 @@ class CurvatureOperator(ABC):
         if v.shape != (self.size,):
             raise ValueError(f"expected v of shape ({self.size},), got {tuple(v.shape)}")
         v = v.to(self.dtype)
-        image = self._product(v)
+        image = as_one_product(self._product, v)
         return image.clone() if _share_memory(image, v) else image  # callers write to products
 
     def quadratic(self, v: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from lightning_ifthpo.core.validation import is_ascending
 
+_AT_BOUND = 0.99  # of the maximum, where the derivative is 4 % of the largest one
+
 
 class Bounded(nn.Module):
     """Base class of modules with values maximum · σ(λ), all equal to `initial` at the start.
@@ -26,6 +28,10 @@ class Bounded(nn.Module):
     def extra_repr(self) -> str:
         """Returns the upper bound, for the module's repr."""
         return f"maximum={self.maximum:g}"
+
+    def is_at_bound(self, value: float) -> bool:
+        """Returns whether a value is so near to the maximum that steps hardly move it."""
+        return value > _AT_BOUND * self.maximum
 
     def _logit(self, value: float) -> float:
         return math.log(value / (self.maximum - value))

@@ -66,6 +66,10 @@ class SampleWeights(Bounded):
         """Returns the weight of each training example, [n]."""
         return self._value(self.logits)
 
+    def is_at_bound(self, value: float) -> bool:
+        """Returns False: some examples have the largest weight, and are meant to."""
+        return False
+
     def forward(self, index: Tensor) -> Tensor:
         """Returns the weights [B] of the examples with these indices, integers [B]."""
         return self._value(self.logits[index])

@@ -81,6 +81,15 @@ def tell_of_few_steps(trainer: L.Trainer, every_n_batches: int, start_after_batc
         )
 
 
+def warn_of_no_step(every_n_batches: int, start_after_batches: int) -> None:
+    """Warns at the end of a run without a hyper step."""
+    rank_zero_warn(
+        "IFTHypergradient made no hyper step, so that the hyperparameters are as they were: no batch with a loss came "
+        f"{every_n_batches} training batches after the first {start_after_batches} (every_n_batches, "
+        "start_after_batches)"
+    )
+
+
 def warn_of_direct_effects(module: Any, directly: Collection[str]) -> None:
     """Warns of ready-made hyperparameters of the training loss alone on which the outer loss depends by itself.
 

@@ -65,6 +65,11 @@ class Cadence:
         total = self._own_seconds + self._clock() - self._training_began
         return self._own_seconds / total if total > 0.0 else 0.0
 
+    @property
+    def remedy(self) -> str:
+        """What makes firings more frequent."""
+        return "lower every_n_batches" if self._max_overhead is None else "raise max_overhead"
+
     def optimizer_stepped(self) -> None:
         """Records an optimizer step during the current batch."""
         self._stepped = True

@@ -25,6 +25,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from examples.experiments.watching import watched
+
 HERE = Path(__file__).resolve().parents[2]
 # glibc adapts these thresholds to what a process has freed so far, and with them the number of page faults. Two
 # versions with the same code of Nystrom differed by 53 % on a diagonal, and by 1 % with fixed thresholds.
@@ -82,7 +84,7 @@ def measure(versions: list[Version], case: str, rounds: int) -> dict[str, Any]:
         if failure:
             return {"error": failure.splitlines()[0]}
     answers: list[list[dict[str, Any]]] = [[] for _ in versions]
-    for turn in range(rounds):
+    for turn in watched(range(rounds), case):
         order = range(len(versions)) if turn % 2 == 0 else reversed(range(len(versions)))
         for index in order:
             answers[index].append(versions[index].ask("cost"))

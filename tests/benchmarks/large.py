@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision.models import resnet50
 
+from examples.experiments.watching import watched
 from lightning_ifthpo import IFTHypergradient
 from lightning_ifthpo.hyperparameters import IndexedDataset
 from lightning_ifthpo.solvers import SAMA, Identity
@@ -101,10 +103,9 @@ def figures(workload: Workload, precision: str, device: str) -> dict[str, Any]:
             workload,
             precision,
             device,
-            IFTHypergradient(every, solver=make(), outer_dataloader=outer, on_failure="use"),
+            IFTHypergradient(every, solver=SOLVERS[name](), outer_dataloader=outer, on_failure="use"),
         )
-        for name, make in SOLVERS.items()
-        for every in (5, 10)
+        for name, every in watched(list(product(SOLVERS, (5, 10))), "solvers")
     }
     plain.append(run(workload, precision, device))
     seconds = statistics.mean(timer.seconds for timer in plain)

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from examples.experiments.watching import watched
 from lightning_ifthpo import implicit_hypergradient
 from lightning_ifthpo.curvature import HessianOperator
 from lightning_ifthpo.solvers import ConjugateGradient, Direct, Neumann, Nystrom
@@ -278,7 +279,7 @@ def measure(problem: Regression | Network, rounds: int) -> dict[str, dict[str, A
             found[name] = {"error": problem.error(method())}
         except ImportError:
             del methods[name]
-    for _ in range(rounds):
+    for _ in watched(range(rounds), "rounds"):
         for name, method in methods.items():
             unit = seconds_of(problem.unit)
             costs.setdefault(name, []).append(seconds_of(method) / statistics.mean([unit, seconds_of(problem.unit)]))

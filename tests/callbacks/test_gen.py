@@ -369,3 +369,63 @@ def test_a_loss_unlike_its_gradient_is_learned_by_differences_of_gradients():
         quiet_trainer(max_epochs=30, callbacks=[ExactGeN()]).fit(module, data)
     assert sum("along its gradient" in str(warning.message) for warning in caught) == 1
     assert float((module.net(images).argmax(1) == labels).float().mean()) > 0.7
+
+
+def told(caplog):
+    (line,) = (record.getMessage() for record in caplog.records if "the learning rate went" in record.getMessage())
+    return line
+
+
+def test_a_line_at_the_end_says_where_the_rate_went(caplog):
+    with caplog.at_level("INFO"):
+        trainer, rates = fit(Plain(), ExactGeN(), max_epochs=30)
+    scheduler = trainer.lr_scheduler_configs[0].scheduler
+    expected = f"from {rates.rates[0]:.3g} to {scheduler.rules[0].lr:.3g} by {scheduler.looks} looks"
+    assert told(caplog).startswith(f"ExactGeN: the learning rate went {expected}")
+    assert "; the final decay took it to 0" in told(caplog)
+    assert scheduler.rules[0].lr > 2 * rates.rates[0]
+
+
+def test_the_line_says_that_a_rate_has_not_settled(caplog):
+    with caplog.at_level("INFO"):
+        fit(Plain(), ExactGeN(final_decay=0.0), max_steps=5)
+    assert told(caplog).endswith("by 5 looks; it has not settled yet")
+
+
+def test_the_line_lists_the_rates_of_groups(caplog):
+    class TwoGroups(Plain):
+        def configure_optimizers(self):
+            groups = [{"params": list(layer.parameters())} for layer in (self.net[0], self.net[-1])]
+            return torch.optim.SGD(groups, lr=0.1)
+
+    with caplog.at_level("INFO"):
+        trainer, _ = fit(TwoGroups(), ExactGeN(final_decay=0.0, per_group=True), max_steps=5)
+    first, second = (rule.lr for rule in trainer.lr_scheduler_configs[0].scheduler.rules)
+    assert f" to {first:.3g}, {second:.3g} by 5 looks" in told(caplog)
+
+
+def test_the_line_comes_after_an_error_too(caplog):
+    class Failing(Plain):
+        def training_step(self, batch, batch_idx):
+            if self.trainer.global_step == 4:
+                raise RuntimeError("a mistake of the user")
+            return super().training_step(batch, batch_idx)
+
+    with caplog.at_level("INFO"), pytest.raises(RuntimeError, match="a mistake of the user"):
+        fit(Failing(), ExactGeN(final_decay=0.0), max_epochs=5)
+    assert "by 4 looks" in told(caplog)
+
+
+def test_the_line_of_a_resumed_run_counts_from_the_beginning(caplog, tmp_path):
+    def line(steps, **options):
+        caplog.clear()
+        torch.manual_seed(0)
+        trainer = quiet_trainer(callbacks=[ExactGeN(final_decay=0.0)], max_steps=steps)
+        with caplog.at_level("INFO"):
+            trainer.fit(Plain(), **options)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return told(caplog)
+
+    whole = line(8)
+    line(4)
+    assert line(8, ckpt_path=tmp_path / "last.ckpt") == whole

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_ifthpo import IFTHypergradient
 from lightning_ifthpo.callbacks.hyper_metrics import extents
 from lightning_ifthpo.callbacks.summary import Change, judge
-from lightning_ifthpo.hyperparameters import SampleWeights
+from lightning_ifthpo.hyperparameters import LossWeights, SampleWeights
 from lightning_ifthpo.solvers import Identity
 from tests.helpers.trainers import Classifier, Ridge, loader, quiet_trainer
 
@@ -367,3 +368,56 @@ def test_a_report_that_fails_does_not_end_the_fit(tmp_path):
     ):
         fitted(callback, Failing, max_epochs=1, min_epochs=1, logger=Refusing(tmp_path))
     assert callback.summary().hyper_steps == 4
+
+
+class Terms(Classifier):
+    """Two terms of the loss with weights, by name or not."""
+
+    terms: object = ("data", "size")
+
+    def __init__(self):
+        super().__init__()
+        self.register_hyperparameter("weights", LossWeights(self.terms))
+
+    def inner_loss(self, batch):
+        x, y = batch
+        losses = [F.cross_entropy(self.net(x), y), self.net[0].weight.square().sum()]
+        named = isinstance(self.terms, tuple)
+        return self.weights(dict(zip(self.terms, losses, strict=True)) if named else losses) + self.decay()
+
+
+def test_a_few_named_numbers_are_told_one_by_one():
+    """Their mean is always one. The decays have more names than there is room for."""
+    callback = IFTHypergradient(1, on_failure="use", solver=Identity())
+    module = fitted(callback, Terms)
+    decay, weights = callback.summary().hyperparameters
+    last = {name: value.item() for name, value in module.weights.natural_values().items()}
+    assert weights.parts == {name: (pytest.approx(1.0), pytest.approx(value)) for name, value in last.items()}
+    assert str(weights) == f"weights: data 1 → {last['data']:.3g}, size 1 → {last['size']:.3g}"
+    assert str(weights) in str(callback.summary())
+    assert last["data"] != pytest.approx(1.0, abs=1e-3)
+    assert decay.parts == {}
+
+
+def test_numbers_without_names_are_summed_up():
+    class Unnamed(Terms):
+        terms = 2
+
+    callback = IFTHypergradient(1, on_failure="use", solver=Identity())
+    fitted(callback, Unnamed)
+    weights = callback.summary().hyperparameters[-1]
+    assert weights.parts == {}
+    assert str(weights).startswith("weights: 1 → mean 1 (")
+
+
+def test_named_numbers_at_the_start_are_those_before_the_run_was_resumed(tmp_path):
+    def changes(epochs, checkpoint=None):
+        callback = IFTHypergradient(1, on_failure="use", solver=Identity())
+        torch.manual_seed(0)
+        trainer = quiet_trainer(callbacks=[callback], max_epochs=epochs)
+        trainer.fit(Terms(), ckpt_path=checkpoint)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return callback.summary().hyperparameters
+
+    changes(1)
+    assert changes(2, tmp_path / "last.ckpt")[1].parts["data"][0] == pytest.approx(1.0)

@@ -225,6 +225,27 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     assert "16 training batches" in (tmp_path / "report.html").read_text()
 
 
+def resumed(tmp_path, report, earlier=()):
+    """Trains for two epochs of four batches, and goes on for one with a report."""
+    first = quiet_trainer(callbacks=[*earlier], max_epochs=2)
+    first.fit(Classifier())
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    quiet_trainer(callbacks=[report], max_epochs=3).fit(Classifier(), ckpt_path=tmp_path / "last.ckpt")
+    return Page(report.path)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_resumed_report_may_be_written_to_another_path(tmp_path):
+    report = TrainingReport(tmp_path / "new.html", every_n_batches=1)
+    page = resumed(tmp_path, report, [TrainingReport(tmp_path / "old.html", every_n_batches=1)])
+    assert "Training is over, 12 training batches." in page.text
+
+
+def test_a_report_that_is_new_in_a_resumed_run_says_so(tmp_path):
+    page = resumed(tmp_path, TrainingReport(tmp_path / "report.html", every_n_batches=1))
+    assert "Training is over, 4 training batches since the run was resumed, without a report of what was" in page.text
+
+
 def test_a_state_of_another_version_does_not_end_training(path):
     report = TrainingReport(path)
     trained([report], max_epochs=1)

@@ -334,7 +334,7 @@ WARNINGS = {
             "Watch `hypergrad/norm`: a solve that met negative curvature can be far too long.",
         ),
         Explanation(
-            "hyper step ‹steps›: ‹diagnosis›",
+            "hyper step ‹step›: ‹diagnosis›",
             "The solve is fine, and the outer loss does not depend on the weights. Only that diagnosis is told in this "
             "way during a fit.",
             "See *zero right-hand side* under [causes](#causes).",
@@ -488,10 +488,12 @@ WARNINGS = {
             "Set `max_steps` or `max_epochs` with a loader of known length, or `final_decay=0`.",
         ),
         Explanation(
-            "number of looks that were not used",
-            "A notice at the end. With the default rule a look is refused only if it is not finite; with "
-            '`rule="published"` also if the parabola has no lowest point ahead.',
-            "Nothing if there are a few. If there are many, look whether losses are finite.",
+            "the learning rate went from",
+            "A notice at the end: the rate after the first look, and the one at the end, before the final decay. It "
+            "settles when it hardly grows any more. With the default rule a look cannot be used only if it is not "
+            'finite; with `rule="published"` also if the parabola has no lowest point ahead.',
+            "Nothing, as a rule. If it has not settled, train longer. If many looks could not be used, look whether "
+            "losses are finite.",
         ),
     ),
     "TrainingReport": (

@@ -57,3 +57,14 @@ def test_the_bound_of_a_decay_is_in_the_repr():
     decay = WeightDecay(nn.Linear(2, 1), "tensor", maximum=3.0)
     assert repr(decay).splitlines()[1].strip() == "maximum=3"
     assert list(decay.state_dict()) == ["log_decay.0", "log_decay.1"]
+
+
+def test_a_value_is_at_its_bound_where_steps_hardly_move_it():
+    """At .99 of the maximum, a step of λ moves the value by 4 % of what it does in the middle."""
+    noise = InputNoise(initial=0.1, maximum=0.5)
+    assert noise.is_at_bound(0.499)
+    assert not noise.is_at_bound(0.49)
+
+
+def test_weights_of_examples_may_be_at_their_bound():
+    assert not SampleWeights(3).is_at_bound(2.0)

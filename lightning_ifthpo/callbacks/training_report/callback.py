@@ -84,7 +84,7 @@ class TrainingReport(L.Callback):
         self._collector = Collector()
         self._findings: list[Finding] = []
         self._charts: dict[str, str] = {}
-        self._is_active = self._has_warned = False
+        self._is_active = self._has_warned = self._misses_beginning = False
         share = float("inf") if self.max_overhead is None else self.max_overhead / 2
         self._looking, self._drawing = Clock(share, free=_FREE), Clock(share, expected=_CHARTS)
         self._written = 0.0  # seconds after the start
@@ -110,6 +110,13 @@ class TrainingReport(L.Callback):
             collector.load_state_dict(state_dict)
             self._collector = collector
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Goes on with a report that was written to another path, if the checkpoint has no state for this one."""
+        states: dict[str, Any] = checkpoint.get("callbacks", {})
+        others = (state for key, state in states.items() if key.startswith(f"{type(self).__qualname__}{{"))
+        if self.state_key not in states and (other := next(others, None)):
+            self.load_state_dict(other)
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Resets the callback; a checkpoint that belongs to this fit is loaded after this."""
         if stage == "fit":
@@ -119,6 +126,7 @@ class TrainingReport(L.Callback):
         """Writes the first page, which has no charts yet."""
         if trainer.is_global_zero:
             self._is_active = True
+            self._misses_beginning = trainer.global_step > 0 and not self._collector.batches
             self._write(trainer, pl_module, "Training has begun.")
             if not self._has_warned:
                 rank_zero_info(f"TrainingReport: {self.path.absolute().as_uri()} shows how training goes on")
@@ -189,7 +197,8 @@ class TrainingReport(L.Callback):
     @property
     def _batches(self) -> str:
         count = self._collector.batches
-        return "one training batch" if count == 1 else f"{count:,} training batches"
+        since = " since the run was resumed, without a report of what was before" if self._misses_beginning else ""
+        return f"one training batch{since}" if count == 1 else f"{count:,} training batches{since}"
 
     def _finish(self, trainer: L.Trainer, module: L.LightningModule, state: str) -> None:
         if self._is_active:

@@ -31,7 +31,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Bound:
-    """A hyperparameter with an upper bound, in natural units."""
+    """A hyperparameter at its upper bound, in natural units."""
 
     name: str
     value: float
@@ -52,7 +52,7 @@ class Tuning:
         travel: How far hyperparameters moved in all, in their units (1 is a factor of e, for a decay); NaN if unknown.
         replaced: Number of steps of the hyper-optimizer that were far too long.
         skipped: Number of skipped hyper steps for each cause.
-        bounds: The hyperparameters that have an upper bound.
+        bounds: The hyperparameters that are at their upper bound.
         remarks: Sentences of the package on hyperparameters that have no hypergradient any more.
         shared: How many outer examples are training examples, as "8 of 20"; empty if there are none.
         held_out: Held-out loss at the start and at the end; None before the end, or without held-out data.

@@ -18,7 +18,6 @@ from lightning_ifthpo.callbacks.sharpness import SharpnessMonitor
 from lightning_ifthpo.callbacks.summary import remarks
 from lightning_ifthpo.callbacks.training_report.facts import Bound, Tuning
 from lightning_ifthpo.callbacks.training_report.records import Records
-from lightning_ifthpo.hyperparameters import SampleWeights
 from lightning_ifthpo.hyperparameters.bounded import Bounded
 from lightning_ifthpo.module import BilevelLightningModule
 from lightning_ifthpo.solvers import Amortized
@@ -235,5 +234,5 @@ def ids_of_units(module: nn.Module) -> frozenset[int]:
 def _bounds(module: Any, records: Records) -> Iterator[Bound]:
     for name in records.names("hyperparameter/"):
         kind = getattr(module, name.split("/")[1], None) if name.endswith("/max") else None
-        if isinstance(kind, Bounded) and not isinstance(kind, SampleWeights):
-            yield Bound(name.split("/")[1], records[name].last, kind.maximum)
+        if isinstance(kind, Bounded) and kind.is_at_bound(value := records[name].last):
+            yield Bound(name.split("/")[1], value, kind.maximum)

@@ -15,7 +15,6 @@ _SURE = 2.0  # standard errors
 _MUCH = 0.03  # of the outer loss
 _REPLACED = 0.05  # of the hyper steps
 _SKIPPED = 0.1  # of the hyper steps
-_AT_BOUND = 0.99
 _INACCURATE = 0.9  # relative residual; 1 is that of no solution at all
 _STALE = 3.0  # that of an estimate, on a batch that it has not seen; up to 1.5 in runs in which tuning helps
 _STILL = 1e-3  # units of the hyperparameters
@@ -118,15 +117,13 @@ def learned_by_heart(facts: Facts) -> Finding | None:
 def at_bound(facts: Facts) -> Finding | None:
     """A hyperparameter at its upper bound."""
     for bound in facts.tuning.bounds if facts.tuning else ():
-        if bound.value > _AT_BOUND * bound.maximum:
-            return Finding(
-                "hyperparameter at its bound",
-                f"{bound.name!r} is {bound.value:.4g}, and its maximum is {bound.maximum:.4g}, where steps hardly "
-                "move it.",
-                "Raise maximum= if such values are meant; otherwise look at whether the outer data differ from the "
-                "training data.",
-                0.78,
-            )
+        return Finding(
+            "hyperparameter at its bound",
+            f"{bound.name!r} is {bound.value:.4g}, and its maximum is {bound.maximum:.4g}, where steps hardly move it.",
+            "Raise maximum= if such values are meant; otherwise look at whether the outer data differ from the "
+            "training data.",
+            0.78,
+        )
     return None
 
 

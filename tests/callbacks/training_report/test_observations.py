@@ -155,11 +155,15 @@ def test_weights_without_hyperparameters_and_units():
     assert seen.ids_of_units(net) == {id(net[1].weight)}
 
 
-def test_bounds_of_hyperparameters_that_are_at_rest_there():
+def test_hyperparameters_are_found_at_their_upper_bound():
+    """Weights of examples may be there, a plain tensor has none, and half of the maximum is far away."""
     module = nn.Module()
     module.decay, module.weights, module.other = WeightDecay(nn.Linear(2, 2)), SampleWeights(3), torch.zeros(1)
     records = Records()
     for name in ("decay/mean", "decay/max", "weights/max", "other/max"):
         records.open(f"hyperparameter/{name}").add(0, 0.5)
+    assert list(seen._bounds(module, records)) == []
+    for name in ("decay/max", "weights/max", "other/max"):
+        records.open(f"hyperparameter/{name}").add(1, 0.995 * (2.0 if name == "weights/max" else 1.0))
     (bound,) = seen._bounds(module, records)
-    assert (bound.name, bound.value, bound.maximum) == ("decay", 0.5, 1.0)
+    assert (bound.name, bound.value, bound.maximum) == ("decay", 0.995, 1.0)
