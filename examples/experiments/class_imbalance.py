@@ -199,11 +199,7 @@ def loss_on(module: Classifier, examples: Examples) -> float:
 
 
 def settings(data: Split, steps: int) -> tuple[dict[str, Setting], dict[str, Classifier]]:
-    """Trains on the training images with every method that chooses; returns settings and networks by method.
-
-    Offsets are relative to the logit adjustment for the frequencies among the training images: among all images it is
-    another one, and the rest stays.
-    """
+    """Trains on the training images with every method that chooses; returns settings and networks by method."""
     counts = data.counts()
     equal, base = Setting(torch.ones(CLASSES), torch.zeros(CLASSES)), menon(counts)
     found = {"equal": equal, "inverse": Setting(1.0 / counts, torch.zeros(CLASSES)), "menon": base}
@@ -219,7 +215,11 @@ def settings(data: Split, steps: int) -> tuple[dict[str, Setting], dict[str, Cla
 
 
 def for_everything(name: str, setting: Setting, data: Split) -> Setting:
-    """Returns the setting of a method for training and outer images together, which are less unbalanced."""
+    """Returns the setting of a method for training and outer images together, which are less unbalanced.
+
+    What was learned beyond the logit adjustment shrinks as the adjustment itself does. Carried over in full it costs
+    half a percent, by seeds 10 and 12.
+    """
     before, after = data.counts(), data.counts(everything=True)
     if name == "inverse":
         return Setting(1.0 / after, setting.offsets)
@@ -228,7 +228,8 @@ def for_everything(name: str, setting: Setting, data: Split) -> Setting:
     if name == "grid":
         strength = setting.offsets[0] / menon(before).offsets[0]
         return menon(after, float(strength))
-    return setting._replace(offsets=setting.offsets - menon(before).offsets + menon(after).offsets)
+    old, new = menon(before).offsets, menon(after).offsets
+    return setting._replace(offsets=new + (setting.offsets - old) * new.std() / old.std())
 
 
 def run(seeds: list[int], steps: int) -> Results:
@@ -293,15 +294,17 @@ def draw(results: Results) -> Figure:
         for part, color in (("training", "tab:blue"), ("everything", "tab:orange")):
             if part in results[name]:
                 own = values(results[name][part])
-                scores.plot(own, [row] * len(own), "o", color=color, alpha=0.5)
                 label = {"training": "training images", "everything": "and outer images"}[part] if row == 0 else None
-                scores.plot(mean(results[name][part]), row, "|", color=color, markersize=22, label=label)
+                scores.plot(own, [row] * len(own), "o", color=color, alpha=0.5, label=label)
+                scores.plot(mean(results[name][part]), row, "|", color=color, markersize=22, markeredgewidth=2)
     scores.set(title="Accuracy on balanced test images, each seed and the mean", ylim=(len(METHODS) - 0.5, -0.5))
     scores.set(yticks=range(len(METHODS)), yticklabels=METHODS)
     scores.legend(frameon=False, title="trained on")
     for name, color in (("menon", "black"), ("offsets", "tab:green")):
         for place, own in enumerate(results[name]["offsets"].values()):
-            offsets.plot(COUNTS, own, "o-", color=color, alpha=0.5, label=METHODS[name] if place == 0 else None)
+            offsets.plot(
+                COUNTS, own, "o-", color=color, alpha=0.5, label=METHODS[name].replace("`", "") if place == 0 else None
+            )
     offsets.set(title="Offsets of the logits", xscale="log", xlabel="training images of the class", ylabel="offset")
     offsets.legend(frameon=False)
     return figure
