@@ -18,6 +18,7 @@ from examples.experiments.common import PICTURES, read, save
 DRAWN = {
     "clean_noisy_labels": "picture",
     "tune_weight_decay": "global",
+    "class_imbalance": "offsets",
     "learning_rate_free": "cells",
     "distill_dataset": "picture",
     "compare_inversions": "models",

@@ -7,15 +7,32 @@ from torch import nn
 from torch.func import functional_call
 
 from lightning_ifthpo import IFTHypergradient
-from lightning_ifthpo.hyperparameters import InputNoise, LabelSmoothing, LossWeights
+from lightning_ifthpo.hyperparameters import (
+    Anchor,
+    ClassWeights,
+    FocalGamma,
+    InputNoise,
+    LabelSmoothing,
+    LogitAdjustment,
+    LoRAGates,
+    LossWeights,
+    Temperature,
+)
 from tests.helpers.device import DEVICE
 from tests.helpers.hyperparameters import EXTREMES, disturb, fill, float64, small_augmentation
 from tests.helpers.trainers import Classifier, quiet_trainer
 
+TARGETS = torch.tensor([0, 2, 2, 1])
 CASES = {
     "LossWeights": (lambda: LossWeights(3), lambda: float64(3)),
     "LabelSmoothing": (lambda: LabelSmoothing(3, initial=0.1), lambda: torch.tensor([0, 2, 2, 1])),
     "LabelSmoothing per class": (lambda: LabelSmoothing(3, per_class=True), lambda: torch.tensor([0, 2, 2, 1])),
+    "ClassWeights": (lambda: ClassWeights([5, 3, 1]), lambda: TARGETS),
+    "LogitAdjustment": (lambda: LogitAdjustment([5, 3, 1]), lambda: float64(4, 3)),
+    "FocalGamma": (lambda: FocalGamma(3), lambda: float64(4, 3)),
+    "FocalGamma per class": (lambda: FocalGamma(3, per_class=True), lambda: float64(4, 3)),
+    "Temperature": (Temperature, lambda: float64(4, 3)),
+    "Temperature per class": (lambda: Temperature(3), lambda: float64(4, 3)),
     "InputNoise": (lambda: InputNoise(initial=0.3), lambda: float64(5, 4)),
     "InputNoise per feature": (lambda: InputNoise((4,)), lambda: float64(5, 4)),
     "AugmentationNetwork": (small_augmentation, lambda: float64(2, 1, 3, 5)),
@@ -28,10 +45,20 @@ def loss_of(module, value, w):
         return module(value * w.sin().sum(0))
     if isinstance(module, LabelSmoothing):
         return F.cross_entropy(w, module(value))
+    if isinstance(module, ClassWeights):
+        return (module(value) * F.cross_entropy(w, value, reduction="none")).mean()
+    if isinstance(module, (LogitAdjustment, Temperature)):
+        return F.cross_entropy(module(value * w), TARGETS.to(w.device))
+    if isinstance(module, FocalGamma):
+        return module(value * w, TARGETS.to(w.device)).mean()
     features = module(value)
     if features.ndim == 4:
         features = features.flatten(1)[:, :4]
     return (features @ w).tanh().square().mean()
+
+
+def called(module, value):
+    return module(value, TARGETS.to(value.device)) if isinstance(module, FocalGamma) else module(value)
 
 
 @pytest.fixture(params=CASES)
@@ -104,13 +131,13 @@ def test_loss_and_derivatives_are_finite_whatever_the_hyperparameters_are(case, 
 def test_output_has_the_dtype_of_the_module(case, dtype):
     make, value = case
     value = value.to(dtype) if value.is_floating_point() else value
-    assert make().to(dtype)(value).dtype == dtype
+    assert called(make().to(dtype), value).dtype == dtype
 
 
 @pytest.mark.parametrize("device", ["meta", DEVICE.type])
 def test_output_is_on_the_device_of_the_module(case, device):
     make, value = case
-    assert make().double().to(device)(value.to(device)).device.type == device
+    assert called(make().double().to(device), value.to(device)).device.type == device
 
 
 def test_state_dict_round_trip(case):
@@ -120,7 +147,7 @@ def test_state_dict_round_trip(case):
     outputs = []
     for module in (saved, loaded):
         torch.manual_seed(2)
-        outputs.append(module(value))
+        outputs.append(called(module, value))
     assert torch.equal(*outputs)
 
 
@@ -171,7 +198,55 @@ class WithAugmentationNetwork(WithLossWeights):
         return F.cross_entropy(self.mark_outputs(self.net(images.flatten(1))), y)
 
 
-MODULES = [WithLossWeights, WithLabelSmoothing, WithInputNoise, WithAugmentationNetwork]
+class WithClassWeights(WithLossWeights):
+    def tuned(self):
+        return ClassWeights([20, 10, 5])
+
+    def loss(self, x, y):
+        return (self.own(y) * F.cross_entropy(self.mark_outputs(self.net(x)), y, reduction="none")).mean()
+
+
+class WithLogitAdjustment(WithLossWeights):
+    def tuned(self):
+        return LogitAdjustment([20, 10, 5])
+
+    def loss(self, x, y):
+        return F.cross_entropy(self.own(self.mark_outputs(self.net(x))), y)
+
+
+class WithTemperature(WithLogitAdjustment):
+    def tuned(self):
+        return Temperature(3)
+
+
+class WithFocalGamma(WithLossWeights):
+    def tuned(self):
+        return FocalGamma(3, per_class=True)
+
+    def loss(self, x, y):
+        return self.own(self.mark_outputs(self.net(x)), y).mean()
+
+
+class WithAnchor(WithLossWeights):
+    def tuned(self):
+        return Anchor(self.net, "tensor")
+
+    def loss(self, x, y):
+        return F.cross_entropy(self.mark_outputs(self.net(x)), y) + self.own()
+
+
+class WithLoRAGates(WithLossWeights):
+    def tuned(self):
+        return LoRAGates({"hidden": self.net[0], "last": self.net[-1]})
+
+    def loss(self, x, y):
+        return F.cross_entropy(self.mark_outputs(self.net(x)), y)
+
+
+MODULES = [
+    *(WithLossWeights, WithLabelSmoothing, WithInputNoise, WithAugmentationNetwork, WithClassWeights),
+    *(WithLogitAdjustment, WithTemperature, WithFocalGamma, WithAnchor, WithLoRAGates),
+]
 
 
 @pytest.mark.parametrize("make", MODULES)

@@ -2,12 +2,14 @@
 
 import math
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
-from lightning_ifthpo import IFTHypergradient
-from lightning_ifthpo.hyperparameters import WeightDecay
+from lightning_ifthpo import BilevelLightningModule, IFTHypergradient
+from lightning_ifthpo.hyperparameters import Anchor, WeightDecay
 from tests.helpers.trainers import Classifier, quiet_trainer
 
 
@@ -175,3 +177,108 @@ def test_natural_values_are_a_start():
     again = WeightDecay(net(), "tensor", initial=decay.natural_values())
     for name, value in decay.natural_values().items():
         assert again.natural_values()[name].item() == pytest.approx(value.item())
+
+
+# Anchor
+
+
+def moved(net, generator=None):
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+    return net
+
+
+@pytest.mark.parametrize(("granularity", "count"), [("global", 1), ("tensor", 4), ("weight", 11)])
+def test_an_anchor_pulls_towards_the_weights_at_its_creation(granularity, count):
+    module = net()
+    start = [parameter.detach().clone() for parameter in module.parameters()]
+    anchor = Anchor(module, granularity, initial=0.02)
+    assert sum(p.numel() for p in anchor.parameters()) == count
+    assert anchor().item() == 0.0
+    moved(module)
+    wanted = 0.01 * sum((w - w0).square().sum() for w, w0 in zip(module.parameters(), start, strict=True))
+    assert torch.allclose(anchor(), wanted)
+    gradients = torch.autograd.grad(anchor(), list(module.parameters()))
+    for gradient, w, w0 in zip(gradients, module.parameters(), start, strict=True):
+        assert torch.allclose(gradient, 0.02 * (w - w0), atol=1e-6)
+
+
+def test_pretrained_weights_are_buffers_that_follow_the_module_and_are_saved():
+    module = net()
+    start = module[0].weight.detach().clone()
+    anchor = Anchor(module, "tensor")
+    assert [name for name, _ in anchor.named_buffers()] == [f"pretrained_{place}" for place in range(4)]
+    assert not any(buffer.requires_grad for buffer in anchor.buffers())
+    moved(module)
+    assert torch.equal(anchor.pretrained_0, start)
+    other = Anchor(moved(net()), "tensor")
+    other.load_state_dict(anchor.state_dict())
+    assert torch.equal(other.pretrained_0, start)
+    before = anchor().item()
+    module.double()
+    anchor.double()
+    assert anchor().dtype == torch.float64
+    assert anchor().item() == pytest.approx(before, rel=1e-5)
+
+
+def test_frozen_weights_are_not_anchored():
+    module = net()
+    module[0].requires_grad_(False)
+    assert list(Anchor(module, "tensor").natural_values()) == ["1.weight", "1.bias"]
+
+
+def test_an_anchor_checks_training_like_a_decay():
+    module = net()
+    anchor = Anchor(module, maximum=4.0)
+    anchor.check_training(module.parameters(), 0.499)
+    with pytest.raises(ValueError, match=r"Anchor may reach 4, .* pass maximum=2$"):
+        anchor.check_training(module.parameters(), 0.5)
+    module[0].bias = nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match="Anchor decays tensors that are no longer parameters"):
+        anchor.check_training(module.parameters(), 0.1)
+
+
+class FineTuned(BilevelLightningModule, L.LightningModule):
+    """Training pulls all weights to one more than they were; the outer loss wants them at a goal between the two."""
+
+    def __init__(self, goal):
+        super().__init__()
+        self.net = nn.Linear(4, 3)
+        self.start = [weight.detach().clone() for weight in self.net.parameters()]
+        self.goal = goal
+        self.register_hyperparameter("anchor", Anchor(self.net, initial=0.1))
+
+    def distance(self, shift):
+        return sum(
+            (weight - start - shift).square().sum()
+            for weight, start in zip(self.net.parameters(), self.start, strict=True)
+        )
+
+    def inner_loss(self, batch):
+        return self.distance(1.0) / 20 + self.anchor()
+
+    def outer_loss(self, batch):
+        return self.distance(self.goal)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.inner_parameters(), lr=0.5)
+
+    def configure_hyper_optimizer(self):
+        return torch.optim.Adam(self.hyperparameters(), lr=0.03)
+
+    def train_dataloader(self):
+        return DataLoader(torch.zeros(400, 1))
+
+    def val_dataloader(self):
+        return DataLoader(torch.zeros(1, 1))
+
+    outer_dataloader = val_dataloader
+
+
+@pytest.mark.parametrize("goal", [0.25, 0.75])
+def test_an_anchor_finds_the_strength_that_the_outer_loss_wants(goal):
+    """The minimum of (w − 1)² / 20 + d w² / 2 is w = 1 / (1 + 10 d)."""
+    module = FineTuned(goal)
+    quiet_trainer(callbacks=[IFTHypergradient(2)]).fit(module)
+    assert module.hyperparameter_values()["anchor"] == pytest.approx((1 / goal - 1) / 10, rel=0.1)

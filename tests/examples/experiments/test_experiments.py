@@ -11,6 +11,7 @@ QUICK = {
     "clean_noisy_labels": ["--seeds", "0", "--learn-steps", "120", "--final-steps", "40", "--controls"],
     "without_tuning": ["--steps", "20", "--problems", "regression"],
     "tune_weight_decay": ["--seeds", "0", "--steps", "20"],
+    "class_imbalance": ["--seeds", "0", "--steps", "20"],
     "edge_of_stability": ["--fraction", "0.02"],
     "callback_overhead": ["--steps", "20", "--models", "perceptron"],
     "learning_rate_free": ["--optimizers", "SGD"],
@@ -27,6 +28,7 @@ QUICK = {
 }
 PICTURES = {
     "clean_noisy_labels",
+    "class_imbalance",
     "tune_weight_decay",
     "edge_of_stability",
     "learning_rate_free",
