@@ -102,5 +102,5 @@ def test_values_broadcast_to_an_input(shape, wanted, passes):
     if passes:
         require_broadcastable("rates", shape, wanted)
     else:
-        with pytest.raises(ValueError, match="rates of shape .* do not broadcast to an input of shape"):
+        with pytest.raises(ValueError, match=r"rates of shape .* do not broadcast to an input of shape"):
             require_broadcastable("rates", shape, wanted)
