@@ -262,7 +262,7 @@ class Augmentation(Problem):
 
     def move(self, factor: float) -> None:
         """Multiplies the widths."""
-        self.distortion.logits += math.log(factor)
+        self.distortion.logits.add_(math.log(factor))
 
     def inner_loss(self, batch: Any) -> Tensor:
         """Returns the cross-entropy of distorted images."""
