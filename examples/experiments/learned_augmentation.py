@@ -16,7 +16,7 @@ hand-set strengths that a grid has chosen; in a new run, on all 700 labels, both
 sets nothing was measured.
 
     python -m examples.experiments.learned_augmentation                                 # three minutes on two cores
-    python -m examples.experiments.learned_augmentation --seeds 0 1 2 3 4 --controls    # the table
+    python -m examples.experiments.learned_augmentation --seeds 0 1 2 --controls        # the table
     python -m examples.experiments.learned_augmentation --dataset cifar10 --root data --download --steps 20000
 """
 

@@ -29,20 +29,20 @@ class RandomDistortion(nn.Module):
     first, so that the images can be differentiated with respect to it. Each width is maximum · σ(λ + 2.5 λ₀), with a λ
     of its own and a λ₀ that all widths share. In eval mode, and so in the outer loss, images are not changed.
 
-    | kind | unit of its width |
-    |---|---|
-    | rotation | degrees |
-    | scale | logarithm of the factor, of width and height each |
-    | shear | horizontal displacement, as a fraction of the height |
-    | translation | fraction of the image's side |
-    | elastic | fraction of the image's side; a displacement of each node of a 4 × 4 grid, smoothly interpolated |
-    | noise | the unit of x |
-    | contrast | logarithm of the factor by which pixels differ from the image's mean |
-    | brightness | the unit of x, added to all pixels |
+    The kinds, and the unit of the width of each:
+
+    - rotation: degrees;
+    - scale: logarithm of the factor, of width and height each;
+    - shear: horizontal displacement, as a fraction of the height;
+    - translation: fraction of the image's side;
+    - elastic: fraction of the image's side, by which each node of a 4 × 4 grid is displaced; smooth between the nodes;
+    - noise: the unit of x;
+    - contrast: logarithm of the factor by which pixels differ from the image's mean;
+    - brightness: the unit of x, added to all pixels.
 
     Args:
-        kinds: Names of the distortions, by default the first six of the table. Or the widths to start from, by name,
-            such as `natural_values()`.
+        kinds: Names of the distortions, by default the first six. Or the widths to start from, by name, such as
+            `natural_values()`.
         maximum: Upper bounds of the widths, by name; those of `RandomDistortion.maximum_widths` where none is given.
         padding: What lies beyond the image's border: "zeros", its nearest pixel, or its reflection.
 
@@ -109,7 +109,7 @@ class RandomDistortion(nn.Module):
         return ", ".join(f"{kind} < {maximum:g}" for kind, maximum in self.maximum.items())
 
     def natural_values(self) -> dict[str, Tensor]:
-        """Returns the width of each kind of distortion, a scalar in the unit of the table above."""
+        """Returns the width of each kind of distortion, a scalar in the unit that is named above."""
         logits = self.logits + _SHARED * self.shared
         return {kind: between(logit, 0.0, top) for logit, (kind, top) in zip(logits, self.maximum.items(), strict=True)}
 
