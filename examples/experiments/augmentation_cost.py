@@ -37,16 +37,16 @@ from examples.experiments.common import (
     random_batches,
     start,
 )
-from examples.experiments.problems.augmentation import START, TUNED, Classifier, RandomDistortion
+from examples.experiments.problems.augmentation import TUNED, Classifier
 from lightning_ifthpo import IFTHypergradient
-from lightning_ifthpo.hyperparameters import AugmentationNetwork
+from lightning_ifthpo.hyperparameters import AugmentationNetwork, RandomDistortion
 
 NAME = "augmentation_cost"
 STRETCH = 2  # iterations of the same kind
 EVERY = (5, 10, 15)  # iterations between two hyper steps
 AUGMENTATIONS: dict[str, Callable[[], nn.Module]] = {
     "U-Net": lambda: AugmentationNetwork(3),
-    "distribution": lambda: RandomDistortion(START),
+    "distribution": RandomDistortion,
 }
 
 

@@ -2,8 +2,8 @@
 
 Three augmentations are learned, each in a single `trainer.fit` (Lorraine, Vicol, Duvenaud 2019, Fig. 7 of the talk):
 
-- distribution: rotation, scale, shear, translation, elastic displacement and noise are drawn for each image from normal
-  distributions; their six standard deviations are the hyperparameters, and a seventh moves all six together;
+- distribution: `RandomDistortion` draws rotation, scale, shear, translation, elastic displacement and noise for each
+  image from normal distributions; their six standard deviations are the hyperparameters, and a seventh moves all six;
 - displacement: a network draws a smooth displacement field for each image;
 - U-Net: a network adds to the pixels, as in the talk.
 
@@ -16,7 +16,7 @@ hand-set strengths that a grid has chosen; in a new run, on all 700 labels, both
 sets nothing was measured.
 
     python -m examples.experiments.learned_augmentation                                 # three minutes on two cores
-    python -m examples.experiments.learned_augmentation --seeds 0 1 2 3 4 --controls    # the table
+    python -m examples.experiments.learned_augmentation --seeds 0 1 2 --controls        # the table
     python -m examples.experiments.learned_augmentation --dataset cifar10 --root data --download --steps 20000
 """
 
@@ -54,16 +54,10 @@ from examples.experiments.common import (
     torchvision_data,
     values,
 )
-from examples.experiments.problems.augmentation import (
-    AUGMENTATIONS,
-    STRENGTHS,
-    TUNED,
-    Classifier,
-    RandomDistortion,
-    network,
-)
+from examples.experiments.problems.augmentation import AUGMENTATIONS, TUNED, Classifier, network
 from examples.experiments.style import OURS, PLAIN, dots, name_rows, page
 from lightning_ifthpo import IFTHypergradient
+from lightning_ifthpo.hyperparameters import RandomDistortion
 
 NAME = "learned_augmentation"
 TRAIN, OUTER, VALIDATION = 300, 400, 1000  # of 5,000 images; of other data sets a tenth each is outer and validation
@@ -183,8 +177,7 @@ def compare(split: Split, options: argparse.Namespace, seed: int) -> tuple[dict[
         augmentations[name] = augment
         print(f"seed {seed}   {row.meaning:38}{accuracies[name]:.3f}{time.perf_counter() - began:8.1f} s", flush=True)
         if row.hyper_rate is not None and isinstance(augment, RandomDistortion):
-            pairs = zip(STRENGTHS, augment.strengths().tolist(), strict=True)
-            print("         ", *(f"{strength} {value:.3f}" for strength, value in pairs), sep="  ")
+            print("         ", *(f"{kind} {width:.3f}" for kind, width in augment.natural_values().items()), sep="  ")
     return accuracies, augmentations
 
 

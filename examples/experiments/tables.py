@@ -63,9 +63,9 @@ def wins_and_losses() -> str:
         ),
         (
             "augmentation of 300 images, learned from 400",
-            augmentation["none"]["mean"],
-            augmentation["distribution"]["mean"],
-            augmentation["hand"]["mean"],
+            mean(augmentation["none"]),
+            mean(augmentation["distribution"]),
+            mean(augmentation["hand"]),
             "strengths chosen by a grid",
         ),
         (

@@ -26,6 +26,13 @@ def require_at_least(name: str, value: int, minimum: int) -> None:
         raise ValueError(f"expected {name} to be an integer >= {minimum}, got {value!r}")
 
 
+def require_broadcastable(name: str, shape: Sequence[int], wanted: Sequence[int]) -> None:
+    """Raises ValueError unless values of a shape broadcast to an input of the wanted shape."""
+    sizes = zip(reversed(shape), reversed(wanted), strict=False)
+    if len(shape) > len(wanted) or any(size not in (1, full) for size, full in sizes):
+        raise ValueError(f"{name} of shape {tuple(shape)} do not broadcast to an input of shape {tuple(wanted)}")
+
+
 def require_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raises ValueError unless the value is one of the choices."""
     if not isinstance(value, str) or value not in choices:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_ifthpo.core.validation import is_ascending, require_at_least, require_shape
+from lightning_ifthpo.core.validation import is_ascending, require_at_least, require_broadcastable, require_shape
 from lightning_ifthpo.hyperparameters.bounded import Bounded
 
 
@@ -44,10 +44,7 @@ class InputNoise(Bounded):
         """Returns x, of any shape to which s broadcasts, plus noise in training mode; x itself in eval mode."""
         if not x.is_floating_point():
             raise TypeError(f"expected a floating-point input, got {x.dtype}; convert it before noise is added")
-        shape = self.logits.shape
-        sizes = zip(reversed(shape), reversed(x.shape), strict=False)
-        if len(shape) > x.ndim or any(size not in (1, wanted) for size, wanted in sizes):
-            raise ValueError(f"scales of shape {tuple(shape)} do not broadcast to an input of shape {tuple(x.shape)}")
+        require_broadcastable("scales", self.logits.shape, x.shape)
         return x + self.natural_values().to(x.dtype) * torch.randn_like(x) if self.training else x
 
 

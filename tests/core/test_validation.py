@@ -9,6 +9,7 @@ from lightning_ifthpo.core.validation import (
     is_ascending,
     is_number,
     require_at_least,
+    require_broadcastable,
     require_choice,
     require_flag,
     require_fraction,
@@ -82,3 +83,24 @@ def test_shapes():
     for value in ((0,), (1.5,), "33", {3}, 3):
         with pytest.raises(ValueError, match="expected shape to be a tuple of positive sizes, got "):
             require_shape("shape", value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "wanted", "passes"),
+    [
+        ((), (), True),
+        ((), (2, 3), True),
+        ((3,), (2, 3), True),
+        ((2, 1), (2, 3), True),
+        ((2,), (2, 3), False),
+        ((3,), (1,), False),
+        ((1, 3), (3,), False),
+    ],
+    ids=repr,
+)
+def test_values_broadcast_to_an_input(shape, wanted, passes):
+    if passes:
+        require_broadcastable("rates", shape, wanted)
+    else:
+        with pytest.raises(ValueError, match=r"rates of shape .* do not broadcast to an input of shape"):
+            require_broadcastable("rates", shape, wanted)

@@ -10,13 +10,19 @@ from lightning_ifthpo import IFTHypergradient
 from lightning_ifthpo.hyperparameters import (
     Anchor,
     ClassWeights,
+    Dropout,
     FocalGamma,
     InputNoise,
     LabelSmoothing,
+    LabelTransition,
     LogitAdjustment,
     LoRAGates,
     LossWeights,
+    Mixup,
+    RandomDistortion,
+    SoftLabels,
     Temperature,
+    WeightNetwork,
 )
 from tests.helpers.device import DEVICE
 from tests.helpers.hyperparameters import EXTREMES, disturb, fill, float64, small_augmentation
@@ -27,6 +33,9 @@ CASES = {
     "LossWeights": (lambda: LossWeights(3), lambda: float64(3)),
     "LabelSmoothing": (lambda: LabelSmoothing(3, initial=0.1), lambda: torch.tensor([0, 2, 2, 1])),
     "LabelSmoothing per class": (lambda: LabelSmoothing(3, per_class=True), lambda: torch.tensor([0, 2, 2, 1])),
+    "LabelTransition": (lambda: LabelTransition(3), lambda: float64(4, 3)),
+    "SoftLabels": (lambda: SoftLabels(TARGETS, 3), lambda: torch.tensor([0, 3, 2, 1])),
+    "WeightNetwork": (lambda: WeightNetwork(hidden=3), lambda: float64(4)),
     "ClassWeights": (lambda: ClassWeights([5, 3, 1]), lambda: TARGETS),
     "LogitAdjustment": (lambda: LogitAdjustment([5, 3, 1]), lambda: float64(4, 3)),
     "FocalGamma": (lambda: FocalGamma(3), lambda: float64(4, 3)),
@@ -36,6 +45,11 @@ CASES = {
     "InputNoise": (lambda: InputNoise(initial=0.3), lambda: float64(5, 4)),
     "InputNoise per feature": (lambda: InputNoise((4,)), lambda: float64(5, 4)),
     "AugmentationNetwork": (small_augmentation, lambda: float64(2, 1, 3, 5)),
+    "RandomDistortion": (lambda: RandomDistortion(RandomDistortion.initial_widths), lambda: float64(2, 2, 5, 6)),
+    "Dropout": (lambda: Dropout(initial=0.3), lambda: float64(5, 4)),
+    "Dropout per feature": (lambda: Dropout((4,)), lambda: float64(5, 4)),
+    "Mixup": (lambda: Mixup(4, initial=1.0), lambda: float64(6, 4)),
+    "Mixup of batches": (lambda: Mixup(4, per_example=False), lambda: float64(6, 4)),
 }
 
 
@@ -43,22 +57,32 @@ def loss_of(module, value, w):
     """A loss that depends on the weights w: [4, 3] and on the hyperparameters, and on both at once."""
     if isinstance(module, LossWeights):
         return module(value * w.sin().sum(0))
-    if isinstance(module, LabelSmoothing):
+    if isinstance(module, (LabelSmoothing, SoftLabels)):
         return F.cross_entropy(w, module(value))
+    if isinstance(module, WeightNetwork):
+        return (module(value) * w.sin().sum(1)).mean()
     if isinstance(module, ClassWeights):
         return (module(value) * F.cross_entropy(w, value, reduction="none")).mean()
-    if isinstance(module, (LogitAdjustment, Temperature)):
+    if isinstance(module, (LabelTransition, LogitAdjustment, Temperature)):
         return F.cross_entropy(module(value * w), TARGETS.to(w.device))
     if isinstance(module, FocalGamma):
         return module(value * w, TARGETS.to(w.device)).mean()
+    if isinstance(module, Mixup):
+        value, targets = outputs_of(module, value)
+        return ((value + targets) @ w).tanh().square().mean()
     features = module(value)
     if features.ndim == 4:
         features = features.flatten(1)[:, :4]
     return (features @ w).tanh().square().mean()
 
 
-def called(module, value):
-    return module(value, TARGETS.to(value.device)) if isinstance(module, FocalGamma) else module(value)
+def outputs_of(module, value):
+    """What the module makes of a value, as a tuple."""
+    if isinstance(module, Mixup):
+        return module(value, torch.arange(len(value), device=value.device) % 4)
+    if isinstance(module, FocalGamma):
+        return (module(value, TARGETS.to(value.device)),)
+    return (module(value),)
 
 
 @pytest.fixture(params=CASES)
@@ -93,7 +117,14 @@ def test_gradients_and_mixed_derivatives(case):
 
     # fast mode compares along random directions: one network has hundreds of parameters
     assert torch.autograd.gradcheck(loss, inputs, fast_mode=len(inputs) > 2)
-    assert torch.autograd.gradgradcheck(loss, inputs, fast_mode=len(inputs) > 2)
+    if isinstance(module, RandomDistortion):  # torch has no second derivative of `grid_sample` with respect to places
+        # the gradient by the weights, as a function of all: what a hypergradient differentiates
+        def gradient(*tensors):
+            return torch.autograd.grad(loss(*tensors), tensors[-1], create_graph=True)[0]
+
+        assert torch.autograd.gradcheck(gradient, inputs, fast_mode=True)
+    else:
+        assert torch.autograd.gradgradcheck(loss, inputs, fast_mode=len(inputs) > 2)
 
 
 class Wrapped(nn.Module):
@@ -131,13 +162,14 @@ def test_loss_and_derivatives_are_finite_whatever_the_hyperparameters_are(case, 
 def test_output_has_the_dtype_of_the_module(case, dtype):
     make, value = case
     value = value.to(dtype) if value.is_floating_point() else value
-    assert called(make().to(dtype), value).dtype == dtype
+    assert all(output.dtype == dtype for output in outputs_of(make().to(dtype), value))
 
 
 @pytest.mark.parametrize("device", ["meta", DEVICE.type])
 def test_output_is_on_the_device_of_the_module(case, device):
     make, value = case
-    assert called(make().double().to(device), value.to(device)).device.type == device
+    outputs = outputs_of(make().double().to(device), value.to(device))
+    assert all(output.device.type == device for output in outputs)
 
 
 def test_state_dict_round_trip(case):
@@ -147,8 +179,8 @@ def test_state_dict_round_trip(case):
     outputs = []
     for module in (saved, loaded):
         torch.manual_seed(2)
-        outputs.append(called(module, value))
-    assert torch.equal(*outputs)
+        outputs.append(outputs_of(module, value))
+    assert all(map(torch.equal, *outputs))
 
 
 # Bad arguments
@@ -214,6 +246,14 @@ class WithLogitAdjustment(WithLossWeights):
         return F.cross_entropy(self.own(self.mark_outputs(self.net(x))), y)
 
 
+class WithLabelTransition(WithLossWeights):
+    def tuned(self):
+        return LabelTransition(3)
+
+    def loss(self, x, y):
+        return F.cross_entropy(self.mark_outputs(self.own(self.net(x))), y)
+
+
 class WithTemperature(WithLogitAdjustment):
     def tuned(self):
         return Temperature(3)
@@ -243,9 +283,29 @@ class WithLoRAGates(WithLossWeights):
         return F.cross_entropy(self.mark_outputs(self.net(x)), y)
 
 
+class WithRandomDistortion(WithAugmentationNetwork):
+    def tuned(self):
+        return RandomDistortion()
+
+
+class WithDropout(WithInputNoise):
+    def tuned(self):
+        return Dropout((4,))
+
+
+class WithMixup(WithLossWeights):
+    def tuned(self):
+        return Mixup(3)
+
+    def loss(self, x, y):
+        x, targets = self.own(x, y)
+        return F.cross_entropy(self.mark_outputs(self.net(x)), targets)
+
+
 MODULES = [
     *(WithLossWeights, WithLabelSmoothing, WithInputNoise, WithAugmentationNetwork, WithClassWeights),
-    *(WithLogitAdjustment, WithTemperature, WithFocalGamma, WithAnchor, WithLoRAGates),
+    *(WithLogitAdjustment, WithTemperature, WithFocalGamma, WithAnchor, WithLoRAGates, WithLabelTransition),
+    *(WithRandomDistortion, WithDropout, WithMixup),
 ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -11,72 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_ifthpo import BilevelLightningModule
-from lightning_ifthpo.hyperparameters import AugmentationNetwork
+from lightning_ifthpo.hyperparameters import AugmentationNetwork, RandomDistortion
 
 LEARNING_RATE, MOMENTUM = 0.05, 0.9
 # Fractions of a run: with the full learning rate, which then falls linearly to zero; and with hyper steps. Tuning until
 # the end costs more, and gains nothing.
 CONSTANT, TUNED = 0.5, 0.6
 
-# Standard deviations: rotation in radians; scale as its logarithm; shear; translation and displacement in halves of the
-# image; noise in the unit of pixels, which lie between 0 and 1. Each has an upper bound.
-STRENGTHS = ("rotation", "scale", "shear", "translation", "elastic", "noise")
-LARGEST = (0.8, 0.5, 0.8, 0.3, 0.3, 0.5)
-START = (0.05, 0.05, 0.05, 0.05, 0.02, 0.01)  # small, but not zero, where a symmetric distribution has no gradient
-# Adam moves all hyperparameters at the same pace. The part that all strengths share moves 2.5 times as far: a single
-# hypergradient shows well whether distortions should be stronger, and hardly which of them.
-SHARED = 2.5
-# The best of 0.6, 0.8, 1 and 1.2 times these, which validate at .965, .968, .971 and .966.
-HAND_SET = (0.25, 0.125, 0.25, 0.0875, 0.1, 0.0)
+# The best of 0.6, 0.8, 1 and 1.2 times these widths, which validate at .965, .968, .971 and .966.
+HAND_SET = {"rotation": 14.3, "scale": 0.125, "shear": 0.25, "translation": 0.04375, "elastic": 0.05}
 
 # Displacement network: side of the coarse field; its bound, in halves of the image; channels of each kind of noise.
 CELLS, LARGEST_DISPLACEMENT, NOISE_CHANNELS = 7, 0.4, 4
-
-
-class RandomDistortion(nn.Module):
-    """Affine maps, elastic displacements and noise, drawn for each image; λ sets their standard deviations.
-
-    Each is bound · σ(λᵢ + λ₀ · SHARED), and multiplies standard normal numbers, so that the images can be
-    differentiated with respect to it. In eval mode images stay as they are.
-
-    Args:
-        strengths: Standard deviations to start from, in the order of `STRENGTHS`.
-    """
-
-    bounds: Tensor
-
-    def __init__(self, strengths: Iterable[float]) -> None:
-        super().__init__()
-        self.register_buffer("bounds", torch.tensor(LARGEST))
-        # a strength of zero becomes 1e-4 of its bound
-        start = torch.logit(torch.tensor(list(strengths)) / self.bounds, eps=1e-4)
-        self.logits = nn.Parameter(start, requires_grad=False)
-        self.overall = nn.Parameter(torch.zeros(()), requires_grad=False)
-
-    def strengths(self) -> Tensor:
-        """Returns the standard deviations, [6]."""
-        strengths: Tensor = self.bounds * (self.logits + SHARED * self.overall).sigmoid()
-        return strengths
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns distorted images [B, C, H, W] in training mode."""
-        if not self.training:
-            return images
-        rotation, scale, shear, translation, elastic, noise = self.strengths()
-        normal = images.new_empty(len(images), 6).normal_().unbind(1)
-        angle, slant = rotation * normal[0], shear * normal[1]
-        width, height = (scale * normal[2]).exp(), (scale * normal[3]).exp()
-        # rotation · [[width, slant], [0, height]] | shift
-        maps = torch.stack(
-            [
-                *(width * angle.cos(), slant * angle.cos() - height * angle.sin(), translation * normal[4]),
-                *(width * angle.sin(), slant * angle.sin() + height * angle.cos(), translation * normal[5]),
-            ],
-            dim=1,
-        ).view(-1, 2, 3)
-        field = elastic * images.new_empty(len(images), 2, 4, 4).normal_()
-        distorted: Tensor = displaced(images, maps, field) + noise * torch.randn_like(images)
-        return distorted
 
 
 class DisplacementNetwork(nn.Module):
@@ -109,14 +55,10 @@ class DisplacementNetwork(nn.Module):
         local = images.new_empty(batch, NOISE_CHANNELS, CELLS, CELLS).normal_()
         common = images.new_empty(batch, NOISE_CHANNELS, 1, 1).normal_().expand_as(local)
         seen = torch.cat([F.adaptive_avg_pool2d(images, CELLS), places, local, common], dim=1)
-        return displaced(images, identity, LARGEST_DISPLACEMENT * self.net(seen).tanh())
-
-
-def displaced(images: Tensor, maps: Tensor, field: Tensor) -> Tensor:
-    """Returns images [B, C, H, W], transformed by affine maps [B, 2, 3] and coarse displacement fields [B, 2, h, w]."""
-    grid = F.affine_grid(maps, list(images.shape), align_corners=False)
-    fine = F.interpolate(field, size=images.shape[2:], mode="bicubic", align_corners=False)
-    return F.grid_sample(images, grid + fine.permute(0, 2, 3, 1), align_corners=False)
+        field = LARGEST_DISPLACEMENT * self.net(seen).tanh()
+        fine = F.interpolate(field, size=images.shape[2:], mode="bicubic", align_corners=False)
+        grid = F.affine_grid(identity, list(images.shape), align_corners=False) + fine.permute(0, 2, 3, 1)
+        return F.grid_sample(images, grid, align_corners=False)
 
 
 # Makes each augmentation, for images with a given number of channels.
@@ -125,7 +67,7 @@ AUGMENTATIONS: dict[str, Callable[[int], nn.Module]] = {
     "hand-set": lambda channels: RandomDistortion(HAND_SET),
     "U-Net": lambda channels: AugmentationNetwork(channels, width=8),
     "displacements": DisplacementNetwork,
-    "distortions": lambda channels: RandomDistortion(START),
+    "distortions": lambda channels: RandomDistortion(),
 }
 
 

@@ -20,9 +20,15 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from examples.experiments.common import digits_8x8, mnist_5k
-from examples.experiments.problems.augmentation import START, RandomDistortion
 from lightning_ifthpo import BilevelLightningModule
-from lightning_ifthpo.hyperparameters import DistilledData, InputNoise, LabelSmoothing, SampleWeights, WeightDecay
+from lightning_ifthpo.hyperparameters import (
+    DistilledData,
+    InputNoise,
+    LabelSmoothing,
+    RandomDistortion,
+    SampleWeights,
+    WeightDecay,
+)
 
 
 @dataclass(frozen=True)
@@ -252,11 +258,11 @@ class Augmentation(Problem):
             *(nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU()),
             *(nn.Flatten(), nn.Linear(256, 10)),
         )
-        self.register_hyperparameter("distortion", RandomDistortion(START))
+        self.register_hyperparameter("distortion", RandomDistortion())
 
     def move(self, factor: float) -> None:
-        """Multiplies the strengths, of which the last number is what they share."""
-        self.distortion.logits[:6] += math.log(factor)
+        """Multiplies the widths."""
+        self.distortion.logits.add_(math.log(factor))
 
     def inner_loss(self, batch: Any) -> Tensor:
         """Returns the cross-entropy of distorted images."""

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 from examples.experiments import augmentation_cost as cost
 from examples.experiments.common import start
 from examples.experiments.problems import augmentation
+from lightning_ifthpo.hyperparameters import RandomDistortion
 
 
 def test_plain_and_augmented_stretches_take_turns_and_hyper_steps_end_the_augmented(monkeypatch):
@@ -12,7 +13,7 @@ def test_plain_and_augmented_stretches_take_turns_and_hyper_steps_end_the_augmen
     def tick(seconds):
         clock.now += seconds
 
-    class Ticking(augmentation.RandomDistortion):
+    class Ticking(RandomDistortion):
         def forward(self, images):
             tick(self.training)
             return super().forward(images)
@@ -27,7 +28,7 @@ def test_plain_and_augmented_stretches_take_turns_and_hyper_steps_end_the_augmen
     monkeypatch.setattr(cost, "time", SimpleNamespace(process_time=lambda: clock.now))
     monkeypatch.setattr(cost, "Classifier", Classifier)
     monkeypatch.setattr(cost, "resnet18", lambda: augmentation.network(3, 10))
-    plain, augmented, *others = cost.seconds(Ticking(augmentation.START), rounds=2, batch_size=2)
+    plain, augmented, *others = cost.seconds(Ticking(), rounds=2, batch_size=2)
     assert plain == [0, 0]
     assert augmented[0] == 1
     assert 100 < augmented[1] < 120  # an iteration, and the evaluations of a hyper step
