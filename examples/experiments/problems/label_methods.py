@@ -179,8 +179,8 @@ def _agreement(
         return F.cross_entropy(functional_call(net, parameters, (inputs,)), targets, reduction="none")
 
     primal = {name: weight.detach() for name, weight in zip(names, weights, strict=True)}
-    values, agreement = jvp(losses, (primal,), (dict(zip(names, tangents, strict=True)),))
-    return agreement, values
+    outputs = jvp(losses, (primal,), (dict(zip(names, tangents, strict=True)),))
+    return outputs[1], outputs[0]
 
 
 def _meta_weights(network: nn.Module, meta: torch.optim.Optimizer, losses: Tensor, agreement: Tensor) -> Tensor:
@@ -212,4 +212,4 @@ def _order(examples: int, batch: int, steps: int, generator: torch.Generator) ->
     """Returns the indices of each batch: whole epochs, each in an order of its own."""
     epochs = steps * batch // examples + 1
     order = torch.cat([torch.randperm(examples, generator=generator) for _ in range(epochs)])
-    return list(order[: steps * batch].split(batch))
+    return list(torch.split(order[: steps * batch], batch))
