@@ -99,9 +99,9 @@ def label_issues(
     >>> print(label_issues(logits, torch.tensor([0, 1, 1])))
     1 of 3 labels are likely to be wrong; the worst first
     index  is_label_issue  label_score  given_label  predicted_label  margin
-        1            True       0.0474            1                0      -3
-        2           False        0.881            1                1       2
-        0           False        0.982            0                0       4
+        1            True         0.05            1                0   -3.00
+        2           False         0.88            1                1    2.00
+        0           False         0.98            0                0    4.00
     """
     if logits.ndim != 2 or not bool(logits.isfinite().all()):
         raise ValueError(f"expected finite logits [n, C], got shape {tuple(logits.shape)}")
@@ -145,5 +145,5 @@ def label_margins(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _short(value: Any) -> str:
-    """Returns a value of the table with three digits."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    """Returns a value of the table, numbers with two decimals."""
+    return f"{value:.2f}" if isinstance(value, float) else str(value)

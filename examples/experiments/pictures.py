@@ -17,6 +17,7 @@ from examples.experiments.common import PICTURES, read, save
 # What a result file must hold for its picture.
 DRAWN = {
     "clean_noisy_labels": "picture",
+    "label_noise": "accuracy",
     "tune_weight_decay": "global",
     "class_imbalance": "offsets",
     "learning_rate_free": "cells",

@@ -8,7 +8,11 @@ import pytest
 from examples.experiments.common import HERE, read
 
 QUICK = {
-    "clean_noisy_labels": ["--seeds", "0", "--learn-steps", "120", "--final-steps", "40", "--controls"],
+    "clean_noisy_labels": ["--seeds", "0", "--learn-steps", "120", "--final-steps", "40"],
+    "label_noise": [
+        *("--datasets", "MNIST", "--noises", "pair", "--rates", "0.45", "--seeds", "0"),
+        *("--learn-steps", "120", "--final-steps", "40"),
+    ],
     "without_tuning": ["--steps", "20", "--problems", "regression"],
     "tune_weight_decay": ["--seeds", "0", "--steps", "20"],
     "class_imbalance": ["--seeds", "0", "--steps", "20"],
@@ -28,6 +32,7 @@ QUICK = {
 }
 PICTURES = {
     "clean_noisy_labels",
+    "label_noise",
     "class_imbalance",
     "tune_weight_decay",
     "edge_of_stability",

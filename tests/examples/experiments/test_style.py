@@ -15,7 +15,6 @@ from examples.experiments import style
 from examples.experiments.common import read
 from examples.experiments.pictures import DRAWN
 
-OLD = {"clean_noisy_labels"}  # which is not drawn in this style
 ROLES = {name: role for name, role in vars(style).items() if isinstance(role, style.Role)}
 # Machado, Oliveira and Fernandes (2009), table 1, full severity; for linear RGB.
 DEUTERANOPIA = np.array(
@@ -38,7 +37,7 @@ def test_colours_of_roles_stay_apart(seen):
     assert min(distances.values()) > 10, min(distances, key=distances.get)
 
 
-@pytest.mark.parametrize("name", [name for name, key in DRAWN.items() if key in read(name) and name not in OLD])
+@pytest.mark.parametrize("name", [name for name, key in DRAWN.items() if key in read(name)])
 def test_no_text_is_too_small_on_a_page(name):
     with style.styled():
         figure = importlib.import_module(f"examples.experiments.{name}").draw(read(name))
