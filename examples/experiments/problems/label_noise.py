@@ -70,7 +70,7 @@ def instance(inputs: Tensor, labels: Tensor, rate: float, generator: torch.Gener
     """
     probability = torch.empty(len(labels)).normal_(rate, 0.1, generator=generator)
     directions = torch.empty(CLASSES, inputs[0].numel(), CLASSES).normal_(0.0, 4.0, generator=generator)
-    logits = torch.einsum("nd,ndc->nc", F.normalize(inputs.flatten(1)), directions[labels])
+    logits = torch.einsum("ni,nic->nc", F.normalize(inputs.flatten(1)), directions[labels])
     logits = logits.scatter(1, labels.unsqueeze(1), -math.inf)
     others = torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
     return torch.where(torch.rand(len(labels), generator=generator) < probability, others, labels)
