@@ -146,7 +146,7 @@ def test_the_page_is_there_while_training_goes_on(path):
     reader = Reader(path)
     trained([TrainingReport(path, every_n_batches=2, every_n_seconds=0.0, max_overhead=None), reader], max_epochs=1)
     assert "Training, one training batch." in reader.pages[0].text
-    assert "Nothing unusual was seen so far." in reader.pages[0].text
+    assert "Nothing unusual was seen by these rules so far." in reader.pages[0].text
     assert "Training, 3 training batches." in reader.pages[3].text
     assert "<svg" in reader.pages[0].text
 

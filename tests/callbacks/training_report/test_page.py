@@ -85,7 +85,7 @@ def test_a_name_in_any_script_is_drawn_without_a_warning():
 def test_without_data_there_is_no_section_and_nothing_unusual():
     assert sections_of(Facts(batches=0), Extras()) == []
     text = page.render(HEADING, [], [], {})
-    assert "Nothing unusual was seen." in text
+    assert "Nothing unusual was seen by these rules." in text
     assert "<nav" not in text
 
 

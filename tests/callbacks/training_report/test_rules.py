@@ -54,6 +54,9 @@ def tuned(curves=None, **changes):
 SHARED = "10 of 20"
 VANISHED = {name: {"least_norm": 1e-4} for name in ("a.weight", "b.weight")}
 GROWING = [2.0 + 0.02 * k for k in range(200)]
+NOISE = [0.05 * math.sin(12.9898 * k) for k in range(200)]
+THROWN_BACK = [2.3, 5.0, 4.0, *[1.8 + noise for noise in NOISE]]
+CLIMBING = [2.3, *falling(60, 2.0, 0.8), *[1.9 + noise for noise in NOISE[:100]]]
 CASES = {
     "NaN": (facts([*falling(100), math.nan, *falling(10, 0.5)]), "NaN or infinity in a batch", "batch 101"),
     "NaN for good": (facts([*falling(100), *[math.nan] * 9]), "NaN or infinity in a batch", "all later losses"),
@@ -74,6 +77,13 @@ CASES = {
         "not finite from batch 23",
     ),
     "growing": (facts(GROWING, is_shuffled=True), "learning rate too high", r"began at 2, and was 5.98"),
+    "thrown back": (facts(THROWN_BACK, is_shuffled=True), "learning rate too high", "was 5 at most and 1.8 in"),
+    "thrown back, watched": (
+        facts(THROWN_BACK, is_shuffled=True, records=records(sharpness__edge_ratio=[1.21, *[0.2] * 9])),
+        "learning rate too high",
+        "0.2 times the optimizer's edge of stability .* and was up to 1.21 times",
+    ),
+    "climbing from its lowest level": (facts(CLIMBING, is_shuffled=True), "learning rate too high", "1.9 in the last"),
     "spikes": (facts([2.0, *[300.0] * 20, *falling(200)]), "learning rate too high", "was 300 at most"),
     "beyond the edge": (
         facts([2.0] * 200, records=records(sharpness__edge_ratio=[10.0] * 9)),
@@ -142,6 +152,14 @@ HEALTHY_RUNS = {
     "negative": facts([-value for value in falling(200, 0.5, 2.0)]),
     "one bad batch": facts([*falling(100), 50.0, *falling(100, 0.5)]),
     "edge of stability": facts(records=records(sharpness__edge_ratio=[0.5, 1.0, 1.2, 1.1, 1.2])),
+    "labels by chance": facts([2.3, *[2.2 + 4 * noise for noise in NOISE]], is_shuffled=True),
+    "one bad batch among labels by chance": facts([2.3, *[2.2 + x for x in NOISE], 50.0, 2.2], is_shuffled=True),
+    "thrown back and recovered": facts([2.3, 5.0, 4.0, *falling(200, 3.0, 0.3)], is_shuffled=True),
+    "thrown back in a game": facts(THROWN_BACK, is_shuffled=True, is_automatic=False),
+    "thrown back along a stream": facts(THROWN_BACK, is_shuffled=None),
+    "climbing while tuned": dataclasses.replace(tuned(), loss=losses(CLIMBING), is_shuffled=True),
+    "thrown back by sorted data": facts(THROWN_BACK, is_shuffled=False),
+    "climbing in sorted data": facts(CLIMBING, is_shuffled=False),
     "noise of single examples": facts([-math.log(1.0 - (k * 0.618034 + 0.05) % 1.0) for k in range(300)]),
     "growing in a game": facts(GROWING, is_shuffled=True, is_automatic=False),
     "growing along a stream": facts(GROWING, is_shuffled=None),
