@@ -19,7 +19,7 @@ from lightning_ifthpo.core.loss import NoLossError
 from lightning_ifthpo.core.validation import require_choice, require_flag
 from lightning_ifthpo.curvature.kinds import OPERATORS, Curvature
 from lightning_ifthpo.module import BilevelLightningModule
-from lightning_ifthpo.runtime.advice import tell_of_few_steps, warn_of_no_step, warn_of_shared_examples
+from lightning_ifthpo.runtime.advice import examine_data, tell_of_few_steps, warn_of_no_step
 from lightning_ifthpo.runtime.loggers import log_histograms, log_result
 from lightning_ifthpo.runtime.optimizer_state import include_hyperparameters
 from lightning_ifthpo.runtime.outer_data import check_batches, find_outer_data
@@ -185,7 +185,7 @@ class IFTHypergradient(PeriodicCallback):
             return
         restored, self._restored = self._restored, {}
         source = find_outer_data(trainer, pl_module, self.outer_dataloader)
-        self.shared_examples = warn_of_shared_examples(trainer, source)
+        self.shared_examples = examine_data(trainer, pl_module, source)
         tell_of_few_steps(trainer, self.every_n_batches, self.start_after_batches)
         self._stepper = HyperStepper(
             trainer,

@@ -13,10 +13,43 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from lightning_ifthpo.hyperparameters import IndexedDataset
+from lightning_ifthpo.hyperparameters.per_example import PerExample
 from lightning_ifthpo.runtime.outer_data import draws_all
+from lightning_ifthpo.runtime.requirements import hyperparameter_modules
 
 _FEW = 10  # hyper steps
 _MANY = 10_000_000  # examples, for which a comparison takes seconds
+
+
+def examine_data(trainer: L.Trainer, module: Any, outer: Iterable[Any]) -> str:
+    """Looks at training and outer data together, see `check_examples`; returns `warn_of_shared_examples`."""
+    check_examples(trainer, module)
+    return warn_of_shared_examples(trainer, outer)
+
+
+def check_examples(trainer: L.Trainer, module: Any) -> None:
+    """Compares hyperparameters with a row for each training example with the training set, where it has indices.
+
+    Raises:
+        ValueError: If there are fewer rows than examples; more of them are told by a warning.
+    """
+    data = getattr(trainer.train_dataloader, "dataset", None)
+    while isinstance(data, Subset):
+        data = data.dataset
+    if not isinstance(data, IndexedDataset):
+        return
+    for name, part in hyperparameter_modules(module):
+        if isinstance(part, PerExample) and part.examples != len(data):
+            kind = type(part).__name__
+            told = (
+                f"hyperparameter {name!r} is a {kind} for {part.examples} examples, and the IndexedDataset of the "
+                f"training set has {len(data)}, so that its rows are not those of the training examples. Wrap the "
+                f"training set after it was split, train = IndexedDataset(part), and create {kind} for len(train) "
+                "examples"
+            )
+            if part.examples < len(data):
+                raise ValueError(told)
+            rank_zero_warn(told)
 
 
 def warn_of_shared_examples(trainer: L.Trainer, outer: Iterable[Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import lightning as L
@@ -127,11 +127,17 @@ def _check_optimizers(trainer: L.Trainer, module: Any, trainable_before: dict[in
 def _ask_modules(module: Any, lr: float) -> None:
     """Calls `check_training(parameters, lr)` of registered modules that have it, and adds their names to its errors."""
     parameters = list(module.parameters())
-    for registered in {path.split(".")[0] for path, _ in module.named_hyperparameters()}:
+    for name, submodule in hyperparameter_modules(module):
+        if hasattr(submodule, "check_training"):
+            try:
+                submodule.check_training(parameters, lr)
+            except ValueError as error:
+                raise ValueError(f"hyperparameter {name!r}: {error}") from error
+
+
+def hyperparameter_modules(module: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Yields path and module for each registered module, and for the modules inside it."""
+    for registered in dict.fromkeys(path.split(".")[0] for path, _ in module.named_hyperparameters()):
         value = getattr(module, registered)
-        for name, submodule in value.named_modules(prefix=registered) if isinstance(value, nn.Module) else ():
-            if hasattr(submodule, "check_training"):
-                try:
-                    submodule.check_training(parameters, lr)
-                except ValueError as error:
-                    raise ValueError(f"hyperparameter {name!r}: {error}") from error
+        if isinstance(value, nn.Module):
+            yield from value.named_modules(prefix=registered)

@@ -385,6 +385,12 @@ WARNINGS = {
             "Split the data once, with `random_split`, and use one part for each.",
         ),
         Explanation(
+            "its rows are not those of the training examples",
+            "A table with a row for each training example has more rows than there are examples, so that a row may "
+            "belong to another example than you think, and the last ones stay as they are. Too few rows are an error.",
+            "Split first, wrap the training part in `IndexedDataset`, and create the table with its length.",
+        ),
+        Explanation(
             "every rank iterates over the whole outer loader",
             "The loader could not be split, so that all processes read the same outer batches. Results are right, and "
             "rest on fewer outer examples than they could.",
@@ -524,6 +530,10 @@ WARNINGS = {
 
 # errors whose message is not enough
 ERRORS = (
+    Explanation(
+        "its rows are not those of the training examples",
+        "`random_split(IndexedDataset(data))` gives indices into the whole of `data`. Wrap the part after the split.",
+    ),
     Explanation(
         "implicit differentiation cannot tune it",
         "In a fit this comes before the first batch. The usual reason is a learning rate or a setting of an optimizer.",

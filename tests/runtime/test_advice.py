@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorDataset, random_split
 
 from lightning_ifthpo import IFTHypergradient
-from lightning_ifthpo.hyperparameters import IndexedDataset, LossWeights, WeightDecay
+from lightning_ifthpo.hyperparameters import IndexedDataset, LossWeights, SampleWeights, SoftLabels, WeightDecay
 from lightning_ifthpo.runtime.advice import _shared_examples
 from tests.helpers.trainers import Classifier, classification_data, quiet_trainer
 
@@ -48,6 +48,39 @@ def test_outer_examples_that_training_sees_are_told(training, outer, shared, rec
     assert [message.split(" are ")[0] for message in told] == [
         f"IFTHypergradient: {shared} of {len(outer)} outer examples"
     ] * bool(shared)
+
+
+class PerExample(On):
+    """Has a hyperparameter with a row for each training example."""
+
+    def __init__(self, data, rows):
+        super().__init__(data)
+        self.register_hyperparameter("rows", rows)
+
+    def inner_loss(self, batch):
+        return super().inner_loss(batch) * (1.0 + self.rows(batch[2]).square().mean())
+
+
+FEW, MANY = (lambda: SampleWeights(15)), (lambda: SoftLabels(torch.zeros(17, dtype=torch.int64), 3))
+INDEXED = {"indexed": IndexedDataset(FIRST), "a part of indexed ones": Subset(IndexedDataset(FIRST), range(8))}
+
+
+@pytest.mark.parametrize("data", INDEXED)
+def test_a_table_that_does_not_fit_the_training_set_is_told_before_the_first_batch(data):
+    def fit(make):
+        quiet_trainer(max_steps=2, callbacks=[IFTHypergradient(1)]).fit(PerExample(INDEXED[data], make()))
+
+    with pytest.raises(ValueError, match=r"'rows' is a SampleWeights for 15 .*, and the IndexedDataset .* has 16"):
+        fit(FEW)
+    with pytest.warns(UserWarning, match=r"'rows' is a SoftLabels for 17 .* has 16, .* len\(train\)"):
+        fit(MANY)
+
+
+def test_a_table_that_fits_is_not_told_of(recwarn):
+    for data in (IndexedDataset(FIRST), TensorDataset(*DATA[:16], torch.arange(16))):
+        module = PerExample(data, SampleWeights(16))
+        quiet_trainer(max_steps=2, callbacks=[IFTHypergradient(1)]).fit(module)
+    assert not [one for one in recwarn if "IndexedDataset" in str(one.message)]
 
 
 class WithoutLength:
