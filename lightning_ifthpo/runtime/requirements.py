@@ -135,7 +135,7 @@ def _ask_modules(module: Any, lr: float) -> None:
                 raise ValueError(f"hyperparameter {name!r}: {error}") from error
 
 
-def hyperparameter_modules(module: Any) -> Iterator[tuple[str, nn.Module]]:
+def hyperparameter_modules(module: Any) -> Iterator[tuple[str, Any]]:
     """Yields path and module for each registered module, and for the modules inside it."""
     for registered in dict.fromkeys(path.split(".")[0] for path, _ in module.named_hyperparameters()):
         value = getattr(module, registered)
