@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_ifthpo.callbacks.evidence import Evidence
@@ -25,7 +24,7 @@ from lightning_ifthpo.curvature.kinds import Curvature
 from lightning_ifthpo.hypergradients import Hypergradient, implicit_hypergradient
 from lightning_ifthpo.hypergradients.result import OuterGradient
 from lightning_ifthpo.optimizers import UpdateRule, moving
-from lightning_ifthpo.runtime.advice import warn_of_direct_effects
+from lightning_ifthpo.runtime.advice import warn_of_direct_effects, warn_of_equal_hypergradients, warn_of_long_step
 from lightning_ifthpo.runtime.batches import prepared
 from lightning_ifthpo.runtime.distributed import Ranks
 from lightning_ifthpo.runtime.losses import ModuleLosses
@@ -170,14 +169,12 @@ class HyperStepper:
         before = [hyperparameter.detach().clone() for hyperparameter in self._hyperparameters]
         excess = self._optimizer.step(result.gradients, loss)
         if excess and self.replaced == 1:
-            rank_zero_warn(
-                f"hyper step {self.steps}: the hyper-optimizer would have moved the hyperparameters by {excess:.2g} "
-                "units at once (1 is a factor of e, for a decay), which weights cannot follow. A step of the default "
-                "optimizer was made instead; further ones are counted in summary(). Lower its learning rate, or leave "
-                "out configure_hyper_optimizer"
-            )
+            warn_of_long_step(self.steps, excess)
         units, batch = self._optimizer.units, self.outer_data.consumed - 1
         self.evidence.add(result.gradients, before, self._hyperparameters, units, loss, batch)
+        if self.evidence.steps == 1:
+            paths = [path for path, _ in self._module.named_hyperparameters()]
+            warn_of_equal_hypergradients(compress(paths, self.evidence.reach.alike))
 
     @property
     def replaced(self) -> int:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import compress
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
 from lightning_ifthpo.callbacks.evidence import Evidence
 from lightning_ifthpo.hyperparameters.bounded import Bounded
+from lightning_ifthpo.hyperparameters.per_example import PerExample
+from lightning_ifthpo.runtime.requirements import hyperparameter_modules
 
 Losses: TypeAlias = tuple[float, float]
 """At the start and at the end."""
@@ -200,7 +203,7 @@ def _learned_by_heart(outer: Losses, held_out: Losses | None) -> tuple[str, ...]
 
 
 def remarks(module: Any, evidence: Evidence) -> tuple[str, ...]:
-    """Returns sentences on hyperparameters that stand at their upper bound, or have stopped having a hypergradient."""
+    """Returns sentences on hyperparameters at their upper bound, without a hypergradient, or used in a wrong way."""
     cut_off = _cut_off(module, evidence)
     latest = max(evidence.last_gradient, default=evidence.steps)
     if evidence.steps - latest >= _FEW:
@@ -208,7 +211,7 @@ def remarks(module: Any, evidence: Evidence) -> tuple[str, ...]:
             f"No hyperparameter has had a hypergradient {_since(latest)}: the outer loss is constant, or flat where "
             "the weights are.",
         )
-    found = []
+    found = list(_of_examples(module, evidence))
     for name, value in module.named_natural_values():
         kind = getattr(module, name)
         parts = list(value.values()) if isinstance(value, Mapping) else [value]
@@ -224,6 +227,24 @@ def remarks(module: Any, evidence: Evidence) -> tuple[str, ...]:
             )
             found.append(f"No hypergradient of {what} {_since(last)}: {cause}.")
     return tuple(found)
+
+
+def _of_examples(module: Any, evidence: Evidence) -> Iterator[str]:
+    """Yields sentences on tables with an entry for each training example that are used in a wrong way."""
+    paths, reach = [path for path, _ in module.named_hyperparameters()], evidence.reach
+    yield from (
+        f"All entries of {path!r} had the same hypergradient at the first hyper step: they acted as one number. "
+        "Multiply the loss of each example by its entry before the mean: cross_entropy(..., reduction='none')."
+        for path in compress(paths, reach.alike)
+    )
+    tables = {f"{name}.logits" for name, part in hyperparameter_modules(module) if isinstance(part, PerExample)}
+    for (path, table), most, reached in zip(module.named_hyperparameters(), reach.most, reach.reached, strict=False):
+        if path in tables and 0 < reached == most < table.numel() and evidence.steps >= _FEW:
+            yield (
+                f"No hypergradient of {table.numel() - reached} of {table.numel()} entries of {path!r}, as each hyper "
+                "step reaches the same ones: take the number of an example in the training set, which IndexedDataset "
+                "adds, and not its place in the batch."
+            )
 
 
 def _cut_off(module: Any, evidence: Evidence) -> dict[str, tuple[int, int, int]]:

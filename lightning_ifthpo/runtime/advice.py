@@ -123,6 +123,26 @@ def warn_of_no_step(every_n_batches: int, start_after_batches: int) -> None:
     )
 
 
+def warn_of_long_step(step: int, excess: float) -> None:
+    """Warns of a step of the hyper-optimizer that was replaced, and would have been so many units long."""
+    rank_zero_warn(
+        f"hyper step {step}: the hyper-optimizer would have moved the hyperparameters by {excess:.2g} "
+        "units at once (1 is a factor of e, for a decay), which weights cannot follow. A step of the default "
+        "optimizer was made instead; further ones are counted in summary(). Lower its learning rate, or leave "
+        "out configure_hyper_optimizer"
+    )
+
+
+def warn_of_equal_hypergradients(paths: Iterable[str]) -> None:
+    """Warns of hyperparameters whose entries all have the same hypergradient at the first hyper step."""
+    for path in paths:
+        rank_zero_warn(
+            f"all entries of hyperparameter {path!r} that have a hypergradient have the same one, so that they act as "
+            "a single number. If they belong to training examples, multiply the loss of each example by its entry "
+            "before the mean: cross_entropy(..., reduction='none')"
+        )
+
+
 def warn_of_direct_effects(module: Any, directly: Collection[str]) -> None:
     """Warns of ready-made hyperparameters of the training loss alone on which the outer loss depends by itself.
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_ifthpo import IFTHypergradient
 from lightning_ifthpo.callbacks.hyper_metrics import extents
 from lightning_ifthpo.callbacks.summary import Change, judge
-from lightning_ifthpo.hyperparameters import LossWeights, SampleWeights
+from lightning_ifthpo.hyperparameters import IndexedDataset, LossWeights, SampleWeights
 from lightning_ifthpo.solvers import Identity
 from tests.helpers.trainers import Classifier, Ridge, loader, quiet_trainer
 
@@ -191,7 +191,7 @@ def test_loggers_get_tuned_values_as_hyperparameters_and_histograms(tmp_path):
             self.register_hyperparameter("weights", SampleWeights(30))
 
         def inner_loss(self, batch):
-            return super().inner_loss(batch) * self.weights(torch.arange(30)).mean()
+            return super().inner_loss(batch) * (self.weights(torch.arange(30)) * torch.arange(30)).mean()
 
     loggers = [CSVLogger(tmp_path, "csv"), TensorBoardLogger(tmp_path, "tensorboard", default_hp_metric=False)]
     callback = IFTHypergradient(1)
@@ -270,6 +270,28 @@ def test_the_tensors_of_one_module_without_a_hypergradient_share_a_sentence():
         "No hypergradient of 2 of 6 tensors of 'decay' in any hyper step: it belongs to weights that do not train, or "
         "is saturated."
     ]
+
+
+@pytest.mark.parametrize("by_place", [True, False])
+def test_a_table_that_is_read_by_the_place_in_the_batch_is_named(by_place):
+    class Weighted(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.register_hyperparameter("weights", SampleWeights(32))
+
+        def inner_loss(self, batch):
+            x, y, index = batch
+            losses = F.cross_entropy(self.mark_outputs(self.net(x)), y, reduction="none")
+            return (self.weights(torch.arange(8) if by_place else index) * losses).mean() + self.decay()
+
+        def train_dataloader(self):
+            return DataLoader(IndexedDataset(loader().dataset), batch_size=8, shuffle=True)
+
+    callback = IFTHypergradient(1)
+    fitted(callback, Weighted)
+    told = [advice for advice in callback.summary().advice if "hypergradient" in advice]
+    assert len(told) == by_place
+    assert not by_place or "No hypergradient of 24 of 32 entries of 'weights.logits', as each hyper" in told[0]
 
 
 def test_an_outer_loss_that_is_flat_is_named_once():

@@ -40,7 +40,7 @@ TELLERS = {
 PHRASES = {
     "runtime.verification": ("warning", ("_doubts",)),
     "callbacks.outer_level": ("warning", ("doubt",)),
-    "callbacks.summary": ("summary", ("judge", "_risen", "_learned_by_heart", "remarks")),
+    "callbacks.summary": ("summary", ("judge", "_risen", "_learned_by_heart", "remarks", "_of_examples")),
 }
 _FIELD = re.compile("‹[^›]*›")
 _SECOND = "SecondDerivativeError", "AsymmetricCurvatureError"

@@ -290,6 +290,16 @@ SUMMARY = (
         "Raise `maximum` if a larger value makes sense. For a decay, the bound also keeps training stable.",
     ),
     Explanation(
+        "had the same hypergradient at the first hyper step",
+        "The entries of a table, such as weights of examples, cannot be told apart.",
+        'Take losses with `reduction="none"`, multiply each by its entry, and then take the mean.',
+    ),
+    Explanation(
+        "as each hyper step reaches the same ones",
+        "A table is read by the place of an example in its batch, so that only as many rows are used as a batch has.",
+        "Use the index that `IndexedDataset` adds to each example.",
+    ),
+    Explanation(
         ("No hypergradient of ‹what›", "tensors of ‹name›", "cuts it off for good", "belongs to weights that do not"),
         "This one has had a gradient of exactly zero for many hyper steps.",
         "Register positive numbers as `Positive(initial)` instead of clamping them, and leave out parts that belong to "
@@ -354,6 +364,12 @@ WARNINGS = {
             "A step of your own hyper-optimizer was so long that training could not follow, and a step of the default "
             "one took its place. `summary().replaced` counts such steps.",
             "Lower the learning rate of your hyper-optimizer, or use the default, which has none.",
+        ),
+        Explanation(
+            "have the same one, so that they act as",
+            "The entries multiply a mean that was taken already, so that the outer loss cannot tell one example from "
+            "another.",
+            'Take losses with `reduction="none"`, multiply each by its entry, and then take the mean.',
         ),
         Explanation(
             "was unfrozen during training",

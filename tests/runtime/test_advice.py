@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorDataset, random_split
 
@@ -58,7 +59,9 @@ class PerExample(On):
         self.register_hyperparameter("rows", rows)
 
     def inner_loss(self, batch):
-        return super().inner_loss(batch) * (1.0 + self.rows(batch[2]).square().mean())
+        x, y, index = batch
+        losses = F.cross_entropy(self.net(x), y, reduction="none")
+        return (self.rows(index).reshape(len(x), -1).T * losses).mean() + self.decay()
 
 
 FEW, MANY = (lambda: SampleWeights(15)), (lambda: SoftLabels(torch.zeros(17, dtype=torch.int64), 3))
@@ -81,6 +84,23 @@ def test_a_table_that_fits_is_not_told_of(recwarn):
         module = PerExample(data, SampleWeights(16))
         quiet_trainer(max_steps=2, callbacks=[IFTHypergradient(1)]).fit(module)
     assert not [one for one in recwarn if "IndexedDataset" in str(one.message)]
+
+
+class ByMean(PerExample):
+    """Has forgotten reduction="none"."""
+
+    def inner_loss(self, batch):
+        return (self.rows(batch[2]) * On.inner_loss(self, batch)).mean()
+
+
+@pytest.mark.parametrize("make", [PerExample, ByMean])
+def test_weights_of_a_mean_loss_are_told_at_the_first_hyper_step(make, recwarn):
+    callback = IFTHypergradient(1, start_after_batches=1)
+    quiet_trainer(max_epochs=3, callbacks=[callback]).fit(make(IndexedDataset(FIRST), SampleWeights(16)))
+    told = [str(one.message) for one in recwarn if "have the same one" in str(one.message)]
+    summed_up = [advice for advice in callback.summary().advice if "same hypergradient" in advice]
+    assert len(told) == len(summed_up) == (make is ByMean)
+    assert all("'rows.logits'" in words and "reduction='none'" in words for words in (*told, *summed_up))
 
 
 class WithoutLength:

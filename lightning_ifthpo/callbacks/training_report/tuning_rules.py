@@ -127,12 +127,13 @@ def at_bound(facts: Facts) -> Finding | None:
     return None
 
 
-def no_hypergradient(facts: Facts) -> Finding | None:
-    """A hyperparameter that has no hypergradient any more."""
+def odd_hypergradients(facts: Facts) -> Finding | None:
+    """A hyperparameter without a hypergradient, or whose entries all have the same one."""
     for remark in facts.tuning.remarks if facts.tuning else ():
         if "hypergradient" in remark:
             seen, _, remedy = remark.partition(": ")
-            return Finding("hyperparameter without a hypergradient", f"{seen}.", remedy[:1].upper() + remedy[1:], 0.77)
+            kind = "entries with the same" if "same hypergradient" in seen else "hyperparameter without a"
+            return Finding(f"{kind} hypergradient", f"{seen}.", remedy[:1].upper() + remedy[1:], 0.77)
     return None
 
 
@@ -185,7 +186,7 @@ RULES: tuple[Callable[[Facts], Finding | None], ...] = (
     failing_solves,
     learned_by_heart,
     at_bound,
-    no_hypergradient,
+    odd_hypergradients,
     few_hyper_steps,
     stale_estimate,
     no_movement,

@@ -122,6 +122,11 @@ CASES = {
         "hyperparameter without a hypergradient",
         "since hyper step 3",
     ),
+    "alike": (
+        tuned(remarks=("All entries of 'w' had the same hypergradient at the first hyper step: multiply.",)),
+        "entries with the same hypergradient",
+        "All entries of 'w'",
+    ),
     "few": (tuned(hyper_steps=4, made=4), "too few hyper steps", "4 hyper steps"),
     "still hyperparameters": (tuned(travel=1e-5), "hyperparameters do not move", "1.0e-05 units"),
     "stale": (tuned({"hypergrad__residual": [5.0] * 20}), "inaccurate hypergradients", "is 5"),
