@@ -184,17 +184,51 @@ def test_the_page_is_written_after_an_exception(first, path):
         quiet_trainer(callbacks=[report, tuner] if first else [tuner, report]).fit(Failing())
     page = Page(path)
     assert re.search("Training was ended by KeyError, [23] training batches.", page.text)
+    assert re.fullmatch("KeyError: 'x'. It came after [23] training batches.", report.findings[0].evidence)
     assert ("predicted to lower the outer loss" if first else "was predicted.") in page.text
 
 
-def test_an_error_before_training_writes_no_page(path):
-    class Broken(Plain):
-        def configure_optimizers(self):
-            raise KeyError("x")
+class Unusable(Plain):
+    def configure_optimizers(self):
+        raise KeyError("x")
 
-    with pytest.raises(KeyError):
-        quiet_trainer(callbacks=[TrainingReport(path)]).fit(Broken())
-    assert not path.exists()
+
+class WithoutData(Simple):
+    """Fails in `on_train_start` of the tuner, behind the report or before it."""
+
+    def outer_dataloader(self):
+        return []
+
+
+@pytest.mark.parametrize(("make", "error"), [(Unusable, KeyError), (WithoutData, ValueError)])
+@pytest.mark.parametrize("first", [True, False])
+def test_an_error_before_training_comes_first_on_a_page_that_replaces_an_older_one(make, error, first, path):
+    path.parent.mkdir()
+    path.write_text("an older page")
+    report = TrainingReport(path)
+    others = [IFTHypergradient(1)] if make is WithoutData else []
+    with pytest.raises(error, match=r".") as raised:
+        quiet_trainer(callbacks=[report, *others] if first else [*others, report]).fit(make())
+    page, (finding,) = Page(path), report.findings
+    assert f"Training was ended by {error.__name__} before the first training batch." in page.text
+    assert "Nothing unusual" not in page.text
+    assert finding.kind == "an error ended the run"
+    assert finding.evidence.startswith(f"{error.__name__}: {str(raised.value)[:60]}")
+    assert finding.evidence.endswith("It came before the first training batch.")
+
+
+def test_ctrl_c_is_no_fault(path):
+    class Stopped(Plain):
+        def training_step(self, batch, batch_idx):
+            if self.global_step == 3:
+                raise KeyboardInterrupt
+            return super().training_step(batch, batch_idx)
+
+    report = TrainingReport(path)
+    with pytest.raises(SystemExit, match=r"1"):
+        quiet_trainer(callbacks=[report]).fit(Stopped())
+    assert report.findings == ()
+    assert "Training was ended by KeyboardInterrupt, 3 training batches." in Page(path).text
 
 
 def test_a_second_fit_starts_anew(path):

@@ -162,14 +162,15 @@ class Collector:
 
     # Results
 
-    def facts(self, trainer: L.Trainer, module: Any, *, is_over: bool) -> Facts:
-        """Returns what was seen so far."""
+    def facts(self, trainer: L.Trainer, module: Any, *, is_over: bool, error: str = "") -> Facts:
+        """Returns what was seen so far, and the error that has ended the fit, if one has."""
         self._loss.flush()
         weights = list(seen.weights_of(module).values())
         frozen = sum(weight.numel() for weight in weights if not weight.requires_grad)
         return Facts(
             batches=self.batches,
             is_over=is_over,
+            error=error,
             records=self._records,
             loss=self._loss,
             layers=self._layers.layers,

@@ -84,6 +84,7 @@ class Facts:
     Attributes:
         batches: Number of training batches so far.
         is_over: Whether the fit has come to its end.
+        error: The error that has ended it, as "ValueError: words"; empty without one.
         records: Curves by the name of their metric; "gradient_norm", "validation/<name>".
         loss: The training loss.
         layers: What was seen of each tensor of weights, by name.
@@ -98,6 +99,7 @@ class Facts:
 
     batches: int
     is_over: bool = True
+    error: str = ""
     records: Records = field(default_factory=Records)
     loss: TrainingLoss = field(default_factory=TrainingLoss)
     layers: Mapping[str, LayerRecord] = field(default_factory=dict)

@@ -1,9 +1,10 @@
-"""What can be wrong with weights, layers and data: one rule for each fault, from facts alone."""
+"""What can be wrong with a fit, its weights, layers and data: one rule for each fault, from facts alone."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from textwrap import shorten
 
 from lightning_ifthpo.callbacks.training_report.facts import Facts, Finding
 from lightning_ifthpo.callbacks.training_report.gradients import LayerRecord
@@ -19,6 +20,20 @@ _ALIKE = 0.8  # correlation of epochs
 _UNEVEN = 0.05  # standard deviation of the loss along an epoch over its mean
 _UP = 0.2  # share of rises along an epoch; a loss that falls has 0
 _NAMES = 4  # that are listed
+_LONG = 500  # characters of an error
+
+
+def error(facts: Facts) -> Finding | None:
+    """An error that has ended the fit."""
+    if not facts.error:
+        return None
+    when = f"after {facts.batches:,} training batches" if facts.batches else "before the first training batch"
+    return Finding(
+        "an error ended the run",
+        f"{shorten(facts.error, _LONG).rstrip('.')}. It came {when}.",
+        "Do what the message says; the console shows where it arose. What else stands here is of the time before.",
+        2.0,
+    )
 
 
 def weights_vanish(facts: Facts) -> Finding | None:
@@ -154,6 +169,7 @@ def unshuffled(facts: Facts) -> Finding | None:
 
 
 RULES: tuple[Callable[[Facts], Finding | None], ...] = (
+    error,
     weights_vanish,
     wrong_mode,
     training_mode_in_validation,

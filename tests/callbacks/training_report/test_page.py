@@ -14,7 +14,7 @@ from lightning_ifthpo.callbacks.training_report.facts import Facts, Finding
 from lightning_ifthpo.callbacks.training_report.records import Records, Series
 from lightning_ifthpo.callbacks.training_report.sections import Extras, sections_of
 
-HEADING = page.Heading("Module", "Training is over.", True)
+HEADING = page.Heading("Module", "Training is over.", 100, True)
 
 
 def curve(*values):
@@ -87,6 +87,13 @@ def test_without_data_there_is_no_section_and_nothing_unusual():
     text = page.render(HEADING, [], [], {})
     assert "Nothing unusual was seen by these rules." in text
     assert "<nav" not in text
+
+
+@pytest.mark.parametrize(("is_over", "ending"), [(True, "."), (False, " yet.")])
+def test_without_a_batch_nothing_is_said_to_be_fine(is_over, ending):
+    text = page.render(page.Heading("Module", "", 0, is_over), [], [], {})
+    assert f"No training batch was seen{ending}" in text
+    assert "Nothing unusual" not in text
 
 
 def test_curves_without_a_finite_value_are_left_out():

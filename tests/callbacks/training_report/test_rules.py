@@ -99,6 +99,7 @@ CASES = {
     ),
     "still": (facts(layers={"a.weight": {"unmoved": 10}}), "weights that never move", "'a.weight' is exactly"),
     "unused": (facts(layers={"c.weight": {"without_gradient": 10}}), "weights without a gradient", "'c.weight'"),
+    "an error": (facts(error="OSError:" + " long" * 200), "an error ended the run", r"\[...\]. It came after 200"),
     "frozen": (facts(frozen=("c",), frozen_share=0.7), "frozen weights", "'c', among weights that train"),
     "evaluating": (facts(evaluating=("norm",)), "evaluation mode during training", "'norm' is"),
     "training": (facts(training=("n", "m")), "training mode during validation", "'n', 'm' are"),
