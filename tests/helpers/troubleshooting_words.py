@@ -84,6 +84,7 @@ SYMPTOMS = (
         "NaN",
         "which number became NaN first: the training loss, the outer loss, or a hypergradient?",
         "A NaN never reaches a hyperparameter: the status is [`nonfinite`](#statuses) and the hyper step is skipped. "
+        "`[i for i, (x, *_) in enumerate(data) if not x.isfinite().all()]` lists the examples that have one. "
         "If training itself diverges, look at its learning rate, and at a decay or a loss weight of your own that has "
         "no upper bound. `WeightDecay` has one.",
     ),

@@ -43,7 +43,8 @@ def nonfinite_loss(facts: Facts) -> Finding | None:
         "NaN or infinity in a batch",
         f"The training loss of batch {loss.first_nonfinite} is the first that is not finite{before}; {after}.",
         "The loss did not grow before, so look at the data of this batch (missing values, a logarithm or a division by "
-        "zero) and at half precision. Trainer(detect_anomaly=True) names the operation.",
+        "zero) and at half precision. [i for i, (x, *_) in enumerate(data) if not x.isfinite().all()] lists examples "
+        "with missing values, and Trainer(detect_anomaly=True) names the operation.",
         1.0,
     )
 

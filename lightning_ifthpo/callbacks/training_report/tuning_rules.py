@@ -91,7 +91,8 @@ def failing_solves(facts: Facts) -> Finding | None:
     if tuning is None or not tuning.skipped:
         return None
     cause, count = max(tuning.skipped.items(), key=lambda pair: pair[1])
-    if count <= _SKIPPED * tuning.hyper_steps:
+    is_lost = cause == "nonfinite" and facts.loss.first_nonfinite > 0  # training itself has no finite loss any more
+    if is_lost or count <= _SKIPPED * tuning.hyper_steps:
         return None
     kind, remedy = _CAUSES.get(cause, (f"solves end with status {cause}", "See summary() for the cause."))
     share = count / max(1, tuning.hyper_steps)

@@ -210,7 +210,13 @@ def test_causes_come_before_what_follows_from_them():
         tuning=dataclasses.replace(TUNED, skipped={"nonfinite": 20}),
     )
     kinds = [finding.kind for finding in diagnose(run)]
-    assert kinds == ["learning rate too high", "solves end in NaN or infinity", "no gradient reaches a layer"]
+    assert kinds == ["learning rate too high", "no gradient reaches a layer"]
+
+
+def test_solves_are_not_to_blame_for_weights_that_training_has_lost():
+    lost = dataclasses.replace(tuned(skipped={"nonfinite": 30}), loss=losses([*falling(100), *[math.nan] * 9]))
+    assert [finding.kind for finding in diagnose(lost)] == ["NaN or infinity in a batch"]
+    assert [finding.kind for finding in diagnose(tuned(skipped={"nonfinite": 30}))] == ["solves end in NaN or infinity"]
 
 
 def test_each_way_in_which_a_solve_fails_has_a_remedy():
