@@ -70,6 +70,7 @@ class IFTHypergradient(PeriodicCallback):
     """
 
     work = "hyper step"
+    moves_hyperparameters = True
 
     def __init__(
         self,
@@ -198,8 +199,7 @@ class IFTHypergradient(PeriodicCallback):
             every_n_batches=self.every_n_batches,
             state=restored.get("stepper", {}),
         )
-        held_out, state = self.held_out_dataloader, restored.get("report", {})
-        self._report = Report(self._stepper, pl_module, source, held_out, state)
+        self._report = Report(self._stepper, pl_module, source, self.held_out_dataloader, restored.get("report", {}))
         if restored:
             self._failures.causes, self._metrics = restored["causes"], restored["metrics"]
             self._cadence.load_state_dict(restored["cadence"])

@@ -144,7 +144,8 @@ class Reader(Callback):
 
 def test_the_page_is_there_while_training_goes_on(path):
     reader = Reader(path)
-    trained([TrainingReport(path, every_n_batches=2, every_n_seconds=0.0, max_overhead=None), reader], max_epochs=1)
+    report = TrainingReport(path, every_n_batches=2, every_n_seconds=0.0, max_overhead=None)
+    trained([report, reader], lambda: Classifier().freeze_hyperparameters(), max_epochs=1)
     assert "Training, one training batch." in reader.pages[0].text
     assert "Nothing unusual was seen by these rules so far." in reader.pages[0].text
     assert "Training, 3 training batches." in reader.pages[3].text

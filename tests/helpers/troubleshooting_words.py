@@ -351,6 +351,11 @@ WARNINGS = {
             "See *zero right-hand side* under [causes](#causes).",
         ),
         Explanation(
+            "nothing tunes the hyperparameters",
+            "A notice at the start: the hyperparameters are as they were registered, and no callback moves them.",
+            "Add `IFTHypergradient()` to the callbacks. `freeze_hyperparameters()` says that they are to stay.",
+        ),
+        Explanation(
             "made no hyper step",
             "The fit ended before the first hyper step was due.",
             "Lower `every_n_batches` or `start_after_batches`, or train longer. Batches without a loss do not count.",

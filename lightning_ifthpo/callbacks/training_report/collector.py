@@ -180,6 +180,7 @@ class Collector:
             training=tuple(self._modes["training"]),
             is_shuffled=seen.is_shuffled(trainer),
             is_automatic=module.automatic_optimization,
+            untuned=seen.untuned_hyperparameters(module),
             tuning=seen.tuning_of(trainer, module, self._records, seen.shared_examples(trainer)),
         )
 

@@ -94,6 +94,7 @@ class Facts:
         training: Layers that are in training mode during validation.
         is_shuffled: Whether the training loader draws in random order; None if that is unknown, as of a stream.
         is_automatic: Whether the Trainer steps the optimizer, so that there is one loss which it makes smaller.
+        untuned: Names of hyperparameters that nothing tunes, and that are as they were registered.
         tuning: What the hyper steps have done; None without them.
     """
 
@@ -109,4 +110,5 @@ class Facts:
     training: tuple[str, ...] = ()
     is_shuffled: bool | None = None
     is_automatic: bool = True
+    untuned: tuple[str, ...] = ()
     tuning: Tuning | None = None

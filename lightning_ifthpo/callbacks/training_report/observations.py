@@ -139,6 +139,13 @@ def shared_examples(trainer: L.Trainer) -> str:
     return "" if callback is None else callback.shared_examples
 
 
+def untuned_hyperparameters(module: Any) -> tuple[str, ...]:
+    """Returns the names of the hyperparameters, if nothing tunes them."""
+    if not isinstance(module, BilevelLightningModule) or not module.is_left_untuned:
+        return ()
+    return tuple(dict.fromkeys(path.split(".")[0] for path, _ in module.named_hyperparameters()))
+
+
 def is_shuffled(trainer: Any) -> bool | None:
     """Returns whether the training loader draws in random order; None if that is unknown."""
     sampler = getattr(trainer.train_dataloader, "sampler", None)

@@ -42,6 +42,19 @@ _CAUSES = {
 }
 
 
+def untuned(facts: Facts) -> Finding | None:
+    """Hyperparameters in a run without a callback that tunes them."""
+    if not facts.untuned:
+        return None
+    return Finding(
+        "nothing tunes the hyperparameters",
+        f"{', '.join(map(repr, facts.untuned))} stay as they were registered, because the Trainer has no "
+        "IFTHypergradient among its callbacks.",
+        "Add IFTHypergradient(), or call freeze_hyperparameters() if this is meant, as in a run to compare with.",
+        0.72,
+    )
+
+
 def shared_data(facts: Facts) -> Finding | None:
     """Outer examples that are training examples."""
     if facts.tuning is None or not facts.tuning.shared:
@@ -182,6 +195,7 @@ def no_movement(facts: Facts) -> Finding | None:
 
 
 RULES: tuple[Callable[[Facts], Finding | None], ...] = (
+    untuned,
     shared_data,
     rate_too_high,
     failing_solves,

@@ -103,6 +103,7 @@ CASES = {
     "frozen": (facts(frozen=("c",), frozen_share=0.7), "frozen weights", "'c', among weights that train"),
     "evaluating": (facts(evaluating=("norm",)), "evaluation mode during training", "'norm' is"),
     "training": (facts(training=("n", "m")), "training mode during validation", "'n', 'm' are"),
+    "untuned": (facts(untuned=("decay", "w")), "nothing tunes the hyperparameters", "'decay', 'w' stay as they were"),
     "shared": (tuned(shared=SHARED), "outer data are training data", "10 of 20"),
     "replaced": (tuned(replaced=5), "hyper rate too high", "5 of 40"),
     "harmful": (tuned(confirmed=-0.4), "hyper rate too high", r"raised it by 0.4 ± 0.05"),
