@@ -159,7 +159,7 @@ class BilevelLightningModule:
             names = ", ".join(map(repr, self._hyperparameter_names))
             _LOG.info(
                 f"{type(self).__name__}: nothing tunes the hyperparameters {names}, which stay as they are: there is "
-                "no IFTHypergradient among the callbacks of the Trainer. If this is meant, call freeze_hyperparameters()"
+                "no IFTHypergradient among the callbacks. If this is meant, call freeze_hyperparameters()"
             )
 
     def unfreeze(self) -> Self:
