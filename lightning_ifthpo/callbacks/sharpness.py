@@ -187,7 +187,8 @@ class SharpnessMonitor(PeriodicCallback):
             count = self._tracker.measurements
             rank_zero_info(
                 f"SharpnessMonitor: measured {'once' if count == 1 else f'{count} times'}, more rarely than every "
-                f"{self.every_n_batches} batches, to stay below max_overhead={self.max_overhead}"
+                f"{self.every_n_batches} batches, to stay below max_overhead={self.max_overhead}; for a curve set "
+                "every_n_batches=10 and max_overhead=None"
             )
 
     def _fire(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:

@@ -491,7 +491,7 @@ WARNINGS = {
         Explanation(
             "more rarely than every",
             "A notice at the end: measurements were postponed to stay inside the budget of time.",
-            "Nothing, or raise `max_overhead`; None removes the budget.",
+            "Nothing, or for a curve a smaller `every_n_batches` and a larger `max_overhead`; None removes the budget.",
         ),
         Explanation(
             "no logger takes figures",
