@@ -8,13 +8,12 @@ from itertools import cycle, islice
 from statistics import fmean
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-
 from lightning_ifthpo.callbacks.hyper_metrics import extents, named_numbers
 from lightning_ifthpo.callbacks.hyper_step import HyperStepper
 from lightning_ifthpo.callbacks.summary import Change, Losses, TuningSummary, judge, remarks
 from lightning_ifthpo.core.random_state import isolated
 from lightning_ifthpo.runtime.cadence import Cadence
+from lightning_ifthpo.runtime.telling import rank_zero_warn
 
 _HELD_OUT = 8  # batches
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Any, get_args
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_ifthpo.callbacks.measurement import spectrum_metrics, trace_metrics
 from lightning_ifthpo.callbacks.periodic import PeriodicCallback
@@ -23,6 +23,7 @@ from lightning_ifthpo.runtime.fixed_batches import FixedBatches
 from lightning_ifthpo.runtime.loggers import log_figure, takes_figures
 from lightning_ifthpo.runtime.losses import ModuleLosses, trainable
 from lightning_ifthpo.runtime.requirements import check_observed, check_precision
+from lightning_ifthpo.runtime.telling import rank_zero_warn
 from lightning_ifthpo.runtime.verification import trusted_operator
 from lightning_ifthpo.spectrum import SpectrumTracker, spectral_density
 from lightning_ifthpo.spectrum.tracking import Method

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
@@ -16,6 +16,7 @@ from lightning_ifthpo.hyperparameters import IndexedDataset
 from lightning_ifthpo.hyperparameters.per_example import PerExample
 from lightning_ifthpo.runtime.outer_data import draws_all
 from lightning_ifthpo.runtime.requirements import hyperparameter_modules
+from lightning_ifthpo.runtime.telling import rank_zero_warn
 
 _FEW = 10  # hyper steps
 _MANY = 10_000_000  # examples, for which a comparison takes seconds

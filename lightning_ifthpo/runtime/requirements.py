@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
@@ -17,6 +16,7 @@ from lightning_ifthpo.optimizers import is_known
 from lightning_ifthpo.runtime.distributed import is_gathered, is_replicated
 from lightning_ifthpo.runtime.losses import BY_DIFFERENCES, trainable
 from lightning_ifthpo.runtime.precision import CurvaturePrecision, has_half_weights, is_autocast, precision_of
+from lightning_ifthpo.runtime.telling import rank_zero_warn
 from lightning_ifthpo.training_loss import has_inner_loss, has_training_step
 
 

@@ -21,7 +21,7 @@ from tests.checks import check_leaves_training_untouched, check_state_is_plain
 from tests.helpers.features import Simple
 from tests.helpers.trainers import Classifier, Deterministic, quiet_trainer, same, trained
 
-SECTIONS = ["losses", "hyperparameters", "hyper-steps", "solves", "curvature", "rates", "gradients", "time"]
+SECTIONS = ["told", "losses", "hyperparameters", "hyper-steps", "solves", "curvature", "rates", "gradients", "time"]
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 
@@ -84,7 +84,7 @@ def test_all_sections_are_there_if_all_callbacks_are(path):
     report = TrainingReport(path, every_n_batches=1)
     trained([*everything(), report], accumulate_grad_batches=2)
     page = Page(path)
-    assert page.sections == SECTIONS
+    assert page.sections == SECTIONS[1:]
     words = " ".join(" ".join(page.words).split())
     for text in (
         "Training is over, 12 training batches.",
@@ -216,6 +216,26 @@ def test_an_error_before_training_comes_first_on_a_page_that_replaces_an_older_o
     assert finding.kind == "an error ended the run"
     assert finding.evidence.startswith(f"{error.__name__}: {str(raised.value)[:60]}")
     assert finding.evidence.endswith("It came before the first training batch.")
+
+
+class Penalized(Classifier):
+    def outer_loss(self, batch):
+        return super().outer_loss(batch) + self.decay()
+
+
+def test_warnings_of_the_package_are_shown_as_long_as_the_fit_lasts(path):
+    report = TrainingReport(path)
+    with pytest.warns(UserWarning, match="by itself, not only through the weights"):
+        trained([IFTHypergradient(1, on_failure="use"), report], Penalized)
+    page = Page(path)
+    assert page.sections[0] == "told"
+    assert page.text.count("outer_loss depends on hyperparameter &#39;decay&#39; by itself") == 1
+    with pytest.warns(UserWarning, match="by itself, not only through the weights"):
+        trained([IFTHypergradient(1, on_failure="use")], Penalized)
+    report.setup(None, None, "validate")
+    assert len(report._notes.messages) == 1
+    trained([report], Plain)
+    assert "told" not in Page(path).sections
 
 
 def test_ctrl_c_is_no_fault(path):

@@ -187,7 +187,7 @@ class Collector:
     def extras(self, trainer: L.Trainer, module: Any, shares: Mapping[str, float]) -> Extras:
         """Returns what a report shows beside the facts."""
         noise = self._why_no_noise(trainer, module) or self._noise_in_words(trainer)
-        return Extras(tuple(self._marks.steps), {**seen.shares_of_time(trainer), **shares}, noise)
+        return Extras(tuple(self._marks.steps), {**seen.shares_of_time(trainer), **shares}, noise=noise)
 
     def _noise_in_words(self, trainer: Any) -> str:
         scale, size = self._noise.micro_batches, getattr(trainer.train_dataloader, "batch_size", None)

@@ -42,11 +42,13 @@ class Extras:
     Attributes:
         marks: Training batches of hyper steps.
         shares: Share of the training time of each callback.
+        told: Warnings of the package.
         noise: The gradient noise scale, or why there is none, in a sentence.
     """
 
     marks: tuple[int, ...] = ()
     shares: Mapping[str, float] = field(default_factory=dict)
+    told: tuple[str, ...] = ()
     noise: str = ""
 
 
@@ -62,7 +64,8 @@ def sections_of(facts: Facts, extras: Extras) -> list[Section]:
         _gradients(facts, extras),
         _time(extras),
     )
-    return [section for section in made if section.table or any(chart.has_data for chart in section.charts)]
+    told = [Section("told", "Warnings on the console", list(extras.told))] if extras.told else []
+    return told + [section for section in made if section.table or any(chart.has_data for chart in section.charts)]
 
 
 def _losses(facts: Facts, extras: Extras) -> Section:
