@@ -29,6 +29,7 @@ _MANY = 10  # lines
 _EXPLODED = 3.0  # times the outer loss at the start
 _FELL = 0.25  # of the outer loss at the start
 _APART = 0.5  # of the outer loss
+FURTHER = "If they should move further, train longer; with an optimizer of your own, raise its rate or leave it out."
 _CONTROL = "Compare with a run after freeze_hyperparameters()."
 
 
@@ -159,7 +160,7 @@ def judge(
         return "harmed", f"{told} The hyperparameters moved past the best values.", (*advice, _CONTROL)
     if evidence.travel < _FAR and not is_sure:
         moved = f"The hyperparameters moved by {evidence.travel:.2g} units in all (1 is a factor of e, for a decay)."
-        return "did nothing", f"{moved} {told}", (*advice, "If they should move further, train longer.")
+        return "did nothing", f"{moved} {told}", (*advice, FURTHER)
     if 0.0 < _EXPLODED * first < last:
         return "harmed", f"The outer loss rose from {first:.3g} to {last:.3g}.", (*advice, _CONTROL)
     if risen := _risen(outer, held_out):

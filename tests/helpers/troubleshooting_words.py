@@ -46,7 +46,7 @@ SYMPTOMS = (
         "the last lines of the console, `callback.summary()`; then `hypergrad/norm` and `hypergrad/skipped` in the log",
         "Too few hyper steps ([no hyper step](#hyper-steps)), all of them skipped (next row), a gradient of zero "
         "([zero right-hand side, no influence](#causes)), a value that is cut off ([summary](#the-summary)), or an "
-        "optimizer of your own whose learning rate is too low: leave out `configure_hyper_optimizer`.",
+        "optimizer of your own whose rate is too low: raise it, or leave out `configure_hyper_optimizer`.",
     ),
     (
         "Solves are skipped",
@@ -246,13 +246,8 @@ SUMMARY = (
     Explanation(
         "units in all",
         "The way that the hyperparameters went is short. A unit is a factor of e for a decay.",
-        "Train longer, or lower `every_n_batches`. With an optimizer of your own, raise its rate.",
-    ),
-    Explanation(
-        "If they should move further",
-        "The run was too short for the hyperparameters to travel.",
-        "The default optimizer limits how far they go in a horizon of training steps; more steps are the way to go "
-        "further.",
+        "Train longer, or lower `every_n_batches`: the default optimizer limits how far they go in a horizon of training "
+        "steps. With an optimizer of your own, raise its rate or leave it out.",
     ),
     Explanation(
         "The outer loss rose from",

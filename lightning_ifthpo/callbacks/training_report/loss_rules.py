@@ -23,6 +23,9 @@ _HIGH = 0.4  # of the loss at the start; networks that learn end below, unless l
 _JUMP = 1.25  # times the loss at the start; momentum and noise alone lift two batches in a row by 1.2
 _UNLIKE_NOISE = 5.0  # standard deviations of single batches
 _CLIMB = 1.4  # times the lowest eighth of the run
+_STILL = 0.02  # of the length of the weights, in a whole run: what trains goes several times their length
+_UNMOVED = 0.97  # of the loss at the start
+_MANY_BATCHES = 50
 _BEYOND_EDGE = 1.5  # edge ratio; training at the edge of stability hovers slightly above 1, by up to 1.2
 _ABSURD = 1000.0  # times the edge of stability
 
@@ -70,7 +73,24 @@ def rate_too_high(facts: Facts) -> Finding | None:
     )
 
 
-RULES: tuple[Callable[[Facts], Finding | None], ...] = (nonfinite_loss, rate_too_high)
+def hardly_moved(facts: Facts) -> Finding | None:
+    """A loss that stays where it is, because weights do."""
+    curve, ratios = facts.loss.curve, facts.records["update_ratio/median"]
+    first, last = mean(curve.part(0.0, 0.25)), mean(curve.part(0.75))
+    way = mean(ratios.part(0.0)) * facts.batches
+    is_still = way < _STILL and last > _UNMOVED * first > 0.0
+    if not is_still or not facts.is_automatic or curve.count < _MANY_BATCHES or len(ratios) < _FEW:
+        return None
+    return Finding(
+        "training has hardly moved",
+        f"In {facts.batches:,} batches the weights went about {way:.1e} of their length, and the training loss from "
+        f"{first:.4g} to {last:.4g} (first and last quarter).",
+        "Raise the learning rate, by a factor of 10 at a time, or let ExactGeN choose it; or train longer.",
+        0.785,  # dead layers are a cause, and hyperparameters at their bounds may follow
+    )
+
+
+RULES: tuple[Callable[[Facts], Finding | None], ...] = (nonfinite_loss, rate_too_high, hardly_moved)
 
 
 def _has_diverged(facts: Facts) -> bool:

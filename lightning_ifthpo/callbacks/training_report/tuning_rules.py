@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from statistics import median
 
-from lightning_ifthpo.callbacks.summary import is_learned_by_heart
+from lightning_ifthpo.callbacks.summary import FURTHER, is_learned_by_heart
 from lightning_ifthpo.callbacks.training_report.facts import Facts, Finding, Tuning
 from lightning_ifthpo.callbacks.training_report.records import mean
 
@@ -188,8 +188,8 @@ def no_movement(facts: Facts) -> Finding | None:
         "hyperparameters do not move",
         f"{facts.tuning.made} hyper steps moved them by {facts.tuning.travel:.1e} units in all (1 is a factor of e, "
         "for a decay).",
-        "Leave out configure_hyper_optimizer and the options of the solver, whose defaults move them as far as weights "
-        "can follow; if they are the defaults, the outer loss hardly depends on these hyperparameters.",
+        f"{FURTHER} Leave out the options of the solver, too. If all are the defaults, the outer loss hardly depends "
+        "on these hyperparameters.",
         0.73,
     )
 

@@ -215,6 +215,10 @@ class NoisyLabels(ThrownBack):
         )
 
 
+class HardlyMoved(Plain):
+    lr = 1e-6
+
+
 class AdamTooHigh(WithAdam):
     lr = 1.0
 

@@ -21,6 +21,7 @@ FAULTS = {
     "NaNBatch": ("NaN or infinity in a batch",),
     "RateTooHigh": ("learning rate too high",),
     "ThrownBack": ("learning rate too high",),
+    "HardlyMoved": ("training has hardly moved",),
     "AdamTooHigh": ("learning rate too high",),
     "DecayTooStrong": ("weights vanish",),
     "DecayExplodes": ("weights vanish",),

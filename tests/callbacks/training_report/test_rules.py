@@ -90,6 +90,11 @@ CASES = {
         "learning rate too high",
         "10 times the optimizer's edge",
     ),
+    "still weights": (
+        facts([2.3 + noise for noise in NOISE], records=records(update_ratio__median=[7e-6] * 5)),
+        "training has hardly moved",
+        "In 200 batches the weights went about 1.4e-03 of their length, and the training loss from 2.304 to 2.304",
+    ),
     "vanished": (facts(layers=VANISHED), "weights vanish", "to 5.6e-05 of"),
     "dead layer": (facts(layers={"a.weight": {"zero_gradient": 4}}), "no gradient reaches a layer", "'a.weight'"),
     "dead units": (
@@ -159,6 +164,10 @@ HEALTHY_RUNS = {
     "negative": facts([-value for value in falling(200, 0.5, 2.0)]),
     "one bad batch": facts([*falling(100), 50.0, *falling(100, 0.5)]),
     "edge of stability": facts(records=records(sharpness__edge_ratio=[0.5, 1.0, 1.2, 1.1, 1.2])),
+    "small steps that lower the loss": facts(records=records(update_ratio__median=[7e-6] * 5)),
+    "a loss that stays, under long steps": facts([2.3] * 200, records=records(update_ratio__median=[1e-2] * 5)),
+    "a short run": facts([2.3] * 40, records=records(update_ratio__median=[7e-6] * 5)),
+    "small steps in a game": facts([2.3] * 200, records=records(update_ratio__median=[7e-6] * 5), is_automatic=False),
     "labels by chance": facts([2.3, *[2.2 + 4 * noise for noise in NOISE]], is_shuffled=True),
     "one bad batch among labels by chance": facts([2.3, *[2.2 + x for x in NOISE], 50.0, 2.2], is_shuffled=True),
     "thrown back and recovered": facts([2.3, 5.0, 4.0, *falling(200, 3.0, 0.3)], is_shuffled=True),
@@ -212,6 +221,12 @@ def test_causes_come_before_what_follows_from_them():
     )
     kinds = [finding.kind for finding in diagnose(run)]
     assert kinds == ["learning rate too high", "no gradient reaches a layer"]
+
+
+def test_training_that_hardly_moved_comes_before_bounds():
+    run = tuned({"update_ratio__median": [7e-6] * 5}, bounds=(Bound("decay", 0.999, 1.0),))
+    kinds = [finding.kind for finding in diagnose(dataclasses.replace(run, loss=losses([2.3] * 200)))]
+    assert kinds == ["training has hardly moved", "hyperparameter at its bound"]
 
 
 def test_solves_are_not_to_blame_for_weights_that_training_has_lost():
