@@ -246,8 +246,8 @@ SUMMARY = (
     Explanation(
         "units in all",
         "The way that the hyperparameters went is short. A unit is a factor of e for a decay.",
-        "Train longer, or lower `every_n_batches`: the default optimizer limits how far they go in a horizon of training "
-        "steps. With an optimizer of your own, raise its rate or leave it out.",
+        "Train longer, or lower `every_n_batches`: the default optimizer limits how far they go in a horizon of "
+        "training steps. With an optimizer of your own, raise its rate or leave it out.",
     ),
     Explanation(
         "The outer loss rose from",
