@@ -291,7 +291,7 @@ class IFTHypergradient(PeriodicCallback):
 
     def _summarize(self, report: Report, *, evaluated: bool = True) -> None:
         """Keeps and tells a summary."""
-        self._summary = report.summary(self._failures.causes, self._cadence, evaluated=evaluated)
+        self._summary = report.summary(self._failures.causes, self._cadence, self.shared_examples, evaluated=evaluated)
         rank_zero_info(str(self._summary))
 
     @property

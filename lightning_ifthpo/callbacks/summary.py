@@ -63,8 +63,8 @@ class TuningSummary:
 
     Attributes:
         verdict: "helped", "did nothing", "harmed" or "unclear". It follows from what is confirmed, and is "unclear" if
-            the outer or the held-out loss ends higher than it began, or outer examples are learned by heart. Only a
-            second run after `freeze_hyperparameters` can prove it.
+            the outer or the held-out loss ends higher than it began, or outer examples are learned by heart or are all
+            training examples, without held-out data. Only a second run after `freeze_hyperparameters` can prove it.
         reason: Why, in a sentence or two.
         advice: What to change; empty if nothing.
         hyperparameters: The change of each.
@@ -131,7 +131,11 @@ class TuningSummary:
 
 
 def judge(
-    evidence: Evidence, outer: Losses | None, held_out: Losses | None, remedy: str = "lower every_n_batches"
+    evidence: Evidence,
+    outer: Losses | None,
+    held_out: Losses | None,
+    remedy: str = "lower every_n_batches",
+    shared: str = "",
 ) -> tuple[Verdict, str, tuple[str, ...]]:
     """Returns a verdict, the reason, and what to change.
 
@@ -140,6 +144,7 @@ def judge(
         outer: The outer loss of the same examples at the start and at the end; None without hyper steps.
         held_out: The same on held-out examples; None without them.
         remedy: What makes hyper steps more frequent.
+        shared: How many outer examples are training examples, as "8 of 20".
     """
     if outer is None:
         return "did nothing", "The hyperparameters are as they were.", ()
@@ -167,6 +172,10 @@ def judge(
         return "unclear", f"{told} But {risen}, by training or by tuning.", (*advice, _CONTROL)
     if by_heart:
         return "unclear", f"{told} But it may be true of the outer examples alone.", (*advice, _CONTROL)
+    count, _, total = shared.partition(" of ")
+    if is_sure and shared and count == total and held_out is None:
+        but = "But all outer examples are training examples, so that it says nothing of other data."
+        return "unclear", f"{told} {but}", (*advice, "Take outer data that training does not see.")
     if is_sure:
         return "helped", told, advice
     if last < first - _FELL * abs(first):

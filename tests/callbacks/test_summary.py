@@ -19,6 +19,7 @@ from lightning_ifthpo.callbacks.hyper_metrics import extents
 from lightning_ifthpo.callbacks.summary import Change, judge
 from lightning_ifthpo.hyperparameters import IndexedDataset, LossWeights, SampleWeights
 from lightning_ifthpo.solvers import Identity
+from tests.callbacks.training_report.planted import OuterIsTraining, blobs
 from tests.helpers.trainers import Classifier, Ridge, loader, quiet_trainer
 
 
@@ -175,6 +176,31 @@ def test_held_out_data_and_the_summary_change_nothing():
     modules = [fitted(IFTHypergradient(2, held_out_dataloader=data)) for data in (None, held_out)]
     state, other = (module.state_dict() for module in modules)
     assert all(torch.equal(value, other[name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize(
+    ("shared", "held_out", "verdict"),
+    [("20 of 20", None, "unclear"), ("8 of 20", None, "helped"), ("20 of 20", (1.0, 0.9), "helped")],
+)
+def test_a_gain_on_training_examples_alone_means_nothing(shared, held_out, verdict):
+    found, reason, advice = judge(evidence(0.5), (1.0, 0.8), held_out, shared=shared)
+    assert found == verdict
+    assert ("all outer examples are training examples" in reason) == (verdict == "unclear")
+    assert bool(advice) == (verdict == "unclear")
+
+
+def test_a_run_on_training_examples_is_not_said_to_help():
+    class Decayed(OuterIsTraining):
+        initial = 0.1
+
+    verdicts = []
+    for held_out in (None, DataLoader(blobs(100, 3), 50)):
+        torch.manual_seed(0)
+        callback = IFTHypergradient(5, held_out_dataloader=held_out)
+        with pytest.warns(UserWarning, match="200 of 200 outer examples are training examples"):
+            quiet_trainer(callbacks=[callback], max_steps=150, max_epochs=-1, limit_val_batches=0).fit(Decayed())
+        verdicts.append(callback.summary().verdict)
+    assert verdicts == ["unclear", "helped"]
 
 
 def test_a_change_says_what_it_was_and_is():

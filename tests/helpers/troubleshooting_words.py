@@ -61,6 +61,12 @@ SYMPTOMS = (
         "[training examples](#data), or the fall [comes from training](#the-summary) and not from tuning.",
     ),
     (
+        "The outer loss stays at ln C, that of guessing: 2.3 for ten classes, .69 for two",
+        "the outer data: show some examples with their labels, and the accuracy on them",
+        "Outer labels were shuffled or belong to other inputs, have another coding than the training labels, or inputs "
+        "are scaled in another way. If the training loss stays there, too, look at the learning rate.",
+    ),
+    (
         "Out of memory",
         "the first lines of the error: in a hyper step, a measurement or a training step?",
         "A hyper step needs a second graph and some vectors as long as the weights. A smaller outer batch, "
@@ -208,7 +214,8 @@ VERDICTS = {
         "rate.",
     ),
     "unclear": (
-        "What is confirmed is no larger than its error, or a loss ends higher than it began.",
+        "What is confirmed is no larger than its error, a loss ends higher than it began, or outer examples are those "
+        "of training.",
         "Compare with a run after `freeze_hyperparameters()`: only a second run can tell.",
     ),
 }
@@ -268,6 +275,11 @@ SUMMARY = (
         "may be true of the outer examples alone",
         "The hypergradients confirm a gain, but the held-out loss is far above the outer one.",
         "See the next row.",
+    ),
+    Explanation(
+        ("says nothing of other data", "Take outer data that training does not see."),
+        "The hyperparameters were tuned on the examples that training fits, so that a lower loss means good memory.",
+        "Split off outer data, or pass `held_out_dataloader=`, by which the verdict then goes.",
     ),
     Explanation(
         "learn the outer examples by heart",
