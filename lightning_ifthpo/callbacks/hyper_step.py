@@ -177,6 +177,11 @@ class HyperStepper:
             warn_of_equal_hypergradients(compress(paths, self.evidence.reach.alike))
 
     @property
+    def curvature(self) -> str:
+        """The curvature in use; "auto" before `dry_run`."""
+        return self._curvature
+
+    @property
     def replaced(self) -> int:
         """Number of steps of the hyper-optimizer that were far too long."""
         return self._optimizer.replaced

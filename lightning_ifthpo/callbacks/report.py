@@ -101,6 +101,7 @@ class Report:
             skipped=dict(skipped),
             replaced=self._stepper.replaced,
             share_of_time=cadence.share_of_time,
+            curvature=self._stepper.curvature,
         )
 
     def _changes(self) -> Iterator[Change]:

@@ -77,6 +77,7 @@ class TuningSummary:
         skipped: Number of skipped ones for each cause.
         replaced: Number of steps of the hyper-optimizer that were far too long, and were replaced by default ones.
         share_of_time: Time of hyper steps over the time of training with them.
+        curvature: The curvature of their linear systems, such as "gauss_newton"; with "auto" the one that was chosen.
     """
 
     verdict: Verdict
@@ -92,6 +93,7 @@ class TuningSummary:
     skipped: dict[str, int]
     replaced: int
     share_of_time: float
+    curvature: str
 
     def as_dict(self) -> dict[str, Any]:
         """Returns all of it as a dict of plain values."""
@@ -184,9 +186,10 @@ def judge(
 
 
 def _risen(outer: Losses, held_out: Losses | None) -> str:
-    """Returns which losses have risen, in words; empty if none has."""
+    """Returns which losses have risen, in words; empty if none has by as much as three digits show."""
     pairs = [("outer", outer), *([] if held_out is None else [("held-out", held_out)])]
-    risen = [f"the {name} loss rose from {a:.3g} to {b:.3g}" for name, (a, b) in pairs if b > a]
+    shown = [(name, f"{a:.3g}", f"{b:.3g}") for name, (a, b) in pairs]
+    risen = [f"the {name} loss rose from {a} to {b}" for name, a, b in shown if float(b) > float(a)]
     return " and ".join(risen)
 
 

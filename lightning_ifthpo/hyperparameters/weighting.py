@@ -118,7 +118,8 @@ class IndexedDataset(Dataset[Any]):
     """A map-style data set with the index added to each example.
 
     A mapping gets it under the new key "index", as collators of text libraries need; a tuple or a named tuple gets it
-    at its end, and becomes a tuple; any other value becomes the tuple (value, index).
+    at its end, and becomes a tuple; any other value becomes the tuple (value, index). Wrap the training set alone,
+    after it was split: outer and validation data need no index.
 
     Raises:
         TypeError: If the data set has no length or no items.

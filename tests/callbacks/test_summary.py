@@ -54,6 +54,7 @@ JUDGED = {
     ),
     "confirmed, held out too": (evidence(0.5), (1.0, 0.4), (1.0, 0.5), "helped", "changed", ""),
     "confirmed, and risen": (evidence(0.5), (1.0, 1.4), None, "unclear", "the outer loss rose from 1 to 1.4", "freeze"),
+    "risen by less than is shown": (evidence(0.5), (1.341, 1.3412), (1.0, 1.0001), "helped", "changed", ""),
     "held out risen": (evidence(0.5), (1.0, 0.9), (1.0, 1.1), "unclear", "the held-out loss rose from 1 to 1.1", "fre"),
     "too little": (evidence(0.02, 0.001), (1.0, 0.8), None, "unclear", "changed the outer loss by -0.02", "freeze"),
     "taken back": (evidence(-0.5), (1.0, 0.8), None, "harmed", "past the best", "freeze_hyperparameters"),
@@ -362,6 +363,13 @@ def test_steps_that_were_replaced_are_counted_in_the_text():
         fitted(callback, Wild)
     assert callback.summary().replaced == 12
     assert "(12 too long and replaced by default ones)" in str(callback.summary())
+
+
+@pytest.mark.parametrize("curvature", ["auto", "finite_difference"])
+def test_it_knows_the_curvature_in_use(curvature):
+    callback = IFTHypergradient(4, curvature=curvature)
+    fitted(callback)
+    assert callback.summary().curvature == ("gauss_newton" if curvature == "auto" else curvature)
 
 
 def test_a_summary_resumes(tmp_path):

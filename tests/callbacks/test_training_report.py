@@ -89,6 +89,7 @@ def test_all_sections_are_there_if_all_callbacks_are(path):
     for text in (
         "Training is over, 12 training batches.",
         "Verdict:",
+        "Their matrix is",
         "Gradient noise scale",
         "was predicted.",
         "net.0.weight",

@@ -49,6 +49,26 @@ SYMPTOMS = (
         "optimizer of your own whose rate is too low: raise it, or leave out `configure_hyper_optimizer`.",
     ),
     (
+        "Training does not learn, or accuracy is bad",
+        "the training loss, `TrainingReport`, and the highest `edge_ratio` of "
+        "[SharpnessMonitor](callbacks/sharpness.md#is-my-learning-rate-too-high); then the same run with "
+        "`freeze_hyperparameters()`",
+        "If it is bad with frozen hyperparameters, too, tuning is not to blame: look at the learning rate first, and "
+        "then at the labels. Let [ExactGeN](callbacks/learning_rate.md) choose the rate. If tuning makes "
+        "it worse, read the [summary](#the-summary).",
+    ),
+    (
+        "`not enough values to unpack (expected 3, got 2)`",
+        "the loss in which it arises, and what its batches have",
+        "In the training loss: the training set is not wrapped in `IndexedDataset`, which adds the index.",
+    ),
+    (
+        "`too many values to unpack (expected 2)`",
+        "the loss in which it arises, and what its batches have",
+        "In the outer or the validation loss: their data are wrapped in `IndexedDataset`, too. Wrap the training set "
+        "alone, after it was split.",
+    ),
+    (
         "Solves are skipped",
         "`hypergrad/skipped`, `summary().skipped` and the one warning of the fit",
         "The warning names the [status](#statuses) and the [cause](#causes). Most often it is negative curvature: "

@@ -57,6 +57,7 @@ class Tuning:
         shared: How many outer examples are training examples, as "8 of 20"; empty if there are none.
         held_out: Held-out loss at the start and at the end; None before the end, or without held-out data.
         outer: The same for the outer loss.
+        curvature: The curvature of the linear systems, such as "gauss_newton"; empty if it is not known.
         verdict: Verdict and reason of the summary; empty before the end.
     """
 
@@ -74,6 +75,7 @@ class Tuning:
     shared: str = ""
     held_out: Losses | None = None
     outer: Losses | None = None
+    curvature: str = ""
     verdict: str = ""
 
 

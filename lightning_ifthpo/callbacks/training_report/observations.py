@@ -112,6 +112,7 @@ def tuning_of(trainer: Any, module: Any, records: Records, shared: str) -> Tunin
             shared=shared,
             held_out=summary.held_out_loss,
             outer=summary.outer_loss,
+            curvature=summary.curvature,
             verdict=f"Verdict: {summary.verdict}. {summary.reason}",
         )
     if stepper is None:
@@ -130,6 +131,7 @@ def tuning_of(trainer: Any, module: Any, records: Records, shared: str) -> Tunin
         bounds=bounds,
         remarks=remarks(module, evidence),
         shared=shared,
+        curvature=stepper.curvature,
     )
 
 

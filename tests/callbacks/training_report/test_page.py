@@ -10,9 +10,10 @@ import pytest
 from lightning_ifthpo.callbacks.training_report import page
 from lightning_ifthpo.callbacks.training_report.chart import Chart, Line
 from lightning_ifthpo.callbacks.training_report.drawing import draw
-from lightning_ifthpo.callbacks.training_report.facts import Facts, Finding
+from lightning_ifthpo.callbacks.training_report.facts import Facts, Finding, Tuning
 from lightning_ifthpo.callbacks.training_report.records import Records, Series
 from lightning_ifthpo.callbacks.training_report.sections import Extras, sections_of
+from lightning_ifthpo.curvature.kinds import OPERATORS
 
 HEADING = page.Heading("Module", "Training is over.", 100, True)
 
@@ -122,3 +123,23 @@ def test_findings_are_listed_in_their_order():
     text = page.render(HEADING, findings, [], {})
     assert text.index("First &lt;thing&gt;") < text.index("Second")
     assert "Nothing unusual" not in text
+
+
+@pytest.mark.parametrize("curvature", OPERATORS)
+def test_each_curvature_is_named_beside_the_solves(curvature):
+    records = Records()
+    records.open("hypergrad/residual").add(0, 0.99)
+    tuning = Tuning(hyper_steps=1, curvature=curvature)
+    (section,) = sections_of(Facts(batches=1, records=records, tuning=tuning), Extras())
+    words = {"hessian": "Hessian", "gauss_newton": "mark_outputs", "kfac": "KFAC"}
+    words["gradient_outer_product"] = "outer product"
+    assert words.get(curvature, curvature) in section.sentences[0]
+
+
+@pytest.mark.parametrize("is_amortized", [True, False])
+def test_a_residual_is_explained_where_it_says_little(is_amortized):
+    records = Records()
+    records.open("hypergrad/residual").add(0, 0.99)
+    tuning = Tuning(hyper_steps=1, is_amortized=is_amortized)
+    (section,) = sections_of(Facts(batches=1, records=records, tuning=tuning), Extras())
+    assert ("In minibatch training the residual says little" in section.sentences[-1]) == is_amortized
