@@ -46,6 +46,7 @@ class HyperStepper:
         state: A result of `state_dict`; empty for a new start.
 
     Attributes:
+        curvature: The curvature in use; "auto" before `dry_run`.
         is_tried: Whether `dry_run` has found nothing wrong, as it has to before a hypergradient is computed.
     """
 
@@ -65,7 +66,7 @@ class HyperStepper:
         self._trainer, self._module = trainer, module
         self.is_tried = False
         first_order = curvature == "auto" and isinstance(solver, SAMA)
-        self._curvature = "finite_difference" if first_order else curvature
+        self.curvature = "finite_difference" if first_order else curvature
         self._solver = solver
         self._warm_start = warm_start
         self._hyperparameters = list(module.hyperparameters())
@@ -80,7 +81,7 @@ class HyperStepper:
             seed = ranks.broadcast_int(torch.initial_seed() % 2**31)
             loss_scale = first_loss_scale(trainer, precision)
             state = {"steps": 0, "seed": seed, "consumed": 0, "x0": None, "loss_scale": loss_scale}
-            state |= {"x0_names": [], "outer_losses": [], "curvature": self._curvature, "difference_factor": None}
+            state |= {"x0_names": [], "outer_losses": [], "curvature": self.curvature, "difference_factor": None}
             state |= {"evidence": {}}
         self.steps, self._seed, self._loss_scale = state["steps"], state["seed"], state["loss_scale"]
         self._x0: Tensor | None = None if state["x0"] is None else state["x0"].to(module.device)
@@ -88,7 +89,7 @@ class HyperStepper:
         self._moving: list[str] = []
         self._losses.difference_factor = state["difference_factor"]
         self._outer_level = OuterLevel(state["outer_losses"])
-        self._curvature = state["curvature"]
+        self.curvature = state["curvature"]
         self.evidence = Evidence(state["evidence"])
         self.outer_data = OuterData(
             source, module.device, seed=self._seed, consumed=state["consumed"], rank=ranks.rank, world_size=ranks.count
@@ -110,8 +111,8 @@ class HyperStepper:
                 value = float(outer.value)
                 raise ValueError(f"outer_loss is {value} on the first batch; check the data and the initial weights")
             loss = self._losses.inner(batch).over(self._weights)
-            operator, self._curvature = trusted_operator(
-                self._losses, loss, self._curvature, "IFTHypergradient", self._hyperparameters
+            operator, self.curvature = trusted_operator(
+                self._losses, loss, self.curvature, "IFTHypergradient", self._hyperparameters
             )
             self._outer_level.begin(min(abs(float(operator.loss)), abs(float(outer.value))))
             mixed = operator.mixed_product(outer.v, self._hyperparameters)
@@ -177,11 +178,6 @@ class HyperStepper:
             warn_of_equal_hypergradients(compress(paths, self.evidence.reach.alike))
 
     @property
-    def curvature(self) -> str:
-        """The curvature in use; "auto" before `dry_run`."""
-        return self._curvature
-
-    @property
     def replaced(self) -> int:
         """Number of steps of the hyper-optimizer that were far too long."""
         return self._optimizer.replaced
@@ -216,7 +212,7 @@ class HyperStepper:
             "x0": self._x0,
             "x0_names": self._x0_names,
             "outer_losses": self._outer_level.accepted,
-            "curvature": self._curvature,
+            "curvature": self.curvature,
             "loss_scale": self._loss_scale,
             "difference_factor": self._losses.difference_factor,
             "evidence": self.evidence.state_dict(),
@@ -250,14 +246,14 @@ class HyperStepper:
     def _hypergradient(
         self, batch: Any, outer_batch: Any, solver: Solver, scale: float, *, diagnosed: bool
     ) -> Hypergradient:
-        assert self._curvature != "auto", "dry_run() comes first"
+        assert self.curvature != "auto", "dry_run() comes first"
         weights = self._weights
         return implicit_hypergradient(
             self._losses.inner(batch, scale=scale).over(weights),
             self._losses.outer(outer_batch, scale=scale).over(weights),
             weights,
             self._hyperparameters,
-            curvature=self._curvature,
+            curvature=self.curvature,
             solver=solver,
             x0=self._x0 if self._x0_names == self._moving else None,  # else it belongs to other weights
             allow_unused=True,
@@ -282,7 +278,7 @@ class HyperStepper:
             self._x0, self._x0_names = solution.next_start, self._moving
 
     def _session(self) -> AbstractContextManager[None]:
-        return self._losses.session(self._curvature, seed=self._seed, step=self.steps)
+        return self._losses.session(self.curvature, seed=self._seed, step=self.steps)
 
     def _next_outer_batch(self) -> Any:
         if not self.is_tried:
