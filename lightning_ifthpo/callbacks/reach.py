@@ -21,8 +21,8 @@ class Reach:
         state: A result of `state_dict`; empty for a new start.
 
     Attributes:
-        alike: For each tensor, whether it has one dimension, and all its entries with a hypergradient, three at least,
-            had the same one at the first hyper step. Then it was as if it were one number.
+        alike: For each tensor, whether it has one dimension, and some of its entries, three at least, had a
+            hypergradient at the first hyper step, which was the same. Then they were as if they were one number.
         most: For each tensor the largest number of entries that had one at a single hyper step.
         reached: For each tensor the number of entries that have had one at all.
     """
@@ -52,7 +52,7 @@ class Reach:
 
 
 def _are_alike(gradient: Tensor, count: int) -> bool:
-    if gradient.ndim != 1 or count < _SEVERAL:
+    if gradient.ndim != 1 or not _SEVERAL <= count < gradient.numel():  # all at once may be alike on purpose
         return False
     low, high = gradient[gradient != 0.0].aminmax()
     return float(high - low) <= _ALIKE * max(abs(float(low)), abs(float(high)))

@@ -27,11 +27,12 @@ def reach_of(*gradients):
         (ROW * torch.tensor([1.0, 1.0, 1.01, 1.0, 1.0]), False),
         (ROW * torch.tensor([1.0, 1.0, -1.0, 1.0, 1.0]), False),
         (ROW[:4], False),
+        (torch.ones(5), False),
         (ROW[:, None], False),
         (torch.tensor(2.0), False),
         (torch.zeros(5), False),
     ],
-    ids=["alike", "negative", "rounded", "apart", "both signs", "two", "a matrix", "a number", "none"],
+    ids=["alike", "negative", "rounded", "apart", "both signs", "two", "all of them", "a matrix", "a number", "none"],
 )
 def test_it_knows_entries_that_are_alike_at_the_first_hyper_step(gradient, alike):
     assert reach_of(gradient, torch.rand_like(gradient)).alike == [alike]
