@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
@@ -13,6 +14,8 @@ from typing_extensions import Self
 from lightning_ifthpo.core.marking import mark_outputs
 from lightning_ifthpo.core.space import check_real
 from lightning_ifthpo.training_loss import derived, has_training_step, is_stub, loss_of_training_step
+
+_LOG = logging.getLogger("lightning.pytorch")  # which Lightning shows on the console
 
 HyperparameterValue: TypeAlias = float | Tensor | dict[str, float | Tensor]
 """A number, a tensor, or one of them for each part."""
@@ -46,6 +49,7 @@ class BilevelLightningModule:
     """
 
     _hyperparameter_names: tuple[str, ...] = ()
+    _versions: tuple[tuple[int, int], ...] = ()  # of hyperparameters when they were registered
     has_fixed_hyperparameters = False
     """Whether `freeze_hyperparameters` was called."""
 
@@ -85,6 +89,7 @@ class BilevelLightningModule:
             check_real(value, f"hyperparameter {name!r}")
             setattr(self, name, nn.Parameter(value.detach().clone(), requires_grad=False))
         self._hyperparameter_names = (*self._hyperparameter_names, name)
+        self._versions = _versions_of(self.hyperparameters())
 
     def named_hyperparameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields (name, tensor) for each hyperparameter; "<name>.<own name>" for tensors of a registered module."""
@@ -135,6 +140,27 @@ class BilevelLightningModule:
         """
         self.has_fixed_hyperparameters = True
         return self
+
+    @property
+    def is_left_untuned(self) -> bool:
+        """Whether the hyperparameters are as they were registered, and nothing in the Trainer moves them.
+
+        False after `freeze_hyperparameters`, and after values were loaded or set.
+        """
+        callbacks: Any = self.trainer.callbacks  # type: ignore[attr-defined]
+        is_unmoved = self._versions == _versions_of(self.hyperparameters())
+        is_tuned = any(getattr(callback, "moves_hyperparameters", False) for callback in callbacks)
+        return bool(self._versions) and is_unmoved and not is_tuned and not self.has_fixed_hyperparameters
+
+    def on_train_start(self) -> None:
+        """Says in a line if nothing tunes the hyperparameters."""
+        super().on_train_start()  # type: ignore[misc]
+        if self.trainer.is_global_zero and self.is_left_untuned:  # type: ignore[attr-defined]
+            names = ", ".join(map(repr, self._hyperparameter_names))
+            _LOG.info(
+                f"{type(self).__name__}: nothing tunes the hyperparameters {names}, which stay as they are: there is "
+                "no IFTHypergradient among the callbacks. If this is meant, call freeze_hyperparameters()"
+            )
 
     def unfreeze(self) -> Self:
         """Unfreezes the weights, as Lightning does, and returns the module; hyperparameters stay frozen."""
@@ -191,6 +217,11 @@ class BilevelLightningModule:
         "lr_scheduler": ...}. It makes a step after each hyper step.
         """
         return None
+
+
+def _versions_of(parameters: Iterator[nn.Parameter]) -> tuple[tuple[int, int], ...]:
+    """Returns what changes when a parameter is replaced or written to."""
+    return tuple((id(parameter), parameter._version) for parameter in parameters)
 
 
 def _natural_values(value: Tensor | nn.Module) -> Tensor | dict[str, Tensor]:

@@ -26,6 +26,10 @@ class LabelIssues:
         predicted_label: The likely label, [n], integers.
         margin: Logit of the given label minus the largest other one, [n].
         weight: Learned weight of each example, [n], or None if there are none.
+
+    >>> issues = label_issues(torch.tensor([[4.0, 0.0], [3.0, 0.0]]), torch.tensor([0, 1]))
+    >>> issues.index[issues.is_label_issue]
+    tensor([1])
     """
 
     index: Tensor

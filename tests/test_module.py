@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_ifthpo import BilevelLightningModule, IFTHypergradient
+from lightning_ifthpo import BilevelLightningModule, IFTHypergradient, TrainingReport
 from lightning_ifthpo.hyperparameters import SampleWeights, WeightDecay
 from tests.helpers.trainers import Classifier, loader, quiet_trainer, trained
 
@@ -246,3 +246,38 @@ def test_values_are_plain_and_in_natural_units():
     assert values["several"].tolist() == [[1.0, 2.0]]  # a copy
     again = WeightDecay(module.net, "tensor", initial=values["decay"])
     assert torch.allclose(again(), module.decay())
+
+
+def loaded():
+    module = Classifier()
+    module.load_state_dict(Classifier().state_dict())
+    return module
+
+
+@pytest.mark.parametrize(
+    ("make", "callbacks", "is_told"),
+    [
+        (Classifier, [], True),
+        (Classifier, [IFTHypergradient(1)], False),
+        (lambda: Classifier().freeze_hyperparameters(), [], False),
+        (loaded, [], False),
+        (lambda: copy.deepcopy(Classifier()), [], False),
+    ],
+    ids=["forgotten", "tuned", "frozen", "loaded", "copied"],
+)
+def test_a_module_that_nothing_tunes_says_so(make, callbacks, is_told, caplog, tmp_path):
+    report = TrainingReport(tmp_path / "report.html")
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        quiet_trainer(callbacks=[*callbacks, report], max_epochs=3).fit(make())
+    assert ("Classifier: nothing tunes the hyperparameters 'decay', which stay" in caplog.text) == is_told
+    assert ("nothing tunes the hyperparameters" in [finding.kind for finding in report.findings]) == is_told
+
+
+def test_a_module_without_hyperparameters_says_nothing(caplog):
+    class Without(Classifier):
+        def register_hyperparameter(self, name, value):
+            self.decay = lambda: 0.0
+
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        quiet_trainer().fit(Without())
+    assert "nothing tunes" not in caplog.text

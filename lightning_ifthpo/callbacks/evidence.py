@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_ifthpo.callbacks.reach import Reach
 from lightning_ifthpo.core.vectors import flattened, wide
 
 _FIRST = 4  # outer batches whose loss is compared with that at the end
@@ -36,6 +37,7 @@ class Evidence:
             a gradient.
         confirmed: Sum of −g'·d, likewise.
         travel: Sum of the root mean squares of d, in the units of the hyper-optimizer.
+        reach: Which entries have had a hypergradient.
         last_gradient: For each tensor of hyperparameters the last hyper step with a hypergradient that is not zero.
         first_losses: The outer losses of the first hyper steps, by the number of the outer batch.
         last_loss: The outer loss of the last one; NaN before the first.
@@ -51,6 +53,7 @@ class Evidence:
         self.first_losses: dict[int, float] = dict(state.get("first_losses", {}))
         self.last_loss: float = state.get("last_loss", math.nan)
         self.last_gradient: list[int] = state.get("last_gradient", [])
+        self.reach = Reach(state.get("reach", {}))
         self._move: Tensor | None = state.get("move")
 
     def state_dict(self) -> dict[str, Any]:
@@ -65,6 +68,7 @@ class Evidence:
             "first_losses": dict(self.first_losses),
             "last_loss": self.last_loss,
             "last_gradient": list(self.last_gradient),
+            "reach": self.reach.state_dict(),
             "move": self._move,
         }
 
@@ -113,6 +117,7 @@ class Evidence:
         self.steps += 1
         earlier = self.last_gradient or [0] * len(gradients)
         self.last_gradient = [self.steps if share else last for share, last in zip(shares, earlier, strict=True)]
+        self.reach.add(gradients, counts)
         self.last_loss = loss
         if len(self.first_losses) < _FIRST:
             self.first_losses[batch] = loss

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from typing import Literal, TypeAlias
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 
 from lightning_ifthpo.callbacks.hyper_step import HyperStepper
 from lightning_ifthpo.hypergradients import Hypergradient
+from lightning_ifthpo.runtime.telling import rank_zero_warn
 from lightning_ifthpo.solvers import Status
 from lightning_ifthpo.solvers.causes import Cause
 

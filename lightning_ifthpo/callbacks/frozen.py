@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+
+from lightning_ifthpo.runtime.telling import rank_zero_warn
 
 
 def freeze(module: Any) -> list[str]:

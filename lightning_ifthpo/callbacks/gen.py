@@ -11,7 +11,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 
 from lightning_ifthpo.core.loss import Loss, NoLossError
@@ -23,6 +23,7 @@ from lightning_ifthpo.runtime.losses import ModuleLosses
 from lightning_ifthpo.runtime.precision import has_half_weights
 from lightning_ifthpo.runtime.progress import Progress
 from lightning_ifthpo.runtime.requirements import check_precision, check_real_weights, check_strategy
+from lightning_ifthpo.runtime.telling import rank_zero_warn
 from lightning_ifthpo.runtime.verification import trusted_operator
 from lightning_ifthpo.step_size import ExactGeNLR
 from lightning_ifthpo.step_size.options import DIRECTIONAL_CURVATURES, DirectionalCurvature, RateOptions

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_ifthpo.callbacks.evidence import Evidence
@@ -25,7 +24,7 @@ from lightning_ifthpo.curvature.kinds import Curvature
 from lightning_ifthpo.hypergradients import Hypergradient, implicit_hypergradient
 from lightning_ifthpo.hypergradients.result import OuterGradient
 from lightning_ifthpo.optimizers import UpdateRule, moving
-from lightning_ifthpo.runtime.advice import warn_of_direct_effects
+from lightning_ifthpo.runtime.advice import warn_of_direct_effects, warn_of_equal_hypergradients, warn_of_long_step
 from lightning_ifthpo.runtime.batches import prepared
 from lightning_ifthpo.runtime.distributed import Ranks
 from lightning_ifthpo.runtime.losses import ModuleLosses
@@ -47,6 +46,7 @@ class HyperStepper:
         state: A result of `state_dict`; empty for a new start.
 
     Attributes:
+        curvature: The curvature in use; "auto" before `dry_run`.
         is_tried: Whether `dry_run` has found nothing wrong, as it has to before a hypergradient is computed.
     """
 
@@ -66,7 +66,7 @@ class HyperStepper:
         self._trainer, self._module = trainer, module
         self.is_tried = False
         first_order = curvature == "auto" and isinstance(solver, SAMA)
-        self._curvature = "finite_difference" if first_order else curvature
+        self.curvature = "finite_difference" if first_order else curvature
         self._solver = solver
         self._warm_start = warm_start
         self._hyperparameters = list(module.hyperparameters())
@@ -81,7 +81,7 @@ class HyperStepper:
             seed = ranks.broadcast_int(torch.initial_seed() % 2**31)
             loss_scale = first_loss_scale(trainer, precision)
             state = {"steps": 0, "seed": seed, "consumed": 0, "x0": None, "loss_scale": loss_scale}
-            state |= {"x0_names": [], "outer_losses": [], "curvature": self._curvature, "difference_factor": None}
+            state |= {"x0_names": [], "outer_losses": [], "curvature": self.curvature, "difference_factor": None}
             state |= {"evidence": {}}
         self.steps, self._seed, self._loss_scale = state["steps"], state["seed"], state["loss_scale"]
         self._x0: Tensor | None = None if state["x0"] is None else state["x0"].to(module.device)
@@ -89,7 +89,7 @@ class HyperStepper:
         self._moving: list[str] = []
         self._losses.difference_factor = state["difference_factor"]
         self._outer_level = OuterLevel(state["outer_losses"])
-        self._curvature = state["curvature"]
+        self.curvature = state["curvature"]
         self.evidence = Evidence(state["evidence"])
         self.outer_data = OuterData(
             source, module.device, seed=self._seed, consumed=state["consumed"], rank=ranks.rank, world_size=ranks.count
@@ -111,8 +111,8 @@ class HyperStepper:
                 value = float(outer.value)
                 raise ValueError(f"outer_loss is {value} on the first batch; check the data and the initial weights")
             loss = self._losses.inner(batch).over(self._weights)
-            operator, self._curvature = trusted_operator(
-                self._losses, loss, self._curvature, "IFTHypergradient", self._hyperparameters
+            operator, self.curvature = trusted_operator(
+                self._losses, loss, self.curvature, "IFTHypergradient", self._hyperparameters
             )
             self._outer_level.begin(min(abs(float(operator.loss)), abs(float(outer.value))))
             mixed = operator.mixed_product(outer.v, self._hyperparameters)
@@ -170,14 +170,12 @@ class HyperStepper:
         before = [hyperparameter.detach().clone() for hyperparameter in self._hyperparameters]
         excess = self._optimizer.step(result.gradients, loss)
         if excess and self.replaced == 1:
-            rank_zero_warn(
-                f"hyper step {self.steps}: the hyper-optimizer would have moved the hyperparameters by {excess:.2g} "
-                "units at once (1 is a factor of e, for a decay), which weights cannot follow. A step of the default "
-                "optimizer was made instead; further ones are counted in summary(). Lower its learning rate, or leave "
-                "out configure_hyper_optimizer"
-            )
+            warn_of_long_step(self.steps, excess)
         units, batch = self._optimizer.units, self.outer_data.consumed - 1
         self.evidence.add(result.gradients, before, self._hyperparameters, units, loss, batch)
+        if self.evidence.steps == 1:
+            paths = [path for path, _ in self._module.named_hyperparameters()]
+            warn_of_equal_hypergradients(compress(paths, self.evidence.reach.alike))
 
     @property
     def replaced(self) -> int:
@@ -214,7 +212,7 @@ class HyperStepper:
             "x0": self._x0,
             "x0_names": self._x0_names,
             "outer_losses": self._outer_level.accepted,
-            "curvature": self._curvature,
+            "curvature": self.curvature,
             "loss_scale": self._loss_scale,
             "difference_factor": self._losses.difference_factor,
             "evidence": self.evidence.state_dict(),
@@ -248,14 +246,14 @@ class HyperStepper:
     def _hypergradient(
         self, batch: Any, outer_batch: Any, solver: Solver, scale: float, *, diagnosed: bool
     ) -> Hypergradient:
-        assert self._curvature != "auto", "dry_run() comes first"
+        assert self.curvature != "auto", "dry_run() comes first"
         weights = self._weights
         return implicit_hypergradient(
             self._losses.inner(batch, scale=scale).over(weights),
             self._losses.outer(outer_batch, scale=scale).over(weights),
             weights,
             self._hyperparameters,
-            curvature=self._curvature,
+            curvature=self.curvature,
             solver=solver,
             x0=self._x0 if self._x0_names == self._moving else None,  # else it belongs to other weights
             allow_unused=True,
@@ -280,7 +278,7 @@ class HyperStepper:
             self._x0, self._x0_names = solution.next_start, self._moving
 
     def _session(self) -> AbstractContextManager[None]:
-        return self._losses.session(self._curvature, seed=self._seed, step=self.steps)
+        return self._losses.session(self.curvature, seed=self._seed, step=self.steps)
 
     def _next_outer_batch(self) -> Any:
         if not self.is_tried:

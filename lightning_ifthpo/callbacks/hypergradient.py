@@ -19,7 +19,7 @@ from lightning_ifthpo.core.loss import NoLossError
 from lightning_ifthpo.core.validation import require_choice, require_flag
 from lightning_ifthpo.curvature.kinds import OPERATORS, Curvature
 from lightning_ifthpo.module import BilevelLightningModule
-from lightning_ifthpo.runtime.advice import tell_of_few_steps, warn_of_no_step, warn_of_shared_examples
+from lightning_ifthpo.runtime.advice import examine_data, tell_of_few_steps, warn_of_no_step
 from lightning_ifthpo.runtime.loggers import log_histograms, log_result
 from lightning_ifthpo.runtime.optimizer_state import include_hyperparameters
 from lightning_ifthpo.runtime.outer_data import check_batches, find_outer_data
@@ -70,6 +70,7 @@ class IFTHypergradient(PeriodicCallback):
     """
 
     work = "hyper step"
+    moves_hyperparameters = True
 
     def __init__(
         self,
@@ -185,7 +186,7 @@ class IFTHypergradient(PeriodicCallback):
             return
         restored, self._restored = self._restored, {}
         source = find_outer_data(trainer, pl_module, self.outer_dataloader)
-        self.shared_examples = warn_of_shared_examples(trainer, source)
+        self.shared_examples = examine_data(trainer, pl_module, source)
         tell_of_few_steps(trainer, self.every_n_batches, self.start_after_batches)
         self._stepper = HyperStepper(
             trainer,
@@ -198,8 +199,7 @@ class IFTHypergradient(PeriodicCallback):
             every_n_batches=self.every_n_batches,
             state=restored.get("stepper", {}),
         )
-        held_out, state = self.held_out_dataloader, restored.get("report", {})
-        self._report = Report(self._stepper, pl_module, source, held_out, state)
+        self._report = Report(self._stepper, pl_module, source, self.held_out_dataloader, restored.get("report", {}))
         if restored:
             self._failures.causes, self._metrics = restored["causes"], restored["metrics"]
             self._cadence.load_state_dict(restored["cadence"])
@@ -291,7 +291,7 @@ class IFTHypergradient(PeriodicCallback):
 
     def _summarize(self, report: Report, *, evaluated: bool = True) -> None:
         """Keeps and tells a summary."""
-        self._summary = report.summary(self._failures.causes, self._cadence, evaluated=evaluated)
+        self._summary = report.summary(self._failures.causes, self._cadence, self.shared_examples, evaluated=evaluated)
         rank_zero_info(str(self._summary))
 
     @property

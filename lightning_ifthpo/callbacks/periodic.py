@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_ifthpo.core.loss import NoLossError
 from lightning_ifthpo.runtime.batches import copied
 from lightning_ifthpo.runtime.cadence import Cadence
 from lightning_ifthpo.runtime.loggers import log_metrics
 from lightning_ifthpo.runtime.progress import Progress
+from lightning_ifthpo.runtime.telling import rank_zero_warn
 
 
 class PeriodicCallback(L.Callback):

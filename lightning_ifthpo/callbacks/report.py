@@ -8,13 +8,12 @@ from itertools import cycle, islice
 from statistics import fmean
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-
 from lightning_ifthpo.callbacks.hyper_metrics import extents, named_numbers
 from lightning_ifthpo.callbacks.hyper_step import HyperStepper
 from lightning_ifthpo.callbacks.summary import Change, Losses, TuningSummary, judge, remarks
 from lightning_ifthpo.core.random_state import isolated
 from lightning_ifthpo.runtime.cadence import Cadence
+from lightning_ifthpo.runtime.telling import rank_zero_warn
 
 _HELD_OUT = 8  # batches
 
@@ -73,18 +72,21 @@ class Report:
         if self._held_out_start is None:
             self._held_out_start = loss
 
-    def summary(self, skipped: Mapping[str, int], cadence: Cadence, *, evaluated: bool = True) -> TuningSummary:
+    def summary(
+        self, skipped: Mapping[str, int], cadence: Cadence, shared: str = "", *, evaluated: bool = True
+    ) -> TuningSummary:
         """Returns the summary of the hyper steps so far.
 
         Args:
             skipped: Number of skipped hyper steps for each cause.
             cadence: Of the hyper steps.
+            shared: How many outer examples are training examples, as "8 of 20"; empty if there are none.
             evaluated: Whether to evaluate losses at the end, or to take the last one that is known.
         """
         evidence = self._stepper.evidence
         outer = self._outer_losses(evaluated=evaluated)
         held_out = self._held_out_losses() if evaluated else None
-        verdict, reason, advice = judge(evidence, outer, held_out, cadence.remedy)
+        verdict, reason, advice = judge(evidence, outer, held_out, cadence.remedy, shared)
         return TuningSummary(
             verdict=verdict,
             reason=reason,
@@ -99,6 +101,7 @@ class Report:
             skipped=dict(skipped),
             replaced=self._stepper.replaced,
             share_of_time=cadence.share_of_time,
+            curvature=self._stepper.curvature,
         )
 
     def _changes(self) -> Iterator[Change]:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Any, get_args
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_ifthpo.callbacks.measurement import spectrum_metrics, trace_metrics
 from lightning_ifthpo.callbacks.periodic import PeriodicCallback
@@ -23,6 +23,7 @@ from lightning_ifthpo.runtime.fixed_batches import FixedBatches
 from lightning_ifthpo.runtime.loggers import log_figure, takes_figures
 from lightning_ifthpo.runtime.losses import ModuleLosses, trainable
 from lightning_ifthpo.runtime.requirements import check_observed, check_precision
+from lightning_ifthpo.runtime.telling import rank_zero_warn
 from lightning_ifthpo.runtime.verification import trusted_operator
 from lightning_ifthpo.spectrum import SpectrumTracker, spectral_density
 from lightning_ifthpo.spectrum.tracking import Method
@@ -187,7 +188,8 @@ class SharpnessMonitor(PeriodicCallback):
             count = self._tracker.measurements
             rank_zero_info(
                 f"SharpnessMonitor: measured {'once' if count == 1 else f'{count} times'}, more rarely than every "
-                f"{self.every_n_batches} batches, to stay below max_overhead={self.max_overhead}"
+                f"{self.every_n_batches} batches, to stay below max_overhead={self.max_overhead}; for a curve set "
+                "every_n_batches=10 and max_overhead=None"
             )
 
     def _fire(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import compress
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
 from lightning_ifthpo.callbacks.evidence import Evidence
 from lightning_ifthpo.hyperparameters.bounded import Bounded
+from lightning_ifthpo.hyperparameters.per_example import PerExample
+from lightning_ifthpo.runtime.requirements import hyperparameter_modules
 
 Losses: TypeAlias = tuple[float, float]
 """At the start and at the end."""
@@ -26,6 +29,7 @@ _MANY = 10  # lines
 _EXPLODED = 3.0  # times the outer loss at the start
 _FELL = 0.25  # of the outer loss at the start
 _APART = 0.5  # of the outer loss
+FURTHER = "If they should move further, train longer; with an optimizer of your own, raise its rate or leave it out."
 _CONTROL = "Compare with a run after freeze_hyperparameters()."
 
 
@@ -59,8 +63,8 @@ class TuningSummary:
 
     Attributes:
         verdict: "helped", "did nothing", "harmed" or "unclear". It follows from what is confirmed, and is "unclear" if
-            the outer or the held-out loss ends higher than it began, or outer examples are learned by heart. Only a
-            second run after `freeze_hyperparameters` can prove it.
+            the outer or the held-out loss ends higher than it began, or outer examples are learned by heart or are all
+            training examples, without held-out data. Only a second run after `freeze_hyperparameters` can prove it.
         reason: Why, in a sentence or two.
         advice: What to change; empty if nothing.
         hyperparameters: The change of each.
@@ -73,6 +77,7 @@ class TuningSummary:
         skipped: Number of skipped ones for each cause.
         replaced: Number of steps of the hyper-optimizer that were far too long, and were replaced by default ones.
         share_of_time: Time of hyper steps over the time of training with them.
+        curvature: The curvature of their linear systems, such as "gauss_newton"; with "auto" the one that was chosen.
     """
 
     verdict: Verdict
@@ -88,6 +93,7 @@ class TuningSummary:
     skipped: dict[str, int]
     replaced: int
     share_of_time: float
+    curvature: str
 
     def as_dict(self) -> dict[str, Any]:
         """Returns all of it as a dict of plain values."""
@@ -127,7 +133,11 @@ class TuningSummary:
 
 
 def judge(
-    evidence: Evidence, outer: Losses | None, held_out: Losses | None, remedy: str = "lower every_n_batches"
+    evidence: Evidence,
+    outer: Losses | None,
+    held_out: Losses | None,
+    remedy: str = "lower every_n_batches",
+    shared: str = "",
 ) -> tuple[Verdict, str, tuple[str, ...]]:
     """Returns a verdict, the reason, and what to change.
 
@@ -136,6 +146,7 @@ def judge(
         outer: The outer loss of the same examples at the start and at the end; None without hyper steps.
         held_out: The same on held-out examples; None without them.
         remedy: What makes hyper steps more frequent.
+        shared: How many outer examples are training examples, as "8 of 20".
     """
     if outer is None:
         return "did nothing", "The hyperparameters are as they were.", ()
@@ -156,13 +167,17 @@ def judge(
         return "harmed", f"{told} The hyperparameters moved past the best values.", (*advice, _CONTROL)
     if evidence.travel < _FAR and not is_sure:
         moved = f"The hyperparameters moved by {evidence.travel:.2g} units in all (1 is a factor of e, for a decay)."
-        return "did nothing", f"{moved} {told}", (*advice, "If they should move further, train longer.")
+        return "did nothing", f"{moved} {told}", (*advice, FURTHER)
     if 0.0 < _EXPLODED * first < last:
         return "harmed", f"The outer loss rose from {first:.3g} to {last:.3g}.", (*advice, _CONTROL)
     if risen := _risen(outer, held_out):
         return "unclear", f"{told} But {risen}, by training or by tuning.", (*advice, _CONTROL)
     if by_heart:
         return "unclear", f"{told} But it may be true of the outer examples alone.", (*advice, _CONTROL)
+    count, _, total = shared.partition(" of ")
+    if is_sure and shared and count == total and held_out is None:
+        but = "But all outer examples are training examples, so that it says nothing of other data."
+        return "unclear", f"{told} {but}", (*advice, "Take outer data that training does not see.")
     if is_sure:
         return "helped", told, advice
     if last < first - _FELL * abs(first):
@@ -171,9 +186,10 @@ def judge(
 
 
 def _risen(outer: Losses, held_out: Losses | None) -> str:
-    """Returns which losses have risen, in words; empty if none has."""
+    """Returns which losses have risen, in words; empty if none has by as much as three digits show."""
     pairs = [("outer", outer), *([] if held_out is None else [("held-out", held_out)])]
-    risen = [f"the {name} loss rose from {a:.3g} to {b:.3g}" for name, (a, b) in pairs if b > a]
+    shown = [(name, f"{a:.3g}", f"{b:.3g}") for name, (a, b) in pairs]
+    risen = [f"the {name} loss rose from {a} to {b}" for name, a, b in shown if float(b) > float(a)]
     return " and ".join(risen)
 
 
@@ -200,7 +216,7 @@ def _learned_by_heart(outer: Losses, held_out: Losses | None) -> tuple[str, ...]
 
 
 def remarks(module: Any, evidence: Evidence) -> tuple[str, ...]:
-    """Returns sentences on hyperparameters that stand at their upper bound, or have stopped having a hypergradient."""
+    """Returns sentences on hyperparameters at their upper bound, without a hypergradient, or used in a wrong way."""
     cut_off = _cut_off(module, evidence)
     latest = max(evidence.last_gradient, default=evidence.steps)
     if evidence.steps - latest >= _FEW:
@@ -208,7 +224,7 @@ def remarks(module: Any, evidence: Evidence) -> tuple[str, ...]:
             f"No hyperparameter has had a hypergradient {_since(latest)}: the outer loss is constant, or flat where "
             "the weights are.",
         )
-    found = []
+    found = list(_of_examples(module, evidence))
     for name, value in module.named_natural_values():
         kind = getattr(module, name)
         parts = list(value.values()) if isinstance(value, Mapping) else [value]
@@ -224,6 +240,24 @@ def remarks(module: Any, evidence: Evidence) -> tuple[str, ...]:
             )
             found.append(f"No hypergradient of {what} {_since(last)}: {cause}.")
     return tuple(found)
+
+
+def _of_examples(module: Any, evidence: Evidence) -> Iterator[str]:
+    """Yields sentences on tables with an entry for each training example that are used in a wrong way."""
+    paths, reach = [path for path, _ in module.named_hyperparameters()], evidence.reach
+    yield from (
+        f"All entries of {path!r} had the same hypergradient at the first hyper step: they acted as one number. "
+        "Multiply the loss of each example by its entry before the mean: cross_entropy(..., reduction='none')."
+        for path in compress(paths, reach.alike)
+    )
+    tables = {f"{name}.logits" for name, part in hyperparameter_modules(module) if isinstance(part, PerExample)}
+    for (path, table), most, reached in zip(module.named_hyperparameters(), reach.most, reach.reached, strict=False):
+        if path in tables and 0 < reached == most < table.numel() and evidence.steps >= _FEW:
+            yield (
+                f"No hypergradient of {table.numel() - reached} of {table.numel()} entries of {path!r}, as each hyper "
+                "step reaches the same ones: take the number of an example in the training set, which IndexedDataset "
+                "adds, and not its place in the batch."
+            )
 
 
 def _cut_off(module: Any, evidence: Evidence) -> dict[str, tuple[int, int, int]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -66,12 +68,21 @@ def tangents(tensors: Sequence[Tensor], directions: Sequence[Tensor]) -> Iterato
     The tensors themselves become dual numbers, because a loss without arguments cannot be given copies. Their values
     do not change, and graphs that have kept them stay valid. Each direction has the shape of its tensor.
     """
+    _load_forward_mode()
     with forward_ad.dual_level():
         for tensor, direction in zip(tensors, directions, strict=True):
             # Private: nothing public tells autograd that a tensor was written to and has the same values.
             with torch.no_grad(), _unsafe_preserve_version_counter(tensor):
                 tensor.copy_(forward_ad.make_dual(tensor.detach(), direction))  # type: ignore[no-untyped-call]
         yield
+
+
+@cache
+def _load_forward_mode() -> None:
+    """Lets torch compile what forward mode needs; it does so on first use, with `torch.jit.script`, which warns."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.filterwarnings("ignore", "`torch.jit.script`")
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))  # type: ignore[no-untyped-call]
 
 
 def tangent(tensor: Tensor) -> Tensor:

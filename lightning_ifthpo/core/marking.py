@@ -18,10 +18,11 @@ def mark_outputs(output: Tensor) -> Tensor:
     compute the loss from the tensors that it returns.
 
     Args:
-        output: Floating-point tensor of any shape.
+        output: Floating-point tensor with one dimension at least.
 
     Raises:
         TypeError: If the output is no tensor, such as a tuple of several.
+        ValueError: If it is a scalar. That is a loss, in which Gauss–Newton curvature is zero.
 
     >>> import torch
     >>> from lightning_ifthpo.curvature import GaussNewtonOperator
@@ -33,6 +34,11 @@ def mark_outputs(output: Tensor) -> Tensor:
         raise TypeError(
             f"mark_outputs expected a tensor, got {type(output).__name__}; of several outputs call it on each: "
             "a, b = mark_outputs(a), mark_outputs(b)"
+        )
+    if output.ndim == 0:
+        raise ValueError(
+            "mark_outputs expected what the model returns, such as logits [B, C], got a scalar, as a loss is; mark the "
+            "tensor from which the loss is computed, and reshape(1) an output that is a single number"
         )
     recorder = _recorder.get()
     if recorder is not None:

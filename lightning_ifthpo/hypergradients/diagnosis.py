@@ -77,7 +77,13 @@ class Computation:
     def _not_finite(self, result: Hypergradient) -> str:
         """Returns the first term that is not finite, in the order in which they are computed; "" before the solve."""
         places: list[tuple[str, list[Tensor], str]] = [
-            ("the outer loss", [self.outer.value], "look at the outer batch and the weights"),
+            (
+                "the weights",
+                list(self.inner.parameters),
+                "look for the first training loss that is not finite: training has lost the weights, by an example "
+                "with NaN, or by a learning rate that is too high",
+            ),
+            ("the outer loss", [self.outer.value], "look at the outer batch"),
             ("the gradient of the outer loss", [self.outer.v, *result.direct], "look at the outer batch"),
             ("the inner loss", [self.operator.loss], "look at the training batch, the weights and hyperparameters"),
             ("the gradient of the inner loss", [self.operator.gradient], "look for a square root or a norm at zero"),

@@ -88,7 +88,8 @@ class _Decay(Bounded):
         if lr * self.maximum >= 2.0:
             raise ValueError(
                 f"{kind} may reach {self.maximum:g}, and with the learning rate {lr:g} a decay of 2/lr = "
-                f"{2.0 / lr:g} makes training diverge; lower the learning rate, or pass maximum={1.0 / lr:g}"
+                f"{2.0 / lr:g} makes training diverge. If such a learning rate is not meant, lower it; else pass "
+                f"maximum={1.0 / lr:g}"
             )
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ifthpo.core.validation import is_ascending, require_at_least, require_labels
+from lightning_ifthpo.hyperparameters.per_example import PerExample
 
 # Least entry of a matrix to start from, relative to its row. A softmax has no zeros, and the logarithm of a smaller
 # number is so far from the others that hyper steps would hardly reach it.
@@ -58,7 +59,7 @@ class LabelTransition(nn.Module):
         return joint.logsumexp(-2)
 
 
-class SoftLabels(nn.Module):
+class SoftLabels(PerExample):
     """Learned targets, a distribution over C classes for each training example; they start close to the given labels.
 
     Use them as targets of `F.cross_entropy`; `IndexedDataset` adds the index of each example to the batch.
@@ -70,6 +71,7 @@ class SoftLabels(nn.Module):
 
     Raises:
         ValueError: If an argument is out of range, or labels are not integers [n] from 0 to C − 1.
+        IndexError: When called, if an index is n or larger.
 
     >>> SoftLabels(torch.tensor([2, 0]), classes=3, initial=0.8)(torch.tensor([1]))
     tensor([[0.8000, 0.1000, 0.1000]])
@@ -90,7 +92,7 @@ class SoftLabels(nn.Module):
 
     def forward(self, index: Tensor) -> Tensor:
         """Returns the targets [B, C] of the examples with these indices, integers [B]."""
-        return self.logits[index].softmax(1)
+        return self.rows(index).softmax(1)
 
 
 def _diagonal(classes: int, right: float) -> Tensor:

@@ -12,18 +12,20 @@ from typing_extensions import Self
 
 from lightning_ifthpo.core.validation import require_at_least
 from lightning_ifthpo.hyperparameters.bounded import Bounded
+from lightning_ifthpo.hyperparameters.per_example import PerExample
 
 
-class SampleWeights(Bounded):
+class SampleWeights(PerExample, Bounded):
     """One weight in (0, 2) for each training example: 2σ(λ_i), starting at one.
 
     Multiply the loss of each example by its weight; `IndexedDataset` adds the index of each example to the batch.
 
     Args:
-        n: Number of training examples.
+        n: Number of training examples, the length of the data set that `IndexedDataset` wraps.
 
     Raises:
         ValueError: If n < 1.
+        IndexError: When called, if an index is n or larger.
 
     >>> SampleWeights(5)(torch.tensor([0, 3]))
     tensor([1., 1.])
@@ -72,7 +74,7 @@ class SampleWeights(Bounded):
 
     def forward(self, index: Tensor) -> Tensor:
         """Returns the weights [B] of the examples with these indices, integers [B]."""
-        return self._value(self.logits[index])
+        return self._value(self.rows(index))
 
 
 class WeightNetwork(Bounded):
@@ -116,7 +118,8 @@ class IndexedDataset(Dataset[Any]):
     """A map-style data set with the index added to each example.
 
     A mapping gets it under the new key "index", as collators of text libraries need; a tuple or a named tuple gets it
-    at its end, and becomes a tuple; any other value becomes the tuple (value, index).
+    at its end, and becomes a tuple; any other value becomes the tuple (value, index). Wrap the training set alone,
+    after it was split: outer and validation data need no index.
 
     Raises:
         TypeError: If the data set has no length or no items.

@@ -8,15 +8,49 @@ from contextlib import suppress
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from lightning_ifthpo.hyperparameters import IndexedDataset
+from lightning_ifthpo.hyperparameters.per_example import PerExample
 from lightning_ifthpo.runtime.outer_data import draws_all
+from lightning_ifthpo.runtime.requirements import hyperparameter_modules
+from lightning_ifthpo.runtime.telling import rank_zero_warn
 
 _FEW = 10  # hyper steps
 _MANY = 10_000_000  # examples, for which a comparison takes seconds
+
+
+def examine_data(trainer: L.Trainer, module: Any, outer: Iterable[Any]) -> str:
+    """Looks at training and outer data together, see `check_examples`; returns `warn_of_shared_examples`."""
+    check_examples(trainer, module)
+    return warn_of_shared_examples(trainer, outer)
+
+
+def check_examples(trainer: L.Trainer, module: Any) -> None:
+    """Compares hyperparameters with a row for each training example with the training set, where it has indices.
+
+    Raises:
+        ValueError: If there are fewer rows than examples; more of them are told by a warning.
+    """
+    data = getattr(trainer.train_dataloader, "dataset", None)
+    while isinstance(data, Subset):
+        data = data.dataset
+    if not isinstance(data, IndexedDataset):
+        return
+    for name, part in hyperparameter_modules(module):
+        if isinstance(part, PerExample) and part.examples != len(data):
+            kind = type(part).__name__
+            told = (
+                f"hyperparameter {name!r} is a {kind} for {part.examples} examples, and the IndexedDataset of the "
+                f"training set has {len(data)}, so that its rows are not those of the training examples. Wrap the "
+                f"training set after it was split, train = IndexedDataset(part), and create {kind} for len(train) "
+                "examples"
+            )
+            if part.examples < len(data):
+                raise ValueError(told)
+            rank_zero_warn(told)
 
 
 def warn_of_shared_examples(trainer: L.Trainer, outer: Iterable[Any]) -> str:
@@ -88,6 +122,26 @@ def warn_of_no_step(every_n_batches: int, start_after_batches: int) -> None:
         f"{every_n_batches} training batches after the first {start_after_batches} (every_n_batches, "
         "start_after_batches)"
     )
+
+
+def warn_of_long_step(step: int, excess: float) -> None:
+    """Warns of a step of the hyper-optimizer that was replaced, and would have been so many units long."""
+    rank_zero_warn(
+        f"hyper step {step}: the hyper-optimizer would have moved the hyperparameters by {excess:.2g} "
+        "units at once (1 is a factor of e, for a decay), which weights cannot follow. A step of the default "
+        "optimizer was made instead; further ones are counted in summary(). Lower its learning rate, or leave "
+        "out configure_hyper_optimizer"
+    )
+
+
+def warn_of_equal_hypergradients(paths: Iterable[str]) -> None:
+    """Warns of hyperparameters whose entries all have the same hypergradient at the first hyper step."""
+    for path in paths:
+        rank_zero_warn(
+            f"all entries of hyperparameter {path!r} that have a hypergradient have the same one, so that they act as "
+            "a single number. If they belong to training examples, multiply the loss of each example by its entry "
+            "before the mean: cross_entropy(..., reduction='none')"
+        )
 
 
 def warn_of_direct_effects(module: Any, directly: Collection[str]) -> None:

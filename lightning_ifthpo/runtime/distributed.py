@@ -7,12 +7,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_ifthpo.core.loss import AllReduce, sum_over_processes
 from lightning_ifthpo.curvature import CurvatureOperator, DistributedOperator
 from lightning_ifthpo.runtime.batches import batch_size
+from lightning_ifthpo.runtime.telling import rank_zero_warn
 
 
 class Ranks:

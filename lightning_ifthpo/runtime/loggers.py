@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+
+from lightning_ifthpo.runtime.telling import rank_zero_warn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

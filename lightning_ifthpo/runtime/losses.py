@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_ifthpo.core.autodiff import gradients_on
@@ -21,6 +20,7 @@ from lightning_ifthpo.runtime.distributed import Ranks
 from lightning_ifthpo.runtime.isolation import differentiable_kernels, undisturbed
 from lightning_ifthpo.runtime.precision import CurvaturePrecision, has_half_weights, is_autocast, precision_of
 from lightning_ifthpo.runtime.sharding import unsharded
+from lightning_ifthpo.runtime.telling import rank_zero_warn
 from lightning_ifthpo.training_loss import training_loss
 
 BY_DIFFERENCES = ("finite_difference", "three_point")  # differences of gradients; of losses

@@ -10,11 +10,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, Sampler, SequentialSampler
 
 from lightning_ifthpo.core.random_state import Stream, derive_seed, generator_of, isolated
+from lightning_ifthpo.runtime.telling import rank_zero_warn
 
 
 @dataclass(frozen=True)

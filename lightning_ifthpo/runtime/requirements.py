@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
@@ -17,6 +16,7 @@ from lightning_ifthpo.optimizers import is_known
 from lightning_ifthpo.runtime.distributed import is_gathered, is_replicated
 from lightning_ifthpo.runtime.losses import BY_DIFFERENCES, trainable
 from lightning_ifthpo.runtime.precision import CurvaturePrecision, has_half_weights, is_autocast, precision_of
+from lightning_ifthpo.runtime.telling import rank_zero_warn
 from lightning_ifthpo.training_loss import has_inner_loss, has_training_step
 
 
@@ -127,11 +127,17 @@ def _check_optimizers(trainer: L.Trainer, module: Any, trainable_before: dict[in
 def _ask_modules(module: Any, lr: float) -> None:
     """Calls `check_training(parameters, lr)` of registered modules that have it, and adds their names to its errors."""
     parameters = list(module.parameters())
-    for registered in {path.split(".")[0] for path, _ in module.named_hyperparameters()}:
+    for name, submodule in hyperparameter_modules(module):
+        if hasattr(submodule, "check_training"):
+            try:
+                submodule.check_training(parameters, lr)
+            except ValueError as error:
+                raise ValueError(f"hyperparameter {name!r}: {error}") from error
+
+
+def hyperparameter_modules(module: Any) -> Iterator[tuple[str, Any]]:
+    """Yields path and module for each registered module, and for the modules inside it."""
+    for registered in dict.fromkeys(path.split(".")[0] for path, _ in module.named_hyperparameters()):
         value = getattr(module, registered)
-        for name, submodule in value.named_modules(prefix=registered) if isinstance(value, nn.Module) else ():
-            if hasattr(submodule, "check_training"):
-                try:
-                    submodule.check_training(parameters, lr)
-                except ValueError as error:
-                    raise ValueError(f"hyperparameter {name!r}: {error}") from error
+        if isinstance(value, nn.Module):
+            yield from value.named_modules(prefix=registered)

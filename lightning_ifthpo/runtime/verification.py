@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from lightning_ifthpo.curvature.verification import (
     verified_operator,
 )
 from lightning_ifthpo.runtime.losses import ModuleLosses
+from lightning_ifthpo.runtime.telling import rank_zero_warn
 
 # 10 √eps of bfloat16: under autocast the operator's dtype does not show the precision of its products.
 _HALF = 0.9

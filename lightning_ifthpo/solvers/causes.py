@@ -119,7 +119,7 @@ class Cause(Enum):
     NO_INFLUENCE = (
         "{name} does not influence the gradient of the inner loss, nor the outer loss",
         "implicit differentiation cannot tune it",
-        Remedy("use it in the inner loss"),
+        Remedy("use it in the inner loss, as a tensor and without .detach(), .item() or float()"),
         Remedy("for a learning rate, use ExactGeN or a sweep"),
     )
     UNKNOWN_WEIGHTS = (

@@ -344,4 +344,4 @@ def test_a_criterion_that_is_called_inner_loss_is_none():
 def test_the_budget_is_told_when_it_cuts(caplog):
     with caplog.at_level("INFO"):
         trained([monitor(max_overhead=1e-9)])
-    assert "measured once, more rarely than every 1 batches, to stay below max_overhead=1e-09" in caplog.text
+    assert "measured once, more rarely than every 1 batches, to stay below max_overhead=1e-09; for a" in caplog.text

@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 from lightning_ifthpo import IFTHypergradient
 from lightning_ifthpo.callbacks.hyper_metrics import extents
 from lightning_ifthpo.callbacks.summary import Change, judge
-from lightning_ifthpo.hyperparameters import LossWeights, SampleWeights
+from lightning_ifthpo.hyperparameters import IndexedDataset, LossWeights, SampleWeights
 from lightning_ifthpo.solvers import Identity
+from tests.callbacks.training_report.planted import OuterIsTraining, blobs
 from tests.helpers.trainers import Classifier, Ridge, loader, quiet_trainer
 
 
@@ -53,6 +54,7 @@ JUDGED = {
     ),
     "confirmed, held out too": (evidence(0.5), (1.0, 0.4), (1.0, 0.5), "helped", "changed", ""),
     "confirmed, and risen": (evidence(0.5), (1.0, 1.4), None, "unclear", "the outer loss rose from 1 to 1.4", "freeze"),
+    "risen by less than is shown": (evidence(0.5), (1.341, 1.3412), (1.0, 1.0001), "helped", "changed", ""),
     "held out risen": (evidence(0.5), (1.0, 0.9), (1.0, 1.1), "unclear", "the held-out loss rose from 1 to 1.1", "fre"),
     "too little": (evidence(0.02, 0.001), (1.0, 0.8), None, "unclear", "changed the outer loss by -0.02", "freeze"),
     "taken back": (evidence(-0.5), (1.0, 0.8), None, "harmed", "past the best", "freeze_hyperparameters"),
@@ -177,6 +179,31 @@ def test_held_out_data_and_the_summary_change_nothing():
     assert all(torch.equal(value, other[name]) for name, value in state.items())
 
 
+@pytest.mark.parametrize(
+    ("shared", "held_out", "verdict"),
+    [("20 of 20", None, "unclear"), ("8 of 20", None, "helped"), ("20 of 20", (1.0, 0.9), "helped")],
+)
+def test_a_gain_on_training_examples_alone_means_nothing(shared, held_out, verdict):
+    found, reason, advice = judge(evidence(0.5), (1.0, 0.8), held_out, shared=shared)
+    assert found == verdict
+    assert ("all outer examples are training examples" in reason) == (verdict == "unclear")
+    assert bool(advice) == (verdict == "unclear")
+
+
+def test_a_run_on_training_examples_is_not_said_to_help():
+    class Decayed(OuterIsTraining):
+        initial = 0.1
+
+    verdicts = []
+    for held_out in (None, DataLoader(blobs(100, 3), 50)):
+        torch.manual_seed(0)
+        callback = IFTHypergradient(5, held_out_dataloader=held_out)
+        with pytest.warns(UserWarning, match="200 of 200 outer examples are training examples"):
+            quiet_trainer(callbacks=[callback], max_steps=150, max_epochs=-1, limit_val_batches=0).fit(Decayed())
+        verdicts.append(callback.summary().verdict)
+    assert verdicts == ["unclear", "helped"]
+
+
 def test_a_change_says_what_it_was_and_is():
     assert str(Change("decay", (1e-4, 1e-4, 1e-4), (2e-3, 1e-3, 3e-3))) == "decay: 0.0001 → mean 0.002 (0.001 to 0.003)"
 
@@ -191,7 +218,7 @@ def test_loggers_get_tuned_values_as_hyperparameters_and_histograms(tmp_path):
             self.register_hyperparameter("weights", SampleWeights(30))
 
         def inner_loss(self, batch):
-            return super().inner_loss(batch) * self.weights(torch.arange(30)).mean()
+            return super().inner_loss(batch) * (self.weights(torch.arange(30)) * torch.arange(30)).mean()
 
     loggers = [CSVLogger(tmp_path, "csv"), TensorBoardLogger(tmp_path, "tensorboard", default_hp_metric=False)]
     callback = IFTHypergradient(1)
@@ -272,6 +299,28 @@ def test_the_tensors_of_one_module_without_a_hypergradient_share_a_sentence():
     ]
 
 
+@pytest.mark.parametrize("by_place", [True, False])
+def test_a_table_that_is_read_by_the_place_in_the_batch_is_named(by_place):
+    class Weighted(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.register_hyperparameter("weights", SampleWeights(32))
+
+        def inner_loss(self, batch):
+            x, y, index = batch
+            losses = F.cross_entropy(self.mark_outputs(self.net(x)), y, reduction="none")
+            return (self.weights(torch.arange(8) if by_place else index) * losses).mean() + self.decay()
+
+        def train_dataloader(self):
+            return DataLoader(IndexedDataset(loader().dataset), batch_size=8, shuffle=True)
+
+    callback = IFTHypergradient(1)
+    fitted(callback, Weighted)
+    told = [advice for advice in callback.summary().advice if "hypergradient" in advice]
+    assert len(told) == by_place
+    assert not by_place or "No hypergradient of 24 of 32 entries of 'weights.logits', as each hyper" in told[0]
+
+
 def test_an_outer_loss_that_is_flat_is_named_once():
     class Flat(Classifier):
         def outer_loss(self, batch):
@@ -314,6 +363,13 @@ def test_steps_that_were_replaced_are_counted_in_the_text():
         fitted(callback, Wild)
     assert callback.summary().replaced == 12
     assert "(12 too long and replaced by default ones)" in str(callback.summary())
+
+
+@pytest.mark.parametrize("curvature", ["auto", "finite_difference"])
+def test_it_knows_the_curvature_in_use(curvature):
+    callback = IFTHypergradient(4, curvature=curvature)
+    fitted(callback)
+    assert callback.summary().curvature == ("gauss_newton" if curvature == "auto" else curvature)
 
 
 def test_a_summary_resumes(tmp_path):

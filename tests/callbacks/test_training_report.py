@@ -21,7 +21,7 @@ from tests.checks import check_leaves_training_untouched, check_state_is_plain
 from tests.helpers.features import Simple
 from tests.helpers.trainers import Classifier, Deterministic, quiet_trainer, same, trained
 
-SECTIONS = ["losses", "hyperparameters", "hyper-steps", "solves", "curvature", "rates", "gradients", "time"]
+SECTIONS = ["told", "losses", "hyperparameters", "hyper-steps", "solves", "curvature", "rates", "gradients", "time"]
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 
@@ -84,11 +84,12 @@ def test_all_sections_are_there_if_all_callbacks_are(path):
     report = TrainingReport(path, every_n_batches=1)
     trained([*everything(), report], accumulate_grad_batches=2)
     page = Page(path)
-    assert page.sections == SECTIONS
+    assert page.sections == SECTIONS[1:]
     words = " ".join(" ".join(page.words).split())
     for text in (
         "Training is over, 12 training batches.",
         "Verdict:",
+        "Their matrix is",
         "Gradient noise scale",
         "was predicted.",
         "net.0.weight",
@@ -144,9 +145,10 @@ class Reader(Callback):
 
 def test_the_page_is_there_while_training_goes_on(path):
     reader = Reader(path)
-    trained([TrainingReport(path, every_n_batches=2, every_n_seconds=0.0, max_overhead=None), reader], max_epochs=1)
+    report = TrainingReport(path, every_n_batches=2, every_n_seconds=0.0, max_overhead=None)
+    trained([report, reader], lambda: Classifier().freeze_hyperparameters(), max_epochs=1)
     assert "Training, one training batch." in reader.pages[0].text
-    assert "Nothing unusual was seen so far." in reader.pages[0].text
+    assert "Nothing unusual was seen by these rules so far." in reader.pages[0].text
     assert "Training, 3 training batches." in reader.pages[3].text
     assert "<svg" in reader.pages[0].text
 
@@ -184,17 +186,71 @@ def test_the_page_is_written_after_an_exception(first, path):
         quiet_trainer(callbacks=[report, tuner] if first else [tuner, report]).fit(Failing())
     page = Page(path)
     assert re.search("Training was ended by KeyError, [23] training batches.", page.text)
+    assert re.fullmatch("KeyError: 'x'. It came after [23] training batches.", report.findings[0].evidence)
     assert ("predicted to lower the outer loss" if first else "was predicted.") in page.text
 
 
-def test_an_error_before_training_writes_no_page(path):
-    class Broken(Plain):
-        def configure_optimizers(self):
-            raise KeyError("x")
+class Unusable(Plain):
+    def configure_optimizers(self):
+        raise KeyError("x")
 
-    with pytest.raises(KeyError):
-        quiet_trainer(callbacks=[TrainingReport(path)]).fit(Broken())
-    assert not path.exists()
+
+class WithoutData(Simple):
+    """Fails in `on_train_start` of the tuner, behind the report or before it."""
+
+    def outer_dataloader(self):
+        return []
+
+
+@pytest.mark.parametrize(("make", "error"), [(Unusable, KeyError), (WithoutData, ValueError)])
+@pytest.mark.parametrize("first", [True, False])
+def test_an_error_before_training_comes_first_on_a_page_that_replaces_an_older_one(make, error, first, path):
+    path.parent.mkdir()
+    path.write_text("an older page")
+    report = TrainingReport(path)
+    others = [IFTHypergradient(1)] if make is WithoutData else []
+    with pytest.raises(error, match=r".") as raised:
+        quiet_trainer(callbacks=[report, *others] if first else [*others, report]).fit(make())
+    page, (finding,) = Page(path), report.findings
+    assert f"Training was ended by {error.__name__} before the first training batch." in page.text
+    assert "Nothing unusual" not in page.text
+    assert finding.kind == "an error ended the run"
+    assert finding.evidence.startswith(f"{error.__name__}: {str(raised.value)[:60]}")
+    assert finding.evidence.endswith("It came before the first training batch.")
+
+
+class Penalized(Classifier):
+    def outer_loss(self, batch):
+        return super().outer_loss(batch) + self.decay()
+
+
+def test_warnings_of_the_package_are_shown_as_long_as_the_fit_lasts(path):
+    report = TrainingReport(path)
+    with pytest.warns(UserWarning, match="by itself, not only through the weights"):
+        trained([IFTHypergradient(1, on_failure="use"), report], Penalized)
+    page = Page(path)
+    assert page.sections[0] == "told"
+    assert page.text.count("outer_loss depends on hyperparameter &#39;decay&#39; by itself") == 1
+    with pytest.warns(UserWarning, match="by itself, not only through the weights"):
+        trained([IFTHypergradient(1, on_failure="use")], Penalized)
+    report.setup(None, None, "validate")
+    assert len(report._notes.messages) == 1
+    trained([report], Plain)
+    assert "told" not in Page(path).sections
+
+
+def test_ctrl_c_is_no_fault(path):
+    class Stopped(Plain):
+        def training_step(self, batch, batch_idx):
+            if self.global_step == 3:
+                raise KeyboardInterrupt
+            return super().training_step(batch, batch_idx)
+
+    report = TrainingReport(path)
+    with pytest.raises(SystemExit, match=r"1"):
+        quiet_trainer(callbacks=[report]).fit(Stopped())
+    assert report.findings == ()
+    assert "Training was ended by KeyboardInterrupt, 3 training batches." in Page(path).text
 
 
 def test_a_second_fit_starts_anew(path):

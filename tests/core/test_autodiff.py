@@ -1,5 +1,8 @@
 """Derivatives of what is unused, frozen or linear."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -86,3 +89,11 @@ def test_tensors_and_directions_come_in_pairs():
     x = torch.ones(2, requires_grad=True)
     with pytest.raises(ValueError, match="shorter"), tangents([x, x.clone()], [torch.ones(2)]):
         pass
+
+
+@pytest.mark.slow  # starts a process
+def test_forward_mode_begins_without_a_warning_of_torch():
+    code = "import torch; from lightning_ifthpo.core.autodiff import tangent, tangents\nx = torch.ones(2)\n"
+    code += "with tangents([x], [x + 1]): print(tangent(x * x).tolist())"
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert (run.stdout.strip(), run.stderr) == ("[4.0, 4.0]", "")

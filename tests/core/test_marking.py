@@ -41,3 +41,8 @@ def test_an_error_ends_the_recording():
 def test_several_outputs_are_marked_one_by_one(output):
     with pytest.raises(TypeError, match=f"expected a tensor, got {type(output).__name__}; of several outputs"):
         mark_outputs(output)
+
+
+def test_a_loss_is_not_the_output_of_a_model():
+    with pytest.raises(ValueError, match=r"such as logits \[B, C\], got a scalar, as a loss is; mark the tensor from"):
+        mark_outputs(torch.ones(3).sum())

@@ -104,7 +104,7 @@ def test_gauss_newton_with_outputs_whose_slopes_hang_together(combine):
 def test_gauss_newton_with_an_output_of_hyperparameters_alone():
     weight, target = (
         torch.tensor([1.0, 2.0], requires_grad=True, device=DEVICE),
-        torch.tensor(3.0, requires_grad=True, device=DEVICE),
+        torch.tensor([3.0], requires_grad=True, device=DEVICE),
     )
 
     def loss():

@@ -499,6 +499,13 @@ def faulty() -> list[Situation]:
             never=("finite_difference",),
         ),
         Situation(
+            "NaN in the weights",
+            at(one_weight, convex, norm_squared, [float("nan"), 2.0], solver=CG()),
+            Cause.NOT_FINITE,
+            ("in the weights", "the first training loss that is not finite"),
+            never=("outer batch",),
+        ),
+        Situation(
             "NaN in the outer loss",
             at(one_weight, convex, lambda w, lam: (w * torch.nan).sum(), [1.0, 2.0], solver=CG()),
             Cause.NOT_FINITE,

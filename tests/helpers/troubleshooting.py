@@ -30,6 +30,7 @@ PACKAGE = Path(lightning_ifthpo.__file__).parent
 TELLERS = {
     "rank_zero_warn": 0,
     "rank_zero_info": 0,
+    "info": 0,
     "rank_zero_deprecation": 0,
     "warn": 0,
     "warning": 0,
@@ -40,7 +41,7 @@ TELLERS = {
 PHRASES = {
     "runtime.verification": ("warning", ("_doubts",)),
     "callbacks.outer_level": ("warning", ("doubt",)),
-    "callbacks.summary": ("summary", ("judge", "_risen", "_learned_by_heart", "remarks")),
+    "callbacks.summary": ("summary", ("judge", "_risen", "_learned_by_heart", "remarks", "_of_examples")),
 }
 _FIELD = re.compile("‹[^›]*›")
 _SECOND = "SecondDerivativeError", "AsymmetricCurvatureError"
@@ -115,7 +116,7 @@ def _told(node: ast.AST, scope: _Function, module: str) -> Iterator[tuple[str, a
         parameters = [] if scope is None else [argument.arg for argument in scope.args.args]
         passes_on = isinstance(expression, ast.Name) and expression.id in parameters
         if not (passes_on and scope is not None and scope.name in TELLERS):
-            yield "notice" if _called(node) == "rank_zero_info" else "warning", expression, ""
+            yield "notice" if _called(node).endswith("info") else "warning", expression, ""
     elif isinstance(node, (ast.JoinedStr, ast.Constant)) and scope is not None:
         kind, functions = PHRASES.get(module, ("", ()))
         if scope.name in functions and _is_phrase(node, scope):

@@ -46,7 +46,27 @@ SYMPTOMS = (
         "the last lines of the console, `callback.summary()`; then `hypergrad/norm` and `hypergrad/skipped` in the log",
         "Too few hyper steps ([no hyper step](#hyper-steps)), all of them skipped (next row), a gradient of zero "
         "([zero right-hand side, no influence](#causes)), a value that is cut off ([summary](#the-summary)), or an "
-        "optimizer of your own whose learning rate is too low: leave out `configure_hyper_optimizer`.",
+        "optimizer of your own whose rate is too low: raise it, or leave out `configure_hyper_optimizer`.",
+    ),
+    (
+        "Training does not learn, or accuracy is bad",
+        "the training loss, `TrainingReport`, and the highest `edge_ratio` of "
+        "[SharpnessMonitor](callbacks/sharpness.md#is-my-learning-rate-too-high); then the same run with "
+        "`freeze_hyperparameters()`",
+        "If it is bad with frozen hyperparameters, too, tuning is not to blame: look at the learning rate first, and "
+        "then at the labels. Let [ExactGeN](callbacks/learning_rate.md) choose the rate. If tuning makes "
+        "it worse, read the [summary](#the-summary).",
+    ),
+    (
+        "`not enough values to unpack (expected 3, got 2)`",
+        "the loss in which it arises, and what its batches have",
+        "In the training loss: the training set is not wrapped in `IndexedDataset`, which adds the index.",
+    ),
+    (
+        "`too many values to unpack (expected 2)`",
+        "the loss in which it arises, and what its batches have",
+        "In the outer or the validation loss: their data are wrapped in `IndexedDataset`, too. Wrap the training set "
+        "alone, after it was split.",
     ),
     (
         "Solves are skipped",
@@ -59,6 +79,12 @@ SYMPTOMS = (
         "`summary()` with `held_out_dataloader=`",
         "The hyperparameters learn the outer examples by heart, outer examples are "
         "[training examples](#data), or the fall [comes from training](#the-summary) and not from tuning.",
+    ),
+    (
+        "The outer loss stays at ln C, that of guessing: 2.3 for ten classes, .69 for two",
+        "the outer data: show some examples with their labels, and the accuracy on them",
+        "Outer labels were shuffled or belong to other inputs, have another coding than the training labels, or inputs "
+        "are scaled in another way. If the training loss stays there, too, look at the learning rate.",
     ),
     (
         "Out of memory",
@@ -84,6 +110,7 @@ SYMPTOMS = (
         "NaN",
         "which number became NaN first: the training loss, the outer loss, or a hypergradient?",
         "A NaN never reaches a hyperparameter: the status is [`nonfinite`](#statuses) and the hyper step is skipped. "
+        "`[i for i, (x, *_) in enumerate(data) if not x.isfinite().all()]` lists the examples that have one. "
         "If training itself diverges, look at its learning rate, and at a decay or a loss weight of your own that has "
         "no upper bound. `WeightDecay` has one.",
     ),
@@ -207,7 +234,8 @@ VERDICTS = {
         "rate.",
     ),
     "unclear": (
-        "What is confirmed is no larger than its error, or a loss ends higher than it began.",
+        "What is confirmed is no larger than its error, a loss ends higher than it began, or outer examples are those "
+        "of training.",
         "Compare with a run after `freeze_hyperparameters()`: only a second run can tell.",
     ),
 }
@@ -245,13 +273,8 @@ SUMMARY = (
     Explanation(
         "units in all",
         "The way that the hyperparameters went is short. A unit is a factor of e for a decay.",
-        "Train longer, or lower `every_n_batches`. With an optimizer of your own, raise its rate.",
-    ),
-    Explanation(
-        "If they should move further",
-        "The run was too short for the hyperparameters to travel.",
-        "The default optimizer limits how far they go in a horizon of training steps; more steps are the way to go "
-        "further.",
+        "Train longer, or lower `every_n_batches`: the default optimizer limits how far they go in a horizon of "
+        "training steps. With an optimizer of your own, raise its rate or leave it out.",
     ),
     Explanation(
         "The outer loss rose from",
@@ -274,6 +297,11 @@ SUMMARY = (
         "See the next row.",
     ),
     Explanation(
+        ("says nothing of other data", "Take outer data that training does not see."),
+        "The hyperparameters were tuned on the examples that training fits, so that a lower loss means good memory.",
+        "Split off outer data, or pass `held_out_dataloader=`, by which the verdict then goes.",
+    ),
+    Explanation(
         "learn the outer examples by heart",
         "Relative to the outer loss, the gap between held-out and outer loss has grown.",
         "Fewer hyperparameters (one decay for each tensor instead of each weight), more outer data, or a stop by the "
@@ -288,6 +316,16 @@ SUMMARY = (
         "stands at its bound",
         "The outer loss would go on falling beyond the bound.",
         "Raise `maximum` if a larger value makes sense. For a decay, the bound also keeps training stable.",
+    ),
+    Explanation(
+        "had the same hypergradient at the first hyper step",
+        "The entries of a table, such as weights of examples, cannot be told apart.",
+        'Take losses with `reduction="none"`, multiply each by its entry, and then take the mean.',
+    ),
+    Explanation(
+        "as each hyper step reaches the same ones",
+        "A table is read by the place of an example in its batch, so that only as many rows are used as a batch has.",
+        "Use the index that `IndexedDataset` adds to each example.",
     ),
     Explanation(
         ("No hypergradient of ‹what›", "tensors of ‹name›", "cuts it off for good", "belongs to weights that do not"),
@@ -340,6 +378,11 @@ WARNINGS = {
             "See *zero right-hand side* under [causes](#causes).",
         ),
         Explanation(
+            "nothing tunes the hyperparameters",
+            "A notice at the start: the hyperparameters are as they were registered, and no callback moves them.",
+            "Add `IFTHypergradient()` to the callbacks. `freeze_hyperparameters()` says that they are to stay.",
+        ),
+        Explanation(
             "made no hyper step",
             "The fit ended before the first hyper step was due.",
             "Lower `every_n_batches` or `start_after_batches`, or train longer. Batches without a loss do not count.",
@@ -354,6 +397,12 @@ WARNINGS = {
             "A step of your own hyper-optimizer was so long that training could not follow, and a step of the default "
             "one took its place. `summary().replaced` counts such steps.",
             "Lower the learning rate of your hyper-optimizer, or use the default, which has none.",
+        ),
+        Explanation(
+            "have the same one, so that they act as",
+            "The entries multiply a mean that was taken already, so that the outer loss cannot tell one example from "
+            "another.",
+            'Take losses with `reduction="none"`, multiply each by its entry, and then take the mean.',
         ),
         Explanation(
             "was unfrozen during training",
@@ -383,6 +432,12 @@ WARNINGS = {
             "outer examples are training examples",
             "On such examples a low loss means good memory, so that a decay, say, is tuned towards zero.",
             "Split the data once, with `random_split`, and use one part for each.",
+        ),
+        Explanation(
+            "its rows are not those of the training examples",
+            "A table with a row for each training example has more rows than there are examples, so that a row may "
+            "belong to another example than you think, and the last ones stay as they are. Too few rows are an error.",
+            "Split first, wrap the training part in `IndexedDataset`, and create the table with its length.",
         ),
         Explanation(
             "every rank iterates over the whole outer loader",
@@ -463,7 +518,7 @@ WARNINGS = {
         Explanation(
             "more rarely than every",
             "A notice at the end: measurements were postponed to stay inside the budget of time.",
-            "Nothing, or raise `max_overhead`; None removes the budget.",
+            "Nothing, or for a curve a smaller `every_n_batches` and a larger `max_overhead`; None removes the budget.",
         ),
         Explanation(
             "no logger takes figures",
@@ -524,6 +579,10 @@ WARNINGS = {
 
 # errors whose message is not enough
 ERRORS = (
+    Explanation(
+        "its rows are not those of the training examples",
+        "`random_split(IndexedDataset(data))` gives indices into the whole of `data`. Wrap the part after the split.",
+    ),
     Explanation(
         "implicit differentiation cannot tune it",
         "In a fit this comes before the first batch. The usual reason is a learning rate or a setting of an optimizer.",

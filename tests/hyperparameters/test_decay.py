@@ -130,7 +130,7 @@ def test_a_learning_rate_at_which_the_largest_decay_diverges_is_refused(lr):
     net = nn.Linear(3, 2)
     decay = WeightDecay(net, initial=0.1, maximum=4.0)
     limit, largest = 2 / float(lr), 1 / float(lr)
-    message = f"may reach 4, .* learning rate {float(lr):g} .* 2/lr = {limit:g} .*, or pass maximum={largest:g}$"
+    message = f"may reach 4, .* {float(lr):g} .* 2/lr = {limit:g} .*, lower it; else pass maximum={largest:g}$"
     with pytest.raises(ValueError, match=message):
         decay.check_training(net.parameters(), lr)
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorDataset, random_split
 
 from lightning_ifthpo import IFTHypergradient
-from lightning_ifthpo.hyperparameters import IndexedDataset, LossWeights, WeightDecay
+from lightning_ifthpo.hyperparameters import IndexedDataset, LossWeights, SampleWeights, SoftLabels, WeightDecay
 from lightning_ifthpo.runtime.advice import _shared_examples
 from tests.helpers.trainers import Classifier, classification_data, quiet_trainer
 
@@ -48,6 +49,58 @@ def test_outer_examples_that_training_sees_are_told(training, outer, shared, rec
     assert [message.split(" are ")[0] for message in told] == [
         f"IFTHypergradient: {shared} of {len(outer)} outer examples"
     ] * bool(shared)
+
+
+class PerExample(On):
+    """Has a hyperparameter with a row for each training example."""
+
+    def __init__(self, data, rows):
+        super().__init__(data)
+        self.register_hyperparameter("rows", rows)
+
+    def inner_loss(self, batch):
+        x, y, index = batch
+        losses = F.cross_entropy(self.net(x), y, reduction="none")
+        return (self.rows(index).reshape(len(x), -1).T * losses).mean() + self.decay()
+
+
+FEW, MANY = (lambda: SampleWeights(15)), (lambda: SoftLabels(torch.zeros(17, dtype=torch.int64), 3))
+INDEXED = {"indexed": IndexedDataset(FIRST), "a part of indexed ones": Subset(IndexedDataset(FIRST), range(8))}
+
+
+@pytest.mark.parametrize("data", INDEXED)
+def test_a_table_that_does_not_fit_the_training_set_is_told_before_the_first_batch(data):
+    def fit(make):
+        quiet_trainer(max_steps=2, callbacks=[IFTHypergradient(1)]).fit(PerExample(INDEXED[data], make()))
+
+    with pytest.raises(ValueError, match=r"'rows' is a SampleWeights for 15 .*, and the IndexedDataset .* has 16"):
+        fit(FEW)
+    with pytest.warns(UserWarning, match=r"'rows' is a SoftLabels for 17 .* has 16, .* len\(train\)"):
+        fit(MANY)
+
+
+def test_a_table_that_fits_is_not_told_of(recwarn):
+    for data in (IndexedDataset(FIRST), TensorDataset(*DATA[:16], torch.arange(16))):
+        module = PerExample(data, SampleWeights(16))
+        quiet_trainer(max_steps=2, callbacks=[IFTHypergradient(1)]).fit(module)
+    assert not [one for one in recwarn if "IndexedDataset" in str(one.message)]
+
+
+class ByMean(PerExample):
+    """Has forgotten reduction="none"."""
+
+    def inner_loss(self, batch):
+        return (self.rows(batch[2]) * On.inner_loss(self, batch)).mean()
+
+
+@pytest.mark.parametrize("make", [PerExample, ByMean])
+def test_weights_of_a_mean_loss_are_told_at_the_first_hyper_step(make, recwarn):
+    callback = IFTHypergradient(1, start_after_batches=1)
+    quiet_trainer(max_epochs=3, callbacks=[callback]).fit(make(IndexedDataset(FIRST), SampleWeights(16)))
+    told = [str(one.message) for one in recwarn if "have the same one" in str(one.message)]
+    summed_up = [advice for advice in callback.summary().advice if "same hypergradient" in advice]
+    assert len(told) == len(summed_up) == (make is ByMean)
+    assert all("'rows.logits'" in words and "reduction='none'" in words for words in (*told, *summed_up))
 
 
 class WithoutLength:

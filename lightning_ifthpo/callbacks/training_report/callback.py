@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_ifthpo.callbacks.training_report.clock import Clock
 from lightning_ifthpo.callbacks.training_report.collector import Collector
@@ -19,6 +20,7 @@ from lightning_ifthpo.callbacks.training_report.diagnosis import diagnose
 from lightning_ifthpo.callbacks.training_report.facts import Finding
 from lightning_ifthpo.callbacks.training_report.sections import sections_of
 from lightning_ifthpo.core.validation import is_number, require_at_least, require_fraction
+from lightning_ifthpo.runtime.telling import Notes, rank_zero_warn
 
 _CHARTS = 0.4  # seconds that the charts of a page take, at 30 ms each
 _FREE = 100  # pieces of work that are done in any case; a look has two
@@ -27,12 +29,12 @@ _FREE = 100  # pieces of work that are done in any case; a look has two
 class TrainingReport(L.Callback):
     """Writes one HTML page about a run: a diagnosis in words, and the curves that it rests on.
 
-    The page says what is wrong, by which numbers, and what to do, worst first. Below are losses, hyperparameters in
-    natural units, what hyper steps predicted and what was confirmed, solves, curvature, learning rates, gradients and
-    updates of each layer, and the time of callbacks; what there are no data for is left out. It needs nothing outside
-    itself. It is written when training starts, again and again while it goes on, and at the end, also after an error;
-    each time to a new file that takes the place of the old one. Diagnosis and numbers are always new; charts are drawn
-    again as often as the budget allows, and at the end.
+    The page says what is wrong, by which numbers, and what to do, worst first. Below are warnings of the package,
+    losses, hyperparameters in natural units, what hyper steps predicted and what was confirmed, solves, curvature,
+    learning rates, gradients and updates of each layer, and the time of callbacks; what there are no data for is left
+    out. It needs nothing outside itself. It is written when training starts, again and again while it goes on, and at
+    the end, also after an error, which then comes first. Each time it is a new file that takes the place of the old
+    one. Diagnosis and numbers are always new; charts are drawn again as often as the budget allows, and at the end.
 
     It works on any LightningModule, with the other callbacks of this package or without, and changes nothing: it draws
     no random numbers, and reads the device every n batches. The first process writes what it sees.
@@ -84,7 +86,9 @@ class TrainingReport(L.Callback):
         self._collector = Collector()
         self._findings: list[Finding] = []
         self._charts: dict[str, str] = {}
-        self._is_active = self._has_warned = self._misses_beginning = False
+        self._error = ""
+        self._notes = Notes()
+        self._is_open = self._is_active = self._has_warned = self._misses_beginning = False
         share = float("inf") if self.max_overhead is None else self.max_overhead / 2
         self._looking, self._drawing = Clock(share, free=_FREE), Clock(share, expected=_CHARTS)
         self._written = 0.0  # seconds after the start
@@ -121,6 +125,8 @@ class TrainingReport(L.Callback):
         """Resets the callback; a checkpoint that belongs to this fit is loaded after this."""
         if stage == "fit":
             self._restart()
+            self._is_open = trainer.is_global_zero
+            self._notes.begin()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes the first page, which has no charts yet."""
@@ -191,8 +197,11 @@ class TrainingReport(L.Callback):
         self._finish(trainer, pl_module, f"Training is over, {self._batches}.")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Writes the last page."""
-        self._finish(trainer, pl_module, f"Training was ended by {type(exception).__name__}, {self._batches}.")
+        """Writes the last page, also if training has not begun: an older page would be taken for one of this run."""
+        kind = type(exception).__name__
+        after = f", {self._batches}" if self._collector.batches else " before the first training batch"
+        error = f"{kind}: {exception}" if isinstance(exception, Exception) else ""  # Ctrl-C is none
+        self._finish(trainer, pl_module, f"Training was ended by {kind}{after}.", error)
 
     @property
     def _batches(self) -> str:
@@ -200,9 +209,11 @@ class TrainingReport(L.Callback):
         since = " since the run was resumed, without a report of what was before" if self._misses_beginning else ""
         return f"one training batch{since}" if count == 1 else f"{count:,} training batches{since}"
 
-    def _finish(self, trainer: L.Trainer, module: L.LightningModule, state: str) -> None:
-        if self._is_active:
-            self._is_active = False
+    def _finish(self, trainer: L.Trainer, module: L.LightningModule, state: str, error: str = "") -> None:
+        self._notes.end()
+        if self._is_open:
+            self._is_open = self._is_active = False
+            self._error = error
             self._write(trainer, module, state, draws=True, is_over=True)
 
     def _write(
@@ -212,13 +223,14 @@ class TrainingReport(L.Callback):
         from lightning_ifthpo.callbacks.training_report import page  # imports matplotlib and Jinja2
 
         with self._tolerating_failures():
-            facts = self._collector.facts(trainer, module, is_over=is_over)
+            facts = self._collector.facts(trainer, module, is_over=is_over, error=self._error)
             self._findings = diagnose(facts)
-            sections = sections_of(facts, self._collector.extras(trainer, module, self._own_share))
+            extras = self._collector.extras(trainer, module, self._own_share)
+            sections = sections_of(facts, replace(extras, told=self._notes.messages))
             if draws:
                 with self._drawing.working():
                     self._charts = page.drawn(sections)
-            heading = page.Heading(type(module).__name__, state, is_over)
+            heading = page.Heading(type(module).__name__, state, facts.batches, is_over)
             _replace(self.path, page.render(heading, self._findings, sections, self._charts))
         self._written = self._looking.elapsed
 

@@ -162,14 +162,15 @@ class Collector:
 
     # Results
 
-    def facts(self, trainer: L.Trainer, module: Any, *, is_over: bool) -> Facts:
-        """Returns what was seen so far."""
+    def facts(self, trainer: L.Trainer, module: Any, *, is_over: bool, error: str = "") -> Facts:
+        """Returns what was seen so far, and the error that has ended the fit, if one has."""
         self._loss.flush()
         weights = list(seen.weights_of(module).values())
         frozen = sum(weight.numel() for weight in weights if not weight.requires_grad)
         return Facts(
             batches=self.batches,
             is_over=is_over,
+            error=error,
             records=self._records,
             loss=self._loss,
             layers=self._layers.layers,
@@ -179,13 +180,14 @@ class Collector:
             training=tuple(self._modes["training"]),
             is_shuffled=seen.is_shuffled(trainer),
             is_automatic=module.automatic_optimization,
+            untuned=seen.untuned_hyperparameters(module),
             tuning=seen.tuning_of(trainer, module, self._records, seen.shared_examples(trainer)),
         )
 
     def extras(self, trainer: L.Trainer, module: Any, shares: Mapping[str, float]) -> Extras:
         """Returns what a report shows beside the facts."""
         noise = self._why_no_noise(trainer, module) or self._noise_in_words(trainer)
-        return Extras(tuple(self._marks.steps), {**seen.shares_of_time(trainer), **shares}, noise)
+        return Extras(tuple(self._marks.steps), {**seen.shares_of_time(trainer), **shares}, noise=noise)
 
     def _noise_in_words(self, trainer: Any) -> str:
         scale, size = self._noise.micro_batches, getattr(trainer.train_dataloader, "batch_size", None)

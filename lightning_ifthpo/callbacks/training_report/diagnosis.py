@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_ifthpo.callbacks.training_report import training_rules, tuning_rules
+from lightning_ifthpo.callbacks.training_report import loss_rules, training_rules, tuning_rules
 from lightning_ifthpo.callbacks.training_report.facts import Facts, Finding
 
 
@@ -11,6 +11,6 @@ def diagnose(facts: Facts) -> list[Finding]:
 
     Pure: it reads facts alone. Cost: some passes over curves of at most 800 points.
     """
-    rules = (*training_rules.RULES, *tuning_rules.RULES)
+    rules = (*loss_rules.RULES, *training_rules.RULES, *tuning_rules.RULES)
     findings = [finding for rule in rules if (finding := rule(facts)) is not None]
     return sorted(findings, key=lambda finding: -finding.rank)

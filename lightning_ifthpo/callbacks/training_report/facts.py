@@ -57,6 +57,7 @@ class Tuning:
         shared: How many outer examples are training examples, as "8 of 20"; empty if there are none.
         held_out: Held-out loss at the start and at the end; None before the end, or without held-out data.
         outer: The same for the outer loss.
+        curvature: The curvature of the linear systems, such as "gauss_newton"; empty if it is not known.
         verdict: Verdict and reason of the summary; empty before the end.
     """
 
@@ -74,6 +75,7 @@ class Tuning:
     shared: str = ""
     held_out: Losses | None = None
     outer: Losses | None = None
+    curvature: str = ""
     verdict: str = ""
 
 
@@ -84,6 +86,7 @@ class Facts:
     Attributes:
         batches: Number of training batches so far.
         is_over: Whether the fit has come to its end.
+        error: The error that has ended it, as "ValueError: words"; empty without one.
         records: Curves by the name of their metric; "gradient_norm", "validation/<name>".
         loss: The training loss.
         layers: What was seen of each tensor of weights, by name.
@@ -93,11 +96,13 @@ class Facts:
         training: Layers that are in training mode during validation.
         is_shuffled: Whether the training loader draws in random order; None if that is unknown, as of a stream.
         is_automatic: Whether the Trainer steps the optimizer, so that there is one loss which it makes smaller.
+        untuned: Names of hyperparameters that nothing tunes, and that are as they were registered.
         tuning: What the hyper steps have done; None without them.
     """
 
     batches: int
     is_over: bool = True
+    error: str = ""
     records: Records = field(default_factory=Records)
     loss: TrainingLoss = field(default_factory=TrainingLoss)
     layers: Mapping[str, LayerRecord] = field(default_factory=dict)
@@ -107,4 +112,5 @@ class Facts:
     training: tuple[str, ...] = ()
     is_shuffled: bool | None = None
     is_automatic: bool = True
+    untuned: tuple[str, ...] = ()
     tuning: Tuning | None = None

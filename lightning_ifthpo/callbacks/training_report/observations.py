@@ -112,6 +112,7 @@ def tuning_of(trainer: Any, module: Any, records: Records, shared: str) -> Tunin
             shared=shared,
             held_out=summary.held_out_loss,
             outer=summary.outer_loss,
+            curvature=summary.curvature,
             verdict=f"Verdict: {summary.verdict}. {summary.reason}",
         )
     if stepper is None:
@@ -130,6 +131,7 @@ def tuning_of(trainer: Any, module: Any, records: Records, shared: str) -> Tunin
         bounds=bounds,
         remarks=remarks(module, evidence),
         shared=shared,
+        curvature=stepper.curvature,
     )
 
 
@@ -137,6 +139,13 @@ def shared_examples(trainer: L.Trainer) -> str:
     """Returns how many outer examples are training examples, too, as "8 of 20"; empty if there are none."""
     callback = tuner(trainer)
     return "" if callback is None else callback.shared_examples
+
+
+def untuned_hyperparameters(module: Any) -> tuple[str, ...]:
+    """Returns the names of the hyperparameters, if nothing tunes them."""
+    if not isinstance(module, BilevelLightningModule) or not module.is_left_untuned:
+        return ()
+    return tuple(dict.fromkeys(path.split(".")[0] for path, _ in module.named_hyperparameters()))
 
 
 def is_shuffled(trainer: Any) -> bool | None:

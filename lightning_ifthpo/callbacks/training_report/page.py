@@ -25,11 +25,13 @@ class Heading:
     Attributes:
         module: Name of the module's class.
         state: How far the run is, in a sentence.
+        batches: Number of training batches that were seen.
         is_over: Whether the run is over.
     """
 
     module: str
     state: str
+    batches: int
     is_over: bool
 
 

@@ -13,6 +13,17 @@ from lightning_ifthpo.callbacks.training_report.records import Records
 _CHARTS = 8  # of hyperparameters
 _PARTS = 6  # curves in a chart of hyperparameters
 _LAYERS = 60  # rows of the table of layers
+_CURVATURES = {
+    "hessian": "Their matrix is the Hessian, because no outputs are marked, or because it was asked for.",
+    "gauss_newton": "Their matrix is that of Gauss and Newton, of the outputs that mark_outputs names.",
+    "finite_difference": "Their products are differences of gradients (curvature='finite_difference').",
+    "kfac": "Their matrix is that of KFAC.",
+    "gradient_outer_product": "Their matrix is the outer product of gradients.",
+}
+_RESIDUAL = (
+    "In minibatch training the residual says little, because each solve sees another batch: values up to about 1.5 are "
+    "usual in runs that tuning helps. What hyper steps are worth is told by what later hypergradients confirm."
+)
 
 
 @dataclass(frozen=True)
@@ -42,11 +53,13 @@ class Extras:
     Attributes:
         marks: Training batches of hyper steps.
         shares: Share of the training time of each callback.
+        told: Warnings of the package.
         noise: The gradient noise scale, or why there is none, in a sentence.
     """
 
     marks: tuple[int, ...] = ()
     shares: Mapping[str, float] = field(default_factory=dict)
+    told: tuple[str, ...] = ()
     noise: str = ""
 
 
@@ -62,7 +75,8 @@ def sections_of(facts: Facts, extras: Extras) -> list[Section]:
         _gradients(facts, extras),
         _time(extras),
     )
-    return [section for section in made if section.table or any(chart.has_data for chart in section.charts)]
+    told = [Section("told", "Warnings on the console", list(extras.told))] if extras.told else []
+    return told + [section for section in made if section.table or any(chart.has_data for chart in section.charts)]
 
 
 def _losses(facts: Facts, extras: Extras) -> Section:
@@ -118,10 +132,14 @@ def _solves(facts: Facts) -> Section:
     if tuning is not None and rows:
         rows.append(("hyper steps in all", f"{tuning.hyper_steps:,}"))
     table = Table("Skipped hyper steps by cause", ("cause", "hyper steps"), rows) if rows else None
-    sentence = "" if rows or not tuning or not tuning.hyper_steps else "No hyper step was skipped."
+    sentences = [
+        _CURVATURES.get(tuning.curvature, "") if tuning else "",
+        "" if rows or not tuning or not tuning.hyper_steps else "No hyper step was skipped.",
+        _RESIDUAL if records["hypergrad/residual"].count and tuning and tuning.is_amortized else "",
+    ]
     level = (1.0, "no solution")
     charts = [_chart("Relative residual of the solves", [Line("residual", records["hypergrad/residual"])], level=level)]
-    return Section("solves", "Linear solves", [sentence], charts, table)
+    return Section("solves", "Linear solves", sentences, charts, table)
 
 
 def _curvature(records: Records) -> Section:

@@ -1,25 +1,17 @@
-"""What can be wrong with training itself: one rule for each fault, from facts alone."""
+"""What can be wrong with a fit, its weights, layers and data: one rule for each fault, from facts alone."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from statistics import median
+from textwrap import shorten
 
 from lightning_ifthpo.callbacks.training_report.facts import Facts, Finding
 from lightning_ifthpo.callbacks.training_report.gradients import LayerRecord
 from lightning_ifthpo.callbacks.training_report.records import mean
-from lightning_ifthpo.callbacks.training_report.training_loss import detrended, noise, smoothness
 
 _FEW = 3  # measurements of layers, and of curvature
-_FEW_BATCHES = 10
-_GROWN = 1.5  # times the loss at the start
-_EARLY = 5  # points of the loss
-_PEAK = 10.0  # times the loss at the start; also growth, where hyperparameters, games or a stream change the loss
 _SURE = 3.0  # standard errors
-_OFTEN = 0.03  # of the run: a bad batch is rarer
-_FALLEN = 0.8  # of the loss at the start: less than this is progress
-_BEYOND_EDGE = 1.5  # edge ratio; training at the edge of stability hovers slightly above 1, by up to 1.2
 _TINY = 1e-4  # of the largest gradient; rounding alone moves a bias in front of BatchNorm
 _VANISHED = 0.01  # of the length of the weights at the start
 _DEAD = 0.5  # share of the units of a layer
@@ -28,47 +20,19 @@ _ALIKE = 0.8  # correlation of epochs
 _UNEVEN = 0.05  # standard deviation of the loss along an epoch over its mean
 _UP = 0.2  # share of rises along an epoch; a loss that falls has 0
 _NAMES = 4  # that are listed
-_ABSURD = 1000.0  # times the edge of stability
+_LONG = 500  # characters of an error
 
 
-def nonfinite_loss(facts: Facts) -> Finding | None:
-    """NaN or infinity in the loss, which was not growing before."""
-    loss = facts.loss
-    if not loss.first_nonfinite or _has_diverged(facts):
+def error(facts: Facts) -> Finding | None:
+    """An error that has ended the fit."""
+    if not facts.error:
         return None
-    share = loss.curve.nonfinite / loss.curve.count
-    after = (
-        "all later losses are, too, so that the weights are lost"
-        if loss.curve.nonfinite > facts.batches - loss.first_nonfinite
-        else f"{share:.1%} of all losses are"
-    )
-    before = "" if math.isnan(loss.before_nonfinite) else f", after {loss.before_nonfinite:.3g} on the batches before"
+    when = f"after {facts.batches:,} training batches" if facts.batches else "before the first training batch"
     return Finding(
-        "NaN or infinity in a batch",
-        f"The training loss of batch {loss.first_nonfinite} is the first that is not finite{before}; {after}.",
-        "The loss did not grow before, so look at the data of this batch (missing values, a logarithm or a division by "
-        "zero) and at half precision. Trainer(detect_anomaly=True) names the operation.",
-        1.0,
-    )
-
-
-def rate_too_high(facts: Facts) -> Finding | None:
-    """A loss that grows, jumps up, or does not fall beyond the optimizer's edge of stability."""
-    curve, ratio = facts.loss.curve, _edge_ratio(facts)
-    first, last = _start(facts), mean(curve.part(0.75))
-    if not (_has_diverged(facts) or _rises(facts, ratio)):
-        return None
-    seen = f"The training loss began at {first:.3g}, and was {curve.most:.3g} at most"
-    if facts.loss.first_nonfinite:
-        seen += f"; it is not finite from batch {facts.loss.first_nonfinite} on"
-    else:
-        seen += f" and {last:.3g} in the last quarter of the run"
-    if not math.isnan(ratio):
-        seen += f". λ_max is {ratio:.2g} times the optimizer's edge of stability (1 is the edge)"
-    # of weights that have exploded the ratio says nothing
-    factor = f" by a factor of {ratio:.2g} or more" if 1.0 < ratio < _ABSURD else ", by a factor of 10 to begin with"
-    return Finding(
-        "learning rate too high", f"{seen}.", f"Lower the learning rate{factor}, or let ExactGeN choose it.", 0.95
+        "an error ended the run",
+        f"{shorten(facts.error, _LONG).rstrip('.')}. It came {when}.",
+        "Do what the message says; the console shows where it arose. What else stands here is of the time before.",
+        2.0,
     )
 
 
@@ -205,8 +169,7 @@ def unshuffled(facts: Facts) -> Finding | None:
 
 
 RULES: tuple[Callable[[Facts], Finding | None], ...] = (
-    nonfinite_loss,
-    rate_too_high,
+    error,
     weights_vanish,
     wrong_mode,
     training_mode_in_validation,
@@ -215,45 +178,6 @@ RULES: tuple[Callable[[Facts], Finding | None], ...] = (
     dead_units,
     unshuffled,
 )
-
-
-def _has_diverged(facts: Facts) -> bool:
-    """Returns whether the loss is not finite at the end, and grew before it was not."""
-    before = facts.loss.before_nonfinite
-    return bool(facts.loss.first_nonfinite) and before > max(_PEAK * abs(_start(facts)), facts.loss.curve.most / 2)
-
-
-def _start(facts: Facts) -> float:
-    """Returns the training loss at the start, where a rate that is too high has done little yet; 0 if unknown."""
-    first = facts.loss.curve.first
-    return 0.0 if math.isnan(first) else first
-
-
-def _rises(facts: Facts, ratio: float) -> bool:
-    """Returns whether the loss grows, jumps up, or does not fall beyond the edge, by more than single batches do."""
-    curve, first, values = facts.loss.curve, _start(facts), facts.loss.curve.part(0.0)
-    if first <= 0.0 or curve.count < _FEW_BATCHES:
-        return False
-    begin = values[: max(_EARLY, len(values) // 20)]
-    early, last = max(first, mean(begin)), mean(curve.part(0.75))
-    is_fixed = facts.tuning is None and facts.is_automatic and facts.is_shuffled is not None
-    single = noise(values)  # the spread of single batches
-    grows = last > early * (_GROWN if is_fixed else _PEAK) and last - early > _SURE * single / len(begin) ** 0.5
-    stays_beyond_edge = last > _FALLEN * early and ratio > _BEYOND_EDGE
-    blew_up = min(values[1:4], default=0.0) > max(_PEAK * first, single)
-    level = max(first, median(values))
-    peaks = sum(value > _PEAK * level for value in values) / len(values)
-    # losses of single examples have such peaks, too, but not next to each other
-    has_peaks = peaks > _OFTEN and smoothness(detrended(values)) > _SURE
-    return grows or stays_beyond_edge or blew_up or has_peaks
-
-
-def _edge_ratio(facts: Facts) -> float:
-    """Returns the median of λ_max over the stability edge, in the second half of the run; NaN if it is unknown."""
-    for name in facts.records.names():
-        if name.endswith("/edge_ratio") and len(values := facts.records[name].part(0.5)) >= _FEW:
-            return median(values)
-    return math.nan
 
 
 def _lengths(layers: Iterable[LayerRecord], attribute: str) -> list[float]:

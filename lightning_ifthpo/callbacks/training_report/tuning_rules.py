@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from statistics import median
 
-from lightning_ifthpo.callbacks.summary import is_learned_by_heart
+from lightning_ifthpo.callbacks.summary import FURTHER, is_learned_by_heart
 from lightning_ifthpo.callbacks.training_report.facts import Facts, Finding, Tuning
 from lightning_ifthpo.callbacks.training_report.records import mean
 
@@ -40,6 +40,19 @@ _CAUSES = {
         "Running statistics, as those of BatchNorm, do not fit the weights yet: set start_after_batches.",
     ),
 }
+
+
+def untuned(facts: Facts) -> Finding | None:
+    """Hyperparameters in a run without a callback that tunes them."""
+    if not facts.untuned:
+        return None
+    return Finding(
+        "nothing tunes the hyperparameters",
+        f"{', '.join(map(repr, facts.untuned))} stay as they were registered, because the Trainer has no "
+        "IFTHypergradient among its callbacks.",
+        "Add IFTHypergradient(), or call freeze_hyperparameters() if this is meant, as in a run to compare with.",
+        0.72,
+    )
 
 
 def shared_data(facts: Facts) -> Finding | None:
@@ -91,7 +104,8 @@ def failing_solves(facts: Facts) -> Finding | None:
     if tuning is None or not tuning.skipped:
         return None
     cause, count = max(tuning.skipped.items(), key=lambda pair: pair[1])
-    if count <= _SKIPPED * tuning.hyper_steps:
+    is_lost = cause == "nonfinite" and facts.loss.first_nonfinite > 0  # training itself has no finite loss any more
+    if is_lost or count <= _SKIPPED * tuning.hyper_steps:
         return None
     kind, remedy = _CAUSES.get(cause, (f"solves end with status {cause}", "See summary() for the cause."))
     share = count / max(1, tuning.hyper_steps)
@@ -127,12 +141,13 @@ def at_bound(facts: Facts) -> Finding | None:
     return None
 
 
-def no_hypergradient(facts: Facts) -> Finding | None:
-    """A hyperparameter that has no hypergradient any more."""
+def odd_hypergradients(facts: Facts) -> Finding | None:
+    """A hyperparameter without a hypergradient, or whose entries all have the same one."""
     for remark in facts.tuning.remarks if facts.tuning else ():
         if "hypergradient" in remark:
             seen, _, remedy = remark.partition(": ")
-            return Finding("hyperparameter without a hypergradient", f"{seen}.", remedy[:1].upper() + remedy[1:], 0.77)
+            kind = "entries with the same" if "same hypergradient" in seen else "hyperparameter without a"
+            return Finding(f"{kind} hypergradient", f"{seen}.", remedy[:1].upper() + remedy[1:], 0.77)
     return None
 
 
@@ -173,19 +188,20 @@ def no_movement(facts: Facts) -> Finding | None:
         "hyperparameters do not move",
         f"{facts.tuning.made} hyper steps moved them by {facts.tuning.travel:.1e} units in all (1 is a factor of e, "
         "for a decay).",
-        "Leave out configure_hyper_optimizer and the options of the solver, whose defaults move them as far as weights "
-        "can follow; if they are the defaults, the outer loss hardly depends on these hyperparameters.",
+        f"{FURTHER} Leave out the options of the solver, too. If all are the defaults, the outer loss hardly depends "
+        "on these hyperparameters.",
         0.73,
     )
 
 
 RULES: tuple[Callable[[Facts], Finding | None], ...] = (
+    untuned,
     shared_data,
     rate_too_high,
     failing_solves,
     learned_by_heart,
     at_bound,
-    no_hypergradient,
+    odd_hypergradients,
     few_hyper_steps,
     stale_estimate,
     no_movement,

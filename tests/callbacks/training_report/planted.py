@@ -189,6 +189,36 @@ class JustTooHigh(Plain):
         self.net = nn.Sequential(nn.Linear(INPUTS, 32), nn.Tanh(), nn.Linear(32, CLASSES))
 
 
+class ThrownBack(Plain):
+    """Momentum at a rate ten times too high: the loss jumps, stays below its start, and hardly falls."""
+
+    lr = 1.5
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(INPUTS, 64), nn.ReLU(), nn.Linear(64, CLASSES))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+class NoisyLabels(ThrownBack):
+    """A good rate, and a loss that cannot fall far because most labels are drawn by chance."""
+
+    lr = 0.03
+
+    def train_dataloader(self):
+        x, y = blobs(self.n, 0).tensors
+        by_chance = torch.randint(CLASSES, (self.n,), generator=torch.Generator().manual_seed(5))
+        return DataLoader(
+            TensorDataset(x, torch.where(torch.arange(self.n) % 4 > 0, by_chance, y)), BATCH, shuffle=True
+        )
+
+
+class HardlyMoved(Plain):
+    lr = 1e-6
+
+
 class AdamTooHigh(WithAdam):
     lr = 1.0
 

@@ -20,6 +20,8 @@ pytestmark = [
 FAULTS = {
     "NaNBatch": ("NaN or infinity in a batch",),
     "RateTooHigh": ("learning rate too high",),
+    "ThrownBack": ("learning rate too high",),
+    "HardlyMoved": ("training has hardly moved",),
     "AdamTooHigh": ("learning rate too high",),
     "DecayTooStrong": ("weights vanish",),
     "DecayExplodes": ("weights vanish",),
@@ -38,6 +40,7 @@ FAULTS = {
 HEALTHY = [
     *("Plain", "WithAdam", "FullBatch", "FineTuned", "WithDropout", "InOrder", "Tuned"),
     *("FrozenStem", "FrozenBody", "WithTeacher", "Averaged", "SingleExamples", "Factors"),
+    "NoisyLabels",
 ]
 
 
@@ -52,7 +55,7 @@ def test_a_planted_fault_comes_first(name, tmp_path):
 @pytest.mark.parametrize("name", HEALTHY)
 def test_a_healthy_run_has_no_finding(name, tmp_path):
     assert run(getattr(planted, name), path=tmp_path / "report.html").findings == ()
-    assert "Nothing unusual was seen." in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Nothing unusual was seen by these rules." in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_sorted_data_are_found(tmp_path):

@@ -10,11 +10,12 @@ import pytest
 from lightning_ifthpo.callbacks.training_report import page
 from lightning_ifthpo.callbacks.training_report.chart import Chart, Line
 from lightning_ifthpo.callbacks.training_report.drawing import draw
-from lightning_ifthpo.callbacks.training_report.facts import Facts, Finding
+from lightning_ifthpo.callbacks.training_report.facts import Facts, Finding, Tuning
 from lightning_ifthpo.callbacks.training_report.records import Records, Series
 from lightning_ifthpo.callbacks.training_report.sections import Extras, sections_of
+from lightning_ifthpo.curvature.kinds import OPERATORS
 
-HEADING = page.Heading("Module", "Training is over.", True)
+HEADING = page.Heading("Module", "Training is over.", 100, True)
 
 
 def curve(*values):
@@ -85,8 +86,15 @@ def test_a_name_in_any_script_is_drawn_without_a_warning():
 def test_without_data_there_is_no_section_and_nothing_unusual():
     assert sections_of(Facts(batches=0), Extras()) == []
     text = page.render(HEADING, [], [], {})
-    assert "Nothing unusual was seen." in text
+    assert "Nothing unusual was seen by these rules." in text
     assert "<nav" not in text
+
+
+@pytest.mark.parametrize(("is_over", "ending"), [(True, "."), (False, " yet.")])
+def test_without_a_batch_nothing_is_said_to_be_fine(is_over, ending):
+    text = page.render(page.Heading("Module", "", 0, is_over), [], [], {})
+    assert f"No training batch was seen{ending}" in text
+    assert "Nothing unusual" not in text
 
 
 def test_curves_without_a_finite_value_are_left_out():
@@ -115,3 +123,23 @@ def test_findings_are_listed_in_their_order():
     text = page.render(HEADING, findings, [], {})
     assert text.index("First &lt;thing&gt;") < text.index("Second")
     assert "Nothing unusual" not in text
+
+
+@pytest.mark.parametrize("curvature", OPERATORS)
+def test_each_curvature_is_named_beside_the_solves(curvature):
+    records = Records()
+    records.open("hypergrad/residual").add(0, 0.99)
+    tuning = Tuning(hyper_steps=1, curvature=curvature)
+    (section,) = sections_of(Facts(batches=1, records=records, tuning=tuning), Extras())
+    words = {"hessian": "Hessian", "gauss_newton": "mark_outputs", "kfac": "KFAC"}
+    words["gradient_outer_product"] = "outer product"
+    assert words.get(curvature, curvature) in section.sentences[0]
+
+
+@pytest.mark.parametrize("is_amortized", [True, False])
+def test_a_residual_is_explained_where_it_says_little(is_amortized):
+    records = Records()
+    records.open("hypergrad/residual").add(0, 0.99)
+    tuning = Tuning(hyper_steps=1, is_amortized=is_amortized)
+    (section,) = sections_of(Facts(batches=1, records=records, tuning=tuning), Extras())
+    assert ("In minibatch training the residual says little" in section.sentences[-1]) == is_amortized

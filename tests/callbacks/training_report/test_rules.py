@@ -54,6 +54,9 @@ def tuned(curves=None, **changes):
 SHARED = "10 of 20"
 VANISHED = {name: {"least_norm": 1e-4} for name in ("a.weight", "b.weight")}
 GROWING = [2.0 + 0.02 * k for k in range(200)]
+NOISE = [0.05 * math.sin(12.9898 * k) for k in range(200)]
+THROWN_BACK = [2.3, 5.0, 4.0, *[1.8 + noise for noise in NOISE]]
+CLIMBING = [2.3, *falling(60, 2.0, 0.8), *[1.9 + noise for noise in NOISE[:100]]]
 CASES = {
     "NaN": (facts([*falling(100), math.nan, *falling(10, 0.5)]), "NaN or infinity in a batch", "batch 101"),
     "NaN for good": (facts([*falling(100), *[math.nan] * 9]), "NaN or infinity in a batch", "all later losses"),
@@ -74,11 +77,23 @@ CASES = {
         "not finite from batch 23",
     ),
     "growing": (facts(GROWING, is_shuffled=True), "learning rate too high", r"began at 2, and was 5.98"),
+    "thrown back": (facts(THROWN_BACK, is_shuffled=True), "learning rate too high", "was 5 at most and 1.8 in"),
+    "thrown back, watched": (
+        facts(THROWN_BACK, is_shuffled=True, records=records(sharpness__edge_ratio=[1.21, *[0.2] * 9])),
+        "learning rate too high",
+        "0.2 times the optimizer's edge of stability .* and was up to 1.21 times",
+    ),
+    "climbing from its lowest level": (facts(CLIMBING, is_shuffled=True), "learning rate too high", "1.9 in the last"),
     "spikes": (facts([2.0, *[300.0] * 20, *falling(200)]), "learning rate too high", "was 300 at most"),
     "beyond the edge": (
         facts([2.0] * 200, records=records(sharpness__edge_ratio=[10.0] * 9)),
         "learning rate too high",
         "10 times the optimizer's edge",
+    ),
+    "still weights": (
+        facts([2.3 + noise for noise in NOISE], records=records(update_ratio__median=[7e-6] * 5)),
+        "training has hardly moved",
+        "In 200 batches the weights went about 1.4e-03 of their length, and the training loss from 2.304 to 2.304",
     ),
     "vanished": (facts(layers=VANISHED), "weights vanish", "to 5.6e-05 of"),
     "dead layer": (facts(layers={"a.weight": {"zero_gradient": 4}}), "no gradient reaches a layer", "'a.weight'"),
@@ -89,9 +104,11 @@ CASES = {
     ),
     "still": (facts(layers={"a.weight": {"unmoved": 10}}), "weights that never move", "'a.weight' is exactly"),
     "unused": (facts(layers={"c.weight": {"without_gradient": 10}}), "weights without a gradient", "'c.weight'"),
+    "an error": (facts(error="OSError:" + " long" * 200), "an error ended the run", r"\[...\]. It came after 200"),
     "frozen": (facts(frozen=("c",), frozen_share=0.7), "frozen weights", "'c', among weights that train"),
     "evaluating": (facts(evaluating=("norm",)), "evaluation mode during training", "'norm' is"),
     "training": (facts(training=("n", "m")), "training mode during validation", "'n', 'm' are"),
+    "untuned": (facts(untuned=("decay", "w")), "nothing tunes the hyperparameters", "'decay', 'w' stay as they were"),
     "shared": (tuned(shared=SHARED), "outer data are training data", "10 of 20"),
     "replaced": (tuned(replaced=5), "hyper rate too high", "5 of 40"),
     "harmful": (tuned(confirmed=-0.4), "hyper rate too high", r"raised it by 0.4 ± 0.05"),
@@ -111,6 +128,11 @@ CASES = {
         tuned(remarks=("No hypergradient of 'a' since hyper step 3: a clamp cuts it off; use Positive.",)),
         "hyperparameter without a hypergradient",
         "since hyper step 3",
+    ),
+    "alike": (
+        tuned(remarks=("All entries of 'w' had the same hypergradient at the first hyper step: multiply.",)),
+        "entries with the same hypergradient",
+        "All entries of 'w'",
     ),
     "few": (tuned(hyper_steps=4, made=4), "too few hyper steps", "4 hyper steps"),
     "still hyperparameters": (tuned(travel=1e-5), "hyperparameters do not move", "1.0e-05 units"),
@@ -142,6 +164,18 @@ HEALTHY_RUNS = {
     "negative": facts([-value for value in falling(200, 0.5, 2.0)]),
     "one bad batch": facts([*falling(100), 50.0, *falling(100, 0.5)]),
     "edge of stability": facts(records=records(sharpness__edge_ratio=[0.5, 1.0, 1.2, 1.1, 1.2])),
+    "small steps that lower the loss": facts(records=records(update_ratio__median=[7e-6] * 5)),
+    "a loss that stays, under long steps": facts([2.3] * 200, records=records(update_ratio__median=[1e-2] * 5)),
+    "a short run": facts([2.3] * 40, records=records(update_ratio__median=[7e-6] * 5)),
+    "small steps in a game": facts([2.3] * 200, records=records(update_ratio__median=[7e-6] * 5), is_automatic=False),
+    "labels by chance": facts([2.3, *[2.2 + 4 * noise for noise in NOISE]], is_shuffled=True),
+    "one bad batch among labels by chance": facts([2.3, *[2.2 + x for x in NOISE], 50.0, 2.2], is_shuffled=True),
+    "thrown back and recovered": facts([2.3, 5.0, 4.0, *falling(200, 3.0, 0.3)], is_shuffled=True),
+    "thrown back in a game": facts(THROWN_BACK, is_shuffled=True, is_automatic=False),
+    "thrown back along a stream": facts(THROWN_BACK, is_shuffled=None),
+    "climbing while tuned": dataclasses.replace(tuned(), loss=losses(CLIMBING), is_shuffled=True),
+    "thrown back by sorted data": facts(THROWN_BACK, is_shuffled=False),
+    "climbing in sorted data": facts(CLIMBING, is_shuffled=False),
     "noise of single examples": facts([-math.log(1.0 - (k * 0.618034 + 0.05) % 1.0) for k in range(300)]),
     "growing in a game": facts(GROWING, is_shuffled=True, is_automatic=False),
     "growing along a stream": facts(GROWING, is_shuffled=None),
@@ -186,7 +220,19 @@ def test_causes_come_before_what_follows_from_them():
         tuning=dataclasses.replace(TUNED, skipped={"nonfinite": 20}),
     )
     kinds = [finding.kind for finding in diagnose(run)]
-    assert kinds == ["learning rate too high", "solves end in NaN or infinity", "no gradient reaches a layer"]
+    assert kinds == ["learning rate too high", "no gradient reaches a layer"]
+
+
+def test_training_that_hardly_moved_comes_before_bounds():
+    run = tuned({"update_ratio__median": [7e-6] * 5}, bounds=(Bound("decay", 0.999, 1.0),))
+    kinds = [finding.kind for finding in diagnose(dataclasses.replace(run, loss=losses([2.3] * 200)))]
+    assert kinds == ["training has hardly moved", "hyperparameter at its bound"]
+
+
+def test_solves_are_not_to_blame_for_weights_that_training_has_lost():
+    lost = dataclasses.replace(tuned(skipped={"nonfinite": 30}), loss=losses([*falling(100), *[math.nan] * 9]))
+    assert [finding.kind for finding in diagnose(lost)] == ["NaN or infinity in a batch"]
+    assert [finding.kind for finding in diagnose(tuned(skipped={"nonfinite": 30}))] == ["solves end in NaN or infinity"]
 
 
 def test_each_way_in_which_a_solve_fails_has_a_remedy():
