@@ -13,6 +13,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lightning_ifthpo.core.validation import require_at_least
 from lightning_ifthpo.spectrum import SpectralDensity
 from lightning_ifthpo.wrong_labels import LabelIssues
 
@@ -140,16 +141,15 @@ def plot_label_issues(
         issues: Result of `label_issues`.
         images: The images of the data set, [n, height, width] or [n, channels, height, width], or anything that gives
             such an image, or a tuple that starts with one, for an index: a data set. One channel is shown in grey,
-            three as colours from 0 to 1.
+            three as colours, from 0 to 1 or bytes.
         names: Name of each class; by default its number.
         count: Number of images to show, at most.
 
     Raises:
-        ValueError: If there are no images to show, or count < 1.
+        ValueError: If count < 1.
     """
-    rows = list(issues.head(count)) if count >= 1 else []
-    if not rows:
-        raise ValueError(f"expected at least one image to show, got {len(issues)} examples and count={count}")
+    require_at_least("count", count, 1)
+    rows = list(issues.head(count))
     columns = min(6, len(rows))
     lines = math.ceil(len(rows) / columns)
     figure = Figure(figsize=(1.35 * columns, 1.6 * lines), layout="constrained")
@@ -157,9 +157,9 @@ def plot_label_issues(
         image = images[row["index"]]
         pixels = torch.as_tensor(image[0] if isinstance(image, tuple) else image).detach().cpu()
         pixels = pixels.movedim(0, -1).squeeze(-1) if pixels.ndim == 3 else pixels
-        axes.imshow(pixels.float().numpy(), cmap="gray_r")
+        axes.imshow(pixels.numpy() if pixels.dtype == torch.uint8 else pixels.float().numpy(), cmap="gray_r")
         labels = [row["given_label"], row["predicted_label"]]
-        given, likely = (names[label] if names else str(label) for label in labels)
+        given, likely = (str(label if names is None else names[label]) for label in labels)
         axes.set_title(f"{given} → {likely}" if row["is_label_issue"] else given, fontsize=10)
     for axes in figure.axes:
         axes.set_axis_off()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ifthpo.core.validation import require_labels
+from lightning_ifthpo.core.validation import require_at_least, require_classified
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,8 @@ class LabelIssues:
         return {name: column for name, column in vars(self).items() if column is not None}
 
     def head(self, n: int) -> LabelIssues:
-        """Returns the n first rows."""
+        """Returns the n first rows, n >= 0."""
+        require_at_least("n", n, 0)
         return LabelIssues(**{name: column[:n] for name, column in self.columns().items()})
 
     def to_pandas(self) -> Any:
@@ -84,9 +85,9 @@ def label_issues(
 ) -> LabelIssues:
     """Ranks the labels of a data set by how likely they are wrong, after a run that learned which ones to trust.
 
-    The network that was trained with learned weights, or with a learned `LabelTransition`, has not fitted the wrong
-    labels, so that its own predictions tell them apart: better than the weights, whose order among low values means
-    little.
+    The network that was trained with learned weights, or with a `LabelTransition`, has not fitted the wrong labels, so
+    that its own predictions tell them apart. Learned weights do so less well, and next to a transition hardly at all.
+    Keeps some copies of the logits in float64.
 
     Args:
         logits: What the tuned network says of each example, [n, C], in eval mode; or the mean over several epochs or
@@ -107,12 +108,10 @@ def label_issues(
         2           False         0.88            1                1    2.00
         0           False         0.98            0                0    4.00
     """
-    if logits.ndim != 2 or not bool(logits.isfinite().all()):
-        raise ValueError(f"expected finite logits [n, C], got shape {tuple(logits.shape)}")
+    require_classified(logits, labels)
     count, classes = logits.shape
-    logits, labels = logits.detach().cpu().double(), labels.detach().cpu()
-    require_labels("labels", labels, classes)
-    columns = {"labels": (labels, (count,)), "weights": (weights, (count,)), "transition": (transition, (classes,) * 2)}
+    logits, labels = logits.detach().cpu().double(), labels.cpu().long()
+    columns = {"weights": (weights, (count,)), "transition": (transition, (classes, classes))}
     for name, (value, shape) in columns.items():
         if value is not None and tuple(value.shape) != shape:
             raise ValueError(
@@ -120,9 +119,12 @@ def label_issues(
             )
     joint = logits.log_softmax(1)
     if transition is not None:
-        joint = joint + transition.detach().cpu().double().log().T[labels]
+        matrix = transition.detach().cpu().double()
+        if not bool(((matrix >= 0.0) & matrix.isfinite()).all()) or not bool(matrix.sum(0)[labels].all()):
+            raise ValueError("expected transition without negative or infinite entries, and no column of zeros alone")
+        joint = joint + matrix.log().T[labels]
     score = joint.softmax(1).gather(1, labels[:, None]).squeeze(1)
-    likely = joint.argmax(1)
+    likely = torch.where(joint.amax(1) > joint.gather(1, labels[:, None]).squeeze(1), joint.argmax(1), labels)
     order = score.argsort(stable=True)
     return LabelIssues(
         index=order,
@@ -131,7 +133,7 @@ def label_issues(
         given_label=labels[order],
         predicted_label=likely[order],
         margin=label_margins(logits, labels)[order],
-        weight=None if weights is None else weights.detach().cpu()[order],
+        weight=None if weights is None else weights.detach().cpu().double()[order],
     )
 
 
@@ -140,10 +142,14 @@ def label_margins(logits: Tensor, labels: Tensor) -> Tensor:
 
     Its mean over a run is the area under the margin (Pleiss et al. 2020), which ranks labels that are wrong at random.
 
+    Raises:
+        ValueError: If shapes do not fit, there are fewer than two classes, or a logit is not finite.
+
     >>> label_margins(torch.tensor([[4.0, 1.0, 0.0]]), torch.tensor([1]))
     tensor([-3.])
     """
-    chosen = labels.unsqueeze(1)
+    require_classified(logits, labels)
+    chosen = labels.long().unsqueeze(1)
     others = logits.scatter(1, chosen, -torch.inf).amax(1)
     return logits.gather(1, chosen).squeeze(1) - others
 

@@ -139,5 +139,5 @@ def test_the_worst_images_are_shown_with_their_labels(shape, as_dataset):
 
 
 def test_a_picture_of_no_images_is_refused():
-    with pytest.raises(ValueError, match="at least one image"):
+    with pytest.raises(ValueError, match="count to be an integer >= 1, got 0"):
         plot_label_issues(label_issues(torch.zeros(1, 2), torch.tensor([0])), torch.zeros(1, 2, 2), count=0)

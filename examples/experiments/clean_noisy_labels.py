@@ -39,10 +39,10 @@ from examples.experiments.problems.label_comparison import FINAL_STEPS, RANKINGS
 from examples.experiments.style import BOUND, OTHER, OURS, OUTER, PLAIN, WRONG, page
 
 NAME = "clean_noisy_labels"
-QUICK = ("equal", "checked", "gold", "ours", "oracle")  # rows that take seconds; `--all` has the others too
+QUICK = ("equal", "checked", "gold", "ours", "no_hyper", "oracle")  # rows that take seconds; `--all` has the others too
 CURVES = {
     "oracle": (BOUND, "wrong labels left out (oracle)"),
-    "ours": (OURS, "learned by hypergradients"),
+    "ours": (OURS, "confusions learned, targets corrected"),
     "gold": (OTHER, "gold loss correction"),
     "checked": (OUTER, "checked images alone"),
     "equal": (PLAIN, "all labels, equal weights"),
@@ -117,12 +117,12 @@ def draw(results: Results) -> Figure:
     score = torch.tensor(picture["label_score"])
     worst = score.argsort()[: int(data.wrong.sum())]
     share = float(data.wrong[worst].float().mean())
-    figure = page(5.0, f"{share:.0%} of the labels that the tuned run trusts least are wrong")
+    figure = page(5.0, f"Of the labels that the recipe trusts least, {share:.0%} are wrong")
     panels = figure.subplot_mosaic(
         [["images", "learned", "true"], ["images", "accuracy", "accuracy"]], width_ratios=(1.5, 1, 1)
     )
     draw_rejected(panels["images"], data, worst, picture["likely"])
-    for name, title in (("learned", "Learned confusions"), ("true", "True ones")):
+    for name, title in (("learned", "Tuned confusions"), ("true", "True ones")):
         draw_matrix(panels[name], picture["transition" if name == "learned" else "true_transition"], title)
     panel = panels["accuracy"]
     for name, (role, label) in CURVES.items():

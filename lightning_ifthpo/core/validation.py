@@ -57,6 +57,16 @@ def require_shape(name: str, value: Iterable[int]) -> None:
         raise ValueError(f"expected {name} to be a tuple of positive sizes, got {value!r}")
 
 
+def require_classified(logits: Tensor, labels: Tensor) -> None:
+    """Raises ValueError unless logits are finite [n, C] with C >= 2, and labels integers [n] from 0 to C − 1."""
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2 or not bool(logits.isfinite().all()):
+        came = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"expected finite logits [n, C] of at least two classes, got {came}")
+    require_labels("labels", labels, logits.shape[1])
+    if len(labels) != len(logits):
+        raise ValueError(f"expected labels of shape {(len(logits),)}, as there are logits, got {tuple(labels.shape)}")
+
+
 def require_labels(name: str, labels: Tensor, classes: int) -> None:
     """Raises ValueError unless labels are integers [n] from 0 to classes − 1, with n >= 1."""
     is_vector = isinstance(labels, Tensor) and labels.ndim == 1 and labels.numel() > 0

@@ -26,7 +26,7 @@ class LoRAGates(Bounded):
         maximum: Upper bound of each gate.
 
     Raises:
-        ValueError: If there are no adapters, or an argument is out of range.
+        ValueError: If there are no adapters or one has two names, or an argument is out of range.
         TypeError: If `adapters` is not a mapping to modules.
 
     >>> adapter = nn.Sequential(nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False))
@@ -35,13 +35,16 @@ class LoRAGates(Bounded):
     >>> torch.allclose(adapter(x), 0.5 * x @ adapter[0].weight.T @ adapter[1].weight.T)
     True
 
-    With peft: `LoRAGates({n: m for n, m in net.named_modules() if n.endswith("lora_B.default")})`.
+    With peft: `LoRAGates({n: m for n, m in net.named_modules() if n.endswith("lora_B.default")})`. Merging adapters
+    into their layers does not know of gates: multiply the weights of each by its gate before.
     """
 
     def __init__(self, adapters: Mapping[str, nn.Module], *, initial: float = 1.0, maximum: float = 2.0) -> None:
         is_mapping = isinstance(adapters, Mapping)
         if not is_mapping or not all(isinstance(adapter, nn.Module) for adapter in adapters.values()):
             raise TypeError(f"expected a mapping from names to adapter modules, got {adapters!r}")
+        if len(set(map(id, adapters.values()))) < len(adapters):
+            raise ValueError(f"expected each adapter once, got a module under several names: {', '.join(adapters)}")
         if not adapters:
             raise ValueError("expected at least one adapter; is the ending of their names right?")
         super().__init__(initial, maximum)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,24 +36,25 @@ class ClassWeights(nn.Module):
 
     unit = 1.0  # λ is a logarithm
     is_for_training_loss = True
-    frequencies: Tensor
+    log_frequencies: Tensor  # the frequency of a rare class may be zero in half precision
 
     def __init__(self, counts: Sequence[float] | Tensor, *, initial: Sequence[float] | Tensor | None = None) -> None:
         super().__init__()
-        self.register_buffer("frequencies", _frequencies(counts))
-        weights = torch.ones_like(self.frequencies) if initial is None else _positive("initial", initial)
-        if len(weights) != len(self.frequencies):
-            raise ValueError(f"expected initial to be {len(self.frequencies)} positive numbers, got {initial!r}")
+        frequencies = _frequencies(counts)
+        self.register_buffer("log_frequencies", frequencies.log())
+        weights = torch.ones_like(frequencies) if initial is None else _positive("initial", initial)
+        if len(weights) != len(frequencies):
+            raise ValueError(f"expected initial to be {len(frequencies)} positive numbers, got {initial!r}")
         self.logarithms = nn.Parameter(weights.log(), requires_grad=False)
 
     def natural_values(self) -> Tensor:
         """Returns the weight of each class, [C]."""
-        shares = (self.logarithms + self.frequencies.log()).softmax(0)  # of each class in the loss
-        return shares / self.frequencies
+        shares = (self.logarithms + self.log_frequencies).log_softmax(0)  # logarithms, of each class in the loss
+        return (shares - self.log_frequencies).exp()
 
     def forward(self, targets: Tensor) -> Tensor:
         """Returns the weights [B] of examples with these class indices, integers [B]."""
-        return self.natural_values()[targets]
+        return self.natural_values()[targets.long()]  # torch takes bytes for a mask
 
 
 class LogitAdjustment(nn.Module):
@@ -123,8 +125,8 @@ def _positive(name: str, values: Any) -> Tensor:
 
 
 def _numbers(values: Any) -> list[float]:
-    """Returns a sequence or a tensor [C] of numbers as a list; an empty one for what is neither."""
-    if isinstance(values, Tensor):
+    """Returns a sequence, an array or a tensor [C] of numbers as a list; an empty one for anything else."""
+    if isinstance(values, (Tensor, np.ndarray)):
         values = values.tolist() if values.ndim == 1 else []
     if not isinstance(values, (list, tuple)) or not all(map(is_number, values)):
         return []

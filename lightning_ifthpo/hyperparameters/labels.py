@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from lightning_ifthpo.core.validation import is_ascending, require_at_least, require_labels
+from lightning_ifthpo.core.validation import is_ascending, require_at_least, require_classified, require_labels
 from lightning_ifthpo.hyperparameters.per_example import PerExample
 
 # Least entry of a matrix to start from, relative to its row. A softmax has no zeros, and the logarithm of a smaller
@@ -47,14 +48,43 @@ class LabelTransition(nn.Module):
         matrix = initial if isinstance(initial, Tensor) else _diagonal(classes, initial)
         self.logits = nn.Parameter(_log_rows(matrix, (classes, classes)), requires_grad=False)
 
+    @classmethod
+    def from_predictions(cls, logits: Tensor, labels: Tensor) -> Self:
+        """Returns the transition that a network trained on given labels shows on checked examples.
+
+        Each row is the mean prediction for the examples of a class: the estimate of gold loss correction (Hendrycks et
+        al. 2018), and a better start than the same probability for all classes. Train the network without correction,
+        and stop while it generalizes.
+
+        Args:
+            logits: What the network says of checked examples, [n, C].
+            labels: Their true classes, integers [n]; each class must be among them.
+
+        Raises:
+            ValueError: If shapes do not fit, a logit is not finite, or a class has no example.
+
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
+        >>> LabelTransition.from_predictions(logits, torch.tensor([0, 1, 1])).natural_values()
+        tensor([[0.8808, 0.1192],
+                [0.1582, 0.8418]])
+        """
+        require_classified(logits, labels)
+        labels, classes = labels.to(logits.device).long(), logits.shape[1]
+        counts = torch.bincount(labels, minlength=classes)
+        if not bool(counts.all()):
+            missing = ", ".join(map(str, (counts == 0).nonzero().flatten().tolist()))
+            raise ValueError(f"expected checked examples of each class, got none of class {missing}")
+        sums = logits.new_zeros(classes, classes).index_add_(0, labels, logits.detach().softmax(1))
+        return cls(classes, initial=sums / counts.unsqueeze(1))
+
     def natural_values(self) -> Tensor:
         """Returns T, [C, C]: a row for each true class, a column for each given label."""
         return self.logits.softmax(1)
 
     def forward(self, logits: Tensor) -> Tensor:
-        """Returns log-probabilities of the given labels [B, C], for `F.cross_entropy`, from logits [B, C]."""
-        if logits.shape[-1] != self.classes:
-            raise ValueError(f"expected logits [B, {self.classes}], got shape {tuple(logits.shape)}")
+        """Returns log-probabilities of the given labels [..., C], for `F.cross_entropy`, from logits [..., C]."""
+        if logits.ndim == 0 or logits.shape[-1] != self.classes:
+            raise ValueError(f"expected logits [..., {self.classes}], got shape {tuple(logits.shape)}")
         joint = logits.log_softmax(-1).unsqueeze(-1) + self.logits.log_softmax(1)
         return joint.logsumexp(-2)
 
@@ -84,7 +114,8 @@ class SoftLabels(PerExample):
         require_at_least("classes", classes, 2)
         require_labels("labels", labels, classes)
         super().__init__()
-        self.logits = nn.Parameter(_diagonal(classes, initial).log()[labels], requires_grad=False)
+        start = _diagonal(classes, initial).log()
+        self.logits = nn.Parameter(start[labels.cpu().long()], requires_grad=False)
 
     def natural_values(self) -> Tensor:
         """Returns the targets, [n, C]."""

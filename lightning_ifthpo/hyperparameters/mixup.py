@@ -75,9 +75,11 @@ class Mixup(nn.Module):
             x: Floating-point examples [B, ...].
             targets: Class indices [B], or probabilities [B, C].
         """
+        if not x.is_floating_point():
+            raise TypeError(f"expected a floating-point input, got {x.dtype}; convert it before examples are mixed")
         if targets.shape not in (x.shape[:1], (len(x), self.classes)):
             raise ValueError(f"expected targets [{len(x)}] or [{len(x)}, {self.classes}], got {tuple(targets.shape)}")
-        soft = (F.one_hot(targets, self.classes) if targets.ndim == 1 else targets).to(x.dtype)
+        soft = (F.one_hot(targets.long(), self.classes) if targets.ndim == 1 else targets).to(x.dtype)
         if not self.training:
             return x, soft
         shares = self._shares(len(x) if self.per_example else 1).to(x.dtype)
@@ -89,7 +91,8 @@ class Mixup(nn.Module):
         a = self.natural_values().to(torch.promote_types(self.logit.dtype, torch.float32))
         # the variance of logit u is π²/3
         temperature = (math.pi**2 / 6.0 / torch.polygamma(1, a)).sqrt()
-        return torch.sigmoid(a.new_empty(count).uniform_().logit() / temperature)
+        # uniform_ draws 0 once in 2²⁵ numbers, where the derivative is not finite; eps is half of the next number
+        return torch.sigmoid(a.new_empty(count).uniform_().logit(eps=2.0**-25) / temperature)
 
 
 def _mixed(one: Tensor, other: Tensor, shares: Tensor) -> Tensor:

@@ -59,8 +59,9 @@ class SampleWeights(PerExample, Bounded):
         if not (isinstance(margins, Tensor) and margins.ndim == 1 and bool(margins.isfinite().all())):
             came = tuple(margins.shape) if isinstance(margins, Tensor) else type(margins).__name__
             raise ValueError(f"expected finite margins in a tensor [n], got {came}")
-        weights = cls(len(margins))
+        margins = margins.detach().cpu().double()  # the square of a large margin overflows in half precision
         scale = margins.square().mean().sqrt()
+        weights = cls(len(margins))
         weights.logits.copy_(margins / scale if scale > 0.0 else torch.zeros_like(margins))
         return weights
 

@@ -119,3 +119,9 @@ def test_gates_and_weights_have_mixed_derivatives():
 def test_refuses(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_module_with_two_names_is_refused():
+    layer = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"each adapter once.*first, second"):
+        LoRAGates({"first": layer, "second": layer})

@@ -1,5 +1,6 @@
 """Class weights and logit adjustment."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -144,3 +145,12 @@ def test_refuses_counts(kind, counts, message):
 def test_refuses(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_counts_may_be_an_array_and_targets_small_integers():
+    weights = ClassWeights(np.bincount([0, 0, 0, 1]), initial=np.array([1.0, 3.0]))
+    assert weights(torch.tensor([1, 0], dtype=torch.uint8)).tolist() == pytest.approx([2.0, 2.0 / 3.0])
+
+
+def test_weights_of_very_rare_classes_are_finite_in_half_precision():
+    assert bool(ClassWeights([10**8, 1]).half().natural_values().isfinite().all())

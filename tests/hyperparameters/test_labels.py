@@ -42,6 +42,15 @@ def test_a_transition_starts_from_counts_and_from_another_one():
     assert torch.allclose(LabelTransition(3, initial=tuned.natural_values()).natural_values(), tuned.natural_values())
 
 
+def test_a_transition_starts_from_the_mean_prediction_for_each_class():
+    logits, labels = float64(40, 3), torch.arange(40) % 3
+    matrix = LabelTransition.from_predictions(logits, labels).natural_values().double()
+    expected = torch.stack([logits.softmax(1)[labels == label].mean(0) for label in range(3)])
+    assert torch.allclose(matrix, expected, atol=1e-6)  # which is kept in float32
+    small = LabelTransition.from_predictions(logits, labels.to(torch.uint8)).natural_values()
+    assert torch.equal(small.double(), matrix)
+
+
 @pytest.mark.parametrize("extreme", EXTREMES)
 def test_the_loss_is_finite_whatever_the_transition_and_the_network_say(extreme):
     transition = LabelTransition(3)
@@ -75,6 +84,10 @@ def test_soft_labels_start_close_to_the_given_ones():
     assert torch.equal(labels(torch.tensor([3, 0])), labels.natural_values()[[3, 0]])
 
 
+def test_soft_labels_take_small_integers():
+    assert torch.equal(SoftLabels(LABELS.to(torch.uint8), 3).natural_values(), SoftLabels(LABELS, 3).natural_values())
+
+
 def test_soft_labels_are_a_distribution_for_each_example():
     labels = disturb(SoftLabels(LABELS, 3))
     assert torch.allclose(labels.natural_values().sum(1), torch.ones(4))
@@ -89,7 +102,10 @@ def test_soft_labels_are_a_distribution_for_each_example():
         (lambda: LabelTransition(3, initial=torch.eye(2)), r"initial of shape \(3, 3\), got \(2, 2\)"),
         (lambda: LabelTransition(2, initial=torch.tensor([[1.0, -1.0], [0.5, 0.5]])), "without negative"),
         (lambda: LabelTransition(2, initial=torch.tensor([[0.0, 0.0], [0.5, 0.5]])), "no row of zeros"),
-        (lambda: LabelTransition(3)(torch.zeros(5, 2)), r"logits \[B, 3\], got shape \(5, 2\)"),
+        (lambda: LabelTransition(3)(torch.zeros(5, 2)), r"logits \[..., 3\], got shape \(5, 2\)"),
+        (lambda: LabelTransition.from_predictions(torch.zeros(4, 4), LABELS), "none of class 3"),
+        (lambda: LabelTransition.from_predictions(torch.zeros(3, 3), LABELS), r"labels of shape \(3,\)"),
+        (lambda: LabelTransition(3)(torch.tensor(1.0)), r"got shape \(\)"),
         (lambda: SoftLabels(LABELS, 1), "classes to be an integer >= 2, got 1"),
         (lambda: SoftLabels(LABELS, 3, initial=0.0), "0 < initial < 1"),
         (lambda: SoftLabels(LABELS, 2), "labels from 0 to 1, got 0 to 2"),

@@ -127,3 +127,18 @@ def test_repr_shows_classes_and_bound():
 def test_refuses(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_derivative_is_finite_for_the_least_random_number(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "uniform_", torch.Tensor.zero_)  # which torch draws once in 2²⁵ numbers
+    mixup = Mixup(2).requires_grad_(True)
+    mixed, _ = mixup(torch.arange(6.0).view(3, 2), torch.tensor([0, 1, 1]))
+    (gradient,) = torch.autograd.grad(mixed.square().sum(), mixup.logit)
+    assert bool(gradient.isfinite())
+
+
+def test_integers_are_refused_and_small_labels_are_not():
+    with pytest.raises(TypeError, match=r"floating-point input, got torch\.int64"):
+        Mixup(2)(torch.arange(4), torch.tensor([0, 1, 1, 0]))
+    labels = torch.tensor([0, 1, 1], dtype=torch.uint8)
+    assert Mixup(2).eval()(torch.ones(3, 2), labels)[1].tolist() == [[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]

@@ -29,6 +29,13 @@ def test_weights_start_from_margins_in_their_order():
     assert SampleWeights.from_margins(torch.zeros(2)).natural_values().tolist() == [1.0, 1.0]
 
 
+def test_margins_may_be_large_half_precision_and_part_of_a_graph():
+    margins = torch.tensor([-300.0, 300.0], dtype=torch.float16, requires_grad=True)
+    weights = SampleWeights.from_margins(margins)
+    assert weights.natural_values().tolist() == pytest.approx([2 / (1 + math.e), 2 / (1 + 1 / math.e)])
+    assert weights.logits.is_leaf
+
+
 def test_a_network_of_weights_starts_at_one_and_stays_in_its_range():
     network, losses, margins = WeightNetwork(2), torch.rand(5), torch.randn(5)
     assert network(losses, margins).tolist() == [1.0] * 5

@@ -32,19 +32,21 @@ RIVALS = {
     "meta": "Meta-Weight-Net",
 }
 OURS = {
-    "ours": "**weights and transition learned by hypergradients**",
-    "no_step": "the same without weights one step ahead",
-    "weights": "the same with weights alone",
-    "transition": "the same with the transition alone",
-    "no_hyper": "the same without hypergradients",
+    "ours": "**the recipe: transition and weights tuned, corrected targets**",
+    "no_step": "the recipe without weights one step ahead",
+    "weights": "the recipe, only weights tuned",
+    "transition": "the recipe, only the transition tuned",
+    "no_hyper": "the recipe, nothing tuned: the transition as estimated",
 }
 BOUNDS = {"oracle": "oracle: wrong labels left out"}
 ROWS = RIVALS | OURS | BOUNDS
 RANKINGS = {  # of the labels, from the most suspicious one
     "margins": "mean margin of a plain run (AUM)",
     "confidence": "confidence out of sample (cleanlab)",
-    "ours": "**posterior of the tuned run**",
-    "learned_weights": "the learned weights themselves",
+    "margins_checked": "mean margin, trained on the checked examples too",
+    "gold": "posterior of gold loss correction",
+    "ours": "**posterior of the recipe's network**",
+    "learned_weights": "the tuned weights",
 }
 
 
@@ -56,7 +58,7 @@ class Comparison(NamedTuple):
         auc: By key of `RANKINGS`.
         error: Mean absolute error of the learned transition, and of the one estimated from checked examples.
         learned: Weights and transition.
-        label_score: Probability that each given label is right, [3000].
+        label_score: Probability that each given label is right, by the network of the recipe, [3000].
         outcomes: Finished runs by key of `ROWS`.
     """
 
@@ -115,6 +117,10 @@ def compare(
         add("no_hyper", _corrected(data, gold.probabilities, estimate))
     add("oracle", Method(targets, (~data.wrong).float()))
     scores["ours"] = _of_given(posterior(final.probabilities, both.transition, given), given)
+    if "gold" in outcomes:
+        scores["gold"] = _of_given(posterior(outcomes["gold"].probabilities, estimate, given), given)
+    if "equal" in outcomes:
+        scores["margins_checked"] = outcomes["equal"].margins
     truth = data.true_transition()
     return Comparison(
         accuracy={name: outcomes[name].accuracy for name in ROWS if name in outcomes},
@@ -130,7 +136,7 @@ def compare(
 
 
 def _corrected(data: Data, probabilities: Tensor, transition: Tensor) -> Method:
-    """Returns the training on targets that say what the class is, as the given label and the transition are known."""
+    """Returns the training on probabilities of each class, given the example, its label and the transition."""
     targets = posterior(probabilities, transition, data.noisy[1])
     return Method(targets, confusion=transition, one_step=EVEN)
 

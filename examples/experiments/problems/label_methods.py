@@ -1,8 +1,9 @@
 """What can be done about wrong labels: one training loop, in which all methods differ by their targets and weights.
 
-All have the same network, schedule and examples: noisy ones and checked ones, of which each counts four times in the
-loss, because their labels are right. All are stopped where the loss on 100 held-out checked examples is lowest. A
-method with a choice left, as how many labels to leave out, makes it by that loss too. Test labels decide nothing.
+All train the same network at the end, for the same number of steps, on the same examples: noisy ones and checked ones,
+of which each counts four times in the loss, because their labels are right. Some make other runs before, to rank
+labels. Training stops where the loss on 100 held-out checked examples is lowest. A method with a choice left, as how
+many labels to leave out, makes it by that loss too. Test labels decide nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Method(NamedTuple):
         transition: The loss is that of the given label, T p(x) (forward correction); None for that of p(x).
         confusion: Targets become T[c, y] p(c|x), scaled to sum to one, as the network learns; None for fixed targets.
         one_step: Share of the weight that goes to examples whose gradient agrees with that of checked examples.
-        network: Gives weights from losses, and learns to, one step ahead.
+        network: Gives weights from losses, and learns to, one step ahead. The gradient on checked examples is taken
+            before that step, not after it as in Shu et al. (2019).
     """
 
     targets: Tensor
@@ -134,7 +136,7 @@ def train(data: Data, method: Method, seed: int, steps: int, *, checked: float =
 
 
 def posterior(probabilities: Tensor, transition: Tensor, given: Tensor) -> Tensor:
-    """Returns p(c|x) T[c, y], scaled to sum to one: what the class is, as the label y was given; [N, 10]."""
+    """Returns the probability of each class, given the example x, its label y and the transition: ∝ p(c|x) T[c, y]."""
     joint = probabilities * transition.T[given]
     return joint / joint.sum(1, keepdim=True)
 

@@ -82,5 +82,6 @@ def _files(place: str) -> list[Path]:
         if spec is None or not spec.submodule_search_locations:
             raise ValueError(f"{package} is not installed; it comes with lightning_ifthpo[examples]")
         root = Path(spec.submodule_search_locations[0]).joinpath(*folders)
-    files = [root] if root.is_file() else sorted(root.rglob("*.py"))
-    return [path for path in files if not SKIPPED.intersection(path.parts)]
+    if root.is_file():
+        return [root]
+    return [path for path in sorted(root.rglob("*.py")) if not SKIPPED.intersection(path.relative_to(root).parts)]
