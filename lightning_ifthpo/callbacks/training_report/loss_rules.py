@@ -21,6 +21,7 @@ _OFTEN = 0.03  # of the run: a bad batch is rarer
 _FALLEN = 0.8  # of the loss at the start: less than this is progress
 _HIGH = 0.4  # of the loss at the start; networks that learn end below, unless labels are noisy
 _JUMP = 1.25  # times the loss at the start; momentum and noise alone lift two batches in a row by 1.2
+_DOUBLE = 2.0  # times the loss at the start, in one batch of a run that ends no lower than it began
 _UNLIKE_NOISE = 5.0  # standard deviations of single batches
 _CLIMB = 1.4  # times the lowest eighth of the run
 _STILL = 0.02  # of the length of the weights, in a whole run: what trains goes several times their length
@@ -127,7 +128,7 @@ def _rises(facts: Facts, ratio: float) -> bool:
 def _is_thrown_back(facts: Facts) -> bool:
     """Returns whether the loss hardly falls, and jumps above its start or climbs from its lowest level on the way.
 
-    SGD with momentum 0.9 at ten times the best rate does so, where the loss stays finite and below its start.
+    SGD with momentum 0.9 at ten times the best rate does so. One batch is a jump if the run never gets below its start.
     """
     curve, values = facts.loss.curve, facts.loss.curve.part(0.0)
     level, single = mean(curve.part(0.75)), noise(curve.part(0.75))
@@ -137,9 +138,12 @@ def _is_thrown_back(facts: Facts) -> bool:
     highest = max(map(min, pairwise(values)))  # of two batches in a row, because one may be a bad batch
     jumps = highest > _JUMP * max(curve.first, level) and highest - level > _UNLIKE_NOISE * single
     eighths = [mean(curve.part(k / 8, (k + 1) / 8)) for k in range(8)]
+    # the median, because a bad batch in the last quarter lifts its mean
+    is_lost = median(curve.part(0.75)) >= curve.first and curve.most > _DOUBLE * curve.first
+    is_lost = is_lost and curve.most - level > _UNLIKE_NOISE * single
     rise, error = level - min(eighths), single / (len(values) / 8) ** 0.5
     climbs = level > _CLIMB * min(eighths) and rise > _UNLIKE_NOISE * error
-    return jumps or (climbs and facts.tuning is None)
+    return jumps or ((climbs or is_lost) and facts.tuning is None)
 
 
 def _edge_ratio(facts: Facts) -> tuple[float, float]:
