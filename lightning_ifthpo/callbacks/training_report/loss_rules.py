@@ -65,8 +65,7 @@ def rate_too_high(facts: Facts) -> Finding | None:
     else:
         seen += f" and {last:.3g} in the last quarter of the run"
     if not math.isnan(ratio):
-        seen += f". λ_max is {ratio:.2g} times the optimizer's edge of stability (1 is the edge)"
-        seen += f", and was up to {highest:.3g} times" if highest > max(1.0, 1.01 * ratio) else ""
+        seen += f". {_edge_words(ratio, highest)}"
     # of weights that have exploded the ratio says nothing
     factor = f" by a factor of {ratio:.2g} or more" if 1.0 < ratio < _ABSURD else ", by a factor of 10 to begin with"
     return Finding(
@@ -144,6 +143,15 @@ def _is_thrown_back(facts: Facts) -> bool:
     rise, error = level - min(eighths), single / (len(values) / 8) ** 0.5
     climbs = level > _CLIMB * min(eighths) and rise > _UNLIKE_NOISE * error
     return jumps or ((climbs or is_lost) and facts.tuning is None)
+
+
+def _edge_words(ratio: float, highest: float) -> str:
+    """Returns a clause on λ_max, with the highest value first: a rate that is too high may end in a flat region."""
+    edge = "the optimizer's edge of stability (1 is the edge)"
+    if highest <= max(1.0, 1.01 * ratio):
+        return f"λ_max is {ratio:.2g} times {edge}"
+    region = ", where training has ended in a flatter region" if ratio < 1.0 else ""
+    return f"λ_max was up to {highest:.3g} times {edge}, and {ratio:.2g} times in the second half of the run{region}"
 
 
 def _edge_ratio(facts: Facts) -> tuple[float, float]:

@@ -82,7 +82,7 @@ CASES = {
     "thrown back, watched": (
         facts(THROWN_BACK, is_shuffled=True, records=records(sharpness__edge_ratio=[1.21, *[0.2] * 9])),
         "learning rate too high",
-        "0.2 times the optimizer's edge of stability .* and was up to 1.21 times",
+        r"λ_max was up to 1.21 times the optimizer's edge .* and 0.2 times in the second half .* in a flatter region\.",
     ),
     "lost after one batch": (facts(LOST, is_shuffled=True), "learning rate too high", "was 7.06 at most and 2.34 in"),
     "climbing from its lowest level": (facts(CLIMBING, is_shuffled=True), "learning rate too high", "1.9 in the last"),
@@ -91,6 +91,11 @@ CASES = {
         facts([2.0] * 200, records=records(sharpness__edge_ratio=[10.0] * 9)),
         "learning rate too high",
         "10 times the optimizer's edge",
+    ),
+    "beyond the edge, and further before": (
+        facts([2.0] * 200, records=records(sharpness__edge_ratio=[30.0, *[10.0] * 9])),
+        "learning rate too high",
+        r"was up to 30 times the optimizer's edge .* and 10 times in the second half of the run\.",
     ),
     "still weights": (
         facts([2.3 + noise for noise in NOISE], records=records(update_ratio__median=[7e-6] * 5)),
