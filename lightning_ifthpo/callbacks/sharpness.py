@@ -198,8 +198,8 @@ class SharpnessMonitor(PeriodicCallback):
         with self._tolerating_failures():
             with self._operator(trainer, module, batch) as (operator, edge):
                 ends = self._tracker.measure(operator)
+                metrics |= spectrum_metrics(ends, edge)  # fails at NaN, which more iterations do not mend
                 self.unconverged += not ends.converged
-                metrics |= spectrum_metrics(ends, edge)
             if self.trace:
                 with self._operator(trainer, module, batch) as (operator, _):
                     metrics |= trace_metrics(operator)

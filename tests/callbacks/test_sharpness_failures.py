@@ -55,7 +55,7 @@ def test_gauss_newton_without_outputs_says_what_to_do():
         fit(Unmarked(), monitor(curvature="gauss_newton"))
 
 
-def test_nan_weights_are_counted_and_never_logged():
+def test_nan_weights_are_counted_and_never_logged(caplog):
     class Exploding(Plain):
         def on_train_batch_end(self, outputs, batch, batch_idx):
             if self.trainer.current_epoch == 0:
@@ -69,10 +69,12 @@ def test_nan_weights_are_counted_and_never_logged():
             values.append({k: float(v) for k, v in trainer.callback_metrics.items() if "sharpness" in k})
 
     trainer = quiet_trainer(callbacks=[monitor(), Watch()], max_epochs=3)
-    with pytest.warns(UserWarning, match="NaN or infinity"):
+    with caplog.at_level("INFO"), pytest.warns(UserWarning, match="NaN or infinity"):
         trainer.fit(Exploding())
     assert [value["sharpness/failures"] for value in values] == [0, 1, 2]
     assert all(math.isfinite(number) for value in values for number in value.values())
+    assert "number of failed measurements: 2" in caplog.text
+    assert "measurements ended above" not in caplog.text  # more iterations would not help
 
 
 def test_a_loss_that_no_weight_influences_is_reported():

@@ -16,7 +16,7 @@ from torch import nn
 from lightning_ifthpo import ExactGeN, IFTHypergradient, SharpnessMonitor, TrainingReport
 from lightning_ifthpo.callbacks.training_report import callback as written
 from lightning_ifthpo.callbacks.training_report.records import Series
-from tests.callbacks.training_report.planted import Plain
+from tests.callbacks.training_report.planted import DeadLayer, Plain
 from tests.checks import check_leaves_training_untouched, check_state_is_plain
 from tests.helpers.features import Simple
 from tests.helpers.trainers import Classifier, Deterministic, quiet_trainer, same, trained
@@ -188,6 +188,16 @@ def test_the_page_is_written_after_an_exception(first, path):
     assert re.search("Training was ended by KeyError, [23] training batches.", page.text)
     assert re.fullmatch("KeyError: 'x'. It came after [23] training batches.", report.findings[0].evidence)
     assert ("predicted to lower the outer loss" if first else "was predicted.") in page.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"), [(DeadLayer, ["TrainingReport: found 'no gradient reaches a layer'; see {uri}"]), (Plain, [])]
+)
+def test_the_worst_finding_is_told_at_the_end(kind, told, path, caplog):
+    with caplog.at_level("INFO"):
+        quiet_trainer(callbacks=[TrainingReport(path)], max_epochs=20).fit(kind())
+    messages = [record.getMessage() for record in caplog.records if "TrainingReport: found" in record.getMessage()]
+    assert messages == [line.format(uri=path.absolute().as_uri()) for line in told]
 
 
 class Unusable(Plain):

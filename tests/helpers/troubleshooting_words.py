@@ -558,6 +558,12 @@ WARNINGS = {
             "Open it in a browser. It is written again while training goes on.",
         ),
         Explanation(
+            "TrainingReport: found",
+            "A notice at the end: what is wrong with the run, and the address of the page. Of several findings it is "
+            "the worst.",
+            "Open the page. It has the numbers, what to do, and the other findings.",
+        ),
+        Explanation(
             "TrainingReport failed, and training goes on",
             "The report met an error, which is part of the message. Training and tuning are not affected.",
             "Read the error, and look whether the folder of the page can be written to.",

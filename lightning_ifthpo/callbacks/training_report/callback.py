@@ -193,8 +193,10 @@ class TrainingReport(L.Callback):
                 self._collector.end_validation(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes the last page, when other callbacks have made their summaries."""
+        """Writes the last page, when other callbacks have made their summaries, and tells the worst finding."""
         self._finish(trainer, pl_module, f"Training is over, {self._batches}.")
+        if self._findings and not self._has_warned:
+            rank_zero_info(f"TrainingReport: found {self._findings[0].kind!r}; see {self.path.absolute().as_uri()}")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Writes the last page, also if training has not begun: an older page would be taken for one of this run."""

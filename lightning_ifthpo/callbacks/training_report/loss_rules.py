@@ -21,6 +21,7 @@ _OFTEN = 0.03  # of the run: a bad batch is rarer
 _FALLEN = 0.8  # of the loss at the start: less than this is progress
 _HIGH = 0.4  # of the loss at the start; networks that learn end below, unless labels are noisy
 _JUMP = 1.25  # times the loss at the start; momentum and noise alone lift two batches in a row by 1.2
+_DOUBLE = 2.0  # times the loss at the start, in one batch of a run that ends no lower than it began
 _UNLIKE_NOISE = 5.0  # standard deviations of single batches
 _CLIMB = 1.4  # times the lowest eighth of the run
 _STILL = 0.02  # of the length of the weights, in a whole run: what trains goes several times their length
@@ -64,8 +65,7 @@ def rate_too_high(facts: Facts) -> Finding | None:
     else:
         seen += f" and {last:.3g} in the last quarter of the run"
     if not math.isnan(ratio):
-        seen += f". λ_max is {ratio:.2g} times the optimizer's edge of stability (1 is the edge)"
-        seen += f", and was up to {highest:.3g} times" if highest > max(1.0, 1.01 * ratio) else ""
+        seen += f". {_edge_words(ratio, highest)}"
     # of weights that have exploded the ratio says nothing
     factor = f" by a factor of {ratio:.2g} or more" if 1.0 < ratio < _ABSURD else ", by a factor of 10 to begin with"
     return Finding(
@@ -127,7 +127,7 @@ def _rises(facts: Facts, ratio: float) -> bool:
 def _is_thrown_back(facts: Facts) -> bool:
     """Returns whether the loss hardly falls, and jumps above its start or climbs from its lowest level on the way.
 
-    SGD with momentum 0.9 at ten times the best rate does so, where the loss stays finite and below its start.
+    SGD with momentum 0.9 at ten times the best rate does so. One batch is a jump if the run never gets below its start.
     """
     curve, values = facts.loss.curve, facts.loss.curve.part(0.0)
     level, single = mean(curve.part(0.75)), noise(curve.part(0.75))
@@ -137,9 +137,21 @@ def _is_thrown_back(facts: Facts) -> bool:
     highest = max(map(min, pairwise(values)))  # of two batches in a row, because one may be a bad batch
     jumps = highest > _JUMP * max(curve.first, level) and highest - level > _UNLIKE_NOISE * single
     eighths = [mean(curve.part(k / 8, (k + 1) / 8)) for k in range(8)]
+    # the median, because a bad batch in the last quarter lifts its mean
+    is_lost = median(curve.part(0.75)) >= curve.first and curve.most > _DOUBLE * curve.first
+    is_lost = is_lost and curve.most - level > _UNLIKE_NOISE * single
     rise, error = level - min(eighths), single / (len(values) / 8) ** 0.5
     climbs = level > _CLIMB * min(eighths) and rise > _UNLIKE_NOISE * error
-    return jumps or (climbs and facts.tuning is None)
+    return jumps or ((climbs or is_lost) and facts.tuning is None)
+
+
+def _edge_words(ratio: float, highest: float) -> str:
+    """Returns a clause on λ_max, with the highest value first: a rate that is too high may end in a flat region."""
+    edge = "the optimizer's edge of stability (1 is the edge)"
+    if highest <= max(1.0, 1.01 * ratio):
+        return f"λ_max is {ratio:.2g} times {edge}"
+    region = ", where training has ended in a flatter region" if ratio < 1.0 else ""
+    return f"λ_max was up to {highest:.3g} times {edge}, and {ratio:.2g} times in the second half of the run{region}"
 
 
 def _edge_ratio(facts: Facts) -> tuple[float, float]:

@@ -56,6 +56,7 @@ VANISHED = {name: {"least_norm": 1e-4} for name in ("a.weight", "b.weight")}
 GROWING = [2.0 + 0.02 * k for k in range(200)]
 NOISE = [0.05 * math.sin(12.9898 * k) for k in range(200)]
 THROWN_BACK = [2.3, 5.0, 4.0, *[1.8 + noise for noise in NOISE]]
+LOST = [2.31, 7.06, *[2.34 + 0.2 * noise for noise in NOISE]]
 CLIMBING = [2.3, *falling(60, 2.0, 0.8), *[1.9 + noise for noise in NOISE[:100]]]
 CASES = {
     "NaN": (facts([*falling(100), math.nan, *falling(10, 0.5)]), "NaN or infinity in a batch", "batch 101"),
@@ -81,14 +82,20 @@ CASES = {
     "thrown back, watched": (
         facts(THROWN_BACK, is_shuffled=True, records=records(sharpness__edge_ratio=[1.21, *[0.2] * 9])),
         "learning rate too high",
-        "0.2 times the optimizer's edge of stability .* and was up to 1.21 times",
+        r"λ_max was up to 1.21 times the optimizer's edge .* and 0.2 times in the second half .* in a flatter region\.",
     ),
+    "lost after one batch": (facts(LOST, is_shuffled=True), "learning rate too high", "was 7.06 at most and 2.34 in"),
     "climbing from its lowest level": (facts(CLIMBING, is_shuffled=True), "learning rate too high", "1.9 in the last"),
     "spikes": (facts([2.0, *[300.0] * 20, *falling(200)]), "learning rate too high", "was 300 at most"),
     "beyond the edge": (
         facts([2.0] * 200, records=records(sharpness__edge_ratio=[10.0] * 9)),
         "learning rate too high",
         "10 times the optimizer's edge",
+    ),
+    "beyond the edge, and further before": (
+        facts([2.0] * 200, records=records(sharpness__edge_ratio=[30.0, *[10.0] * 9])),
+        "learning rate too high",
+        r"was up to 30 times the optimizer's edge .* and 10 times in the second half of the run\.",
     ),
     "still weights": (
         facts([2.3 + noise for noise in NOISE], records=records(update_ratio__median=[7e-6] * 5)),
@@ -171,6 +178,14 @@ HEALTHY_RUNS = {
     "labels by chance": facts([2.3, *[2.2 + 4 * noise for noise in NOISE]], is_shuffled=True),
     "one bad batch among labels by chance": facts([2.3, *[2.2 + x for x in NOISE], 50.0, 2.2], is_shuffled=True),
     "thrown back and recovered": facts([2.3, 5.0, 4.0, *falling(200, 3.0, 0.3)], is_shuffled=True),
+    "one bad batch that doubles a loss that then falls": facts(
+        [2.31, 7.06, *[2.2 + 0.2 * noise for noise in NOISE]], is_shuffled=True
+    ),
+    "a loss that stays, with a batch below its double": facts([2.31, 4.5, *LOST[2:]], is_shuffled=True),
+    "losses of single examples that stay": facts([1.0, *[1.0, 1.0, 3.0, 0.1] * 50], is_shuffled=True),
+    "lost in a game": facts(LOST, is_shuffled=True, is_automatic=False),
+    "lost along a stream": facts(LOST, is_shuffled=None),
+    "lost while tuned": dataclasses.replace(tuned(), loss=losses(LOST), is_shuffled=True),
     "thrown back in a game": facts(THROWN_BACK, is_shuffled=True, is_automatic=False),
     "thrown back along a stream": facts(THROWN_BACK, is_shuffled=None),
     "climbing while tuned": dataclasses.replace(tuned(), loss=losses(CLIMBING), is_shuffled=True),
