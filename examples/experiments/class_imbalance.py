@@ -38,6 +38,7 @@ from examples.experiments.common import (
     values,
 )
 from examples.experiments.problems.noisy_labels import make_net
+from examples.experiments.style import BOUND, OTHER, OURS, dots, name_rows, page
 from lightning_ifthpo import BilevelLightningModule, IFTHypergradient
 from lightning_ifthpo.hyperparameters import ClassWeights, LogitAdjustment
 from lightning_ifthpo.solvers import ConjugateGradient
@@ -288,25 +289,23 @@ def table(results: Results) -> str:
 
 def draw(results: Results) -> Figure:
     """Returns the accuracy of each seed, and the offsets that were learned beside those of the frequencies."""
-    figure = Figure(figsize=(12.5, 4.6), layout="constrained", dpi=100)
-    scores, offsets = figure.subplots(1, 2, width_ratios=(1.3, 1.0))
+    gain = mean(results["offsets"]["training"]) - mean(results["menon"]["training"])
+    figure = page(5.6, f"Tuned offsets: {100 * gain:+.1f} points against logit adjustment, on training images alone")
+    scores, offsets = figure.subplots(2, 1, height_ratios=(1.2, 1.0))
+    titles = [title.replace("`", "") for title in METHODS.values()]
     for row, name in enumerate(METHODS):
-        for part, color in (("training", "tab:blue"), ("everything", "tab:orange")):
+        for part, role, label in (("training", OURS, "training images"), ("everything", OTHER, "and outer images")):
             if part in results[name]:
-                own = values(results[name][part])
-                label = {"training": "training images", "everything": "and outer images"}[part] if row == 0 else None
-                scores.plot(own, [row] * len(own), "o", color=color, alpha=0.5, label=label)
-                scores.plot(mean(results[name][part]), row, "|", color=color, markersize=22, markeredgewidth=2)
-    scores.set(title="Accuracy on balanced test images, each seed and the mean", ylim=(len(METHODS) - 0.5, -0.5))
-    scores.set(yticks=range(len(METHODS)), yticklabels=METHODS)
-    scores.legend(frameon=False, title="trained on")
-    for name, color in (("menon", "black"), ("offsets", "tab:green")):
+                dots(scores, row, values(results[name][part]), role, label if row == 0 else None)
+    name_rows(scores, titles)
+    scores.set(xlabel="accuracy on balanced test images, each seed and the mean")
+    scores.legend(title="trained on")
+    for name, role in (("menon", BOUND), ("offsets", OURS)):
         for place, own in enumerate(results[name]["offsets"].values()):
-            offsets.plot(
-                COUNTS, own, "o-", color=color, alpha=0.5, label=METHODS[name].replace("`", "") if place == 0 else None
-            )
-    offsets.set(title="Offsets of the logits", xscale="log", xlabel="training images of the class", ylabel="offset")
-    offsets.legend(frameon=False)
+            label = METHODS[name].replace("`", "") if place == 0 else None
+            offsets.plot(COUNTS, own, **role.line(alpha=0.6, label=label))
+    offsets.set(xscale="log", xlabel="training images of the class", ylabel="offset of its logit")
+    offsets.legend()
     return figure
 
 

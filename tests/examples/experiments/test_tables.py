@@ -7,7 +7,14 @@ import pytest
 from examples.experiments import tables
 from examples.experiments.common import HERE, RECORDED, read
 
-EXPERIMENTS = {path.stem for path in HERE.glob("*.py")} - {"common", "style", "tables", "pictures", "record"}
+EXPERIMENTS = {path.stem for path in HERE.glob("*.py")} - {
+    "common",
+    "style",
+    "watching",
+    "tables",
+    "pictures",
+    "record",
+}
 TEXTS = {str(path.relative_to(tables.ROOT)): path.read_text(encoding="utf-8") for path in tables.DOCUMENTS}
 SHOWN = {name for text in TEXTS.values() for _, name, _, _ in tables.PLACE.findall(text)}
 
