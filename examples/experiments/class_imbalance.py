@@ -302,8 +302,8 @@ def draw(results: Results) -> Figure:
     scores.legend(title="trained on")
     for name, role in (("menon", BOUND), ("offsets", OURS)):
         for place, own in enumerate(results[name]["offsets"].values()):
-            label = METHODS[name].replace("`", "") if place == 0 else None
-            offsets.plot(COUNTS, own, **role.line(alpha=0.6, label=label))
+            title = METHODS[name].replace("`", "") if place == 0 else None
+            offsets.plot(COUNTS, own, **role.line(alpha=0.6, label=title))
     offsets.set(xscale="log", xlabel="training images of the class", ylabel="offset of its logit")
     offsets.legend()
     return figure
