@@ -367,7 +367,7 @@ def test_steps_that_were_replaced_are_counted_in_the_text():
 
 @pytest.mark.parametrize("curvature", ["auto", "finite_difference"])
 def test_it_knows_the_curvature_in_use(curvature):
-    callback = IFTHypergradient(4, curvature=curvature)
+    callback = IFTHypergradient(4, curvature=curvature, solver=Identity())
     fitted(callback)
     assert callback.summary().curvature == ("gauss_newton" if curvature == "auto" else curvature)
 

@@ -95,5 +95,7 @@ def test_tensors_and_directions_come_in_pairs():
 def test_forward_mode_begins_without_a_warning_of_torch():
     code = "import torch; from lightning_ifthpo.core.autodiff import tangent, tangents\nx = torch.ones(2)\n"
     code += "with tangents([x], [x + 1]): print(tangent(x * x).tolist())"
-    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-W", "error::FutureWarning", "-c", code], capture_output=True, text=True, check=False
+    )
     assert (run.stdout.strip(), run.stderr) == ("[4.0, 4.0]", "")
