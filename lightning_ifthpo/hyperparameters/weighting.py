@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from typing_extensions import Self
 
 from lightning_ifthpo.core.validation import require_at_least
-from lightning_ifthpo.hyperparameters.bounded import Bounded
+from lightning_ifthpo.hyperparameters.bounded import Bounded, between
 from lightning_ifthpo.hyperparameters.per_example import PerExample
 
 
@@ -78,7 +78,7 @@ class SampleWeights(PerExample, Bounded):
         return self._value(self.rows(index))
 
 
-class WeightNetwork(Bounded):
+class WeightNetwork(nn.Module):
     """A weight in (0, 2) for each example of a batch, a learned function of its loss, its margin or other features.
 
     This is the Meta-Weight-Net of Shu et al. (2019), for data too large for a table, or for examples that are drawn
@@ -95,12 +95,13 @@ class WeightNetwork(Bounded):
     tensor([1., 1.])
     """
 
+    unit = 1.0  # they change the logarithm of an odds
     is_for_training_loss = True
 
     def __init__(self, features: int = 1, *, hidden: int = 32) -> None:
         require_at_least("features", features, 1)
         require_at_least("hidden", hidden, 1)
-        super().__init__(initial=1.0, maximum=2.0)
+        super().__init__()
         self.features = features
         last = nn.Linear(hidden, 1)
         nn.init.zeros_(last.weight)
@@ -112,7 +113,7 @@ class WeightNetwork(Bounded):
         shapes = [tuple(feature.shape) for feature in features]
         if len(features) != self.features or len(set(shapes)) > 1 or len(shapes[0]) != 1:
             raise ValueError(f"expected {self.features} features [B], got shapes {shapes}")
-        return self._value(self.net(torch.stack(features, 1).detach()).squeeze(1))
+        return between(self.net(torch.stack(features, 1).detach()).squeeze(1), 0.0, 2.0)
 
 
 class IndexedDataset(Dataset[Any]):

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_ifthpo import IFTHypergradient
 from lightning_ifthpo.callbacks.hyper_metrics import extents
 from lightning_ifthpo.callbacks.summary import Change, judge
-from lightning_ifthpo.hyperparameters import IndexedDataset, LossWeights, SampleWeights
+from lightning_ifthpo.hyperparameters import IndexedDataset, LossWeights, SampleWeights, WeightNetwork
 from lightning_ifthpo.solvers import Identity
 from tests.callbacks.training_report.planted import OuterIsTraining, blobs
 from tests.helpers.trainers import Classifier, Ridge, loader, quiet_trainer
@@ -280,6 +280,23 @@ def test_a_value_at_its_bound_is_named():
     callback = IFTHypergradient(4)
     fitted(callback, AtBound)
     assert any("'decay' stands at its bound, maximum=1;" in advice for advice in callback.summary().advice)
+
+
+def test_large_parameters_of_a_network_of_weights_are_at_no_bound():
+    class Weighed(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.register_hyperparameter("weigh", WeightNetwork())
+            with torch.no_grad():
+                self.weigh.net[0].weight[0] = 5.0  # the weights themselves are at most 2
+
+        def inner_loss(self, batch):
+            losses = F.cross_entropy(self.net(batch[0]), batch[1], reduction="none")
+            return (self.weigh(losses) * losses).mean() + self.decay()
+
+    callback = IFTHypergradient(4, solver=Identity())
+    fitted(callback, Weighed)
+    assert not any("stands at its bound" in advice for advice in callback.summary().advice)
     other = IFTHypergradient(4)
     fitted(other)
     assert not any("bound" in advice for advice in other.summary().advice)
