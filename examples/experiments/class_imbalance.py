@@ -37,7 +37,7 @@ from examples.experiments.common import (
     start,
     values,
 )
-from examples.experiments.problems.noisy_labels import make_net
+from examples.experiments.problems.label_noise import image_net
 from examples.experiments.style import BOUND, OTHER, OURS, dots, name_rows, page
 from lightning_ifthpo import BilevelLightningModule, IFTHypergradient
 from lightning_ifthpo.hyperparameters import ClassWeights, LogitAdjustment
@@ -89,7 +89,7 @@ class Classifier(BilevelLightningModule, L.LightningModule):
 
     def __init__(self, counts: Tensor, setting: Setting, tuned: tuple[bool, bool], steps: int) -> None:
         super().__init__()
-        self.net = make_net()
+        self.net = image_net()
         self.steps = steps
         modules = {
             "weights": ClassWeights(counts, initial=setting.weights),

@@ -40,7 +40,7 @@ from examples.experiments.common import (
     values,
     write,
 )
-from examples.experiments.problems import distillation, noisy_labels, overfitting
+from examples.experiments.problems import distillation, label_noise, noisy_labels, overfitting
 from lightning_ifthpo import IFTHypergradient
 from lightning_ifthpo.curvature import Curvature
 from lightning_ifthpo.hyperparameters import IndexedDataset
@@ -118,13 +118,12 @@ def wrong_labels(method: Method | None, seed: int, steps: int | None) -> Row:
     """Returns the test accuracy of a fresh network that trusts labels as far as their learned weights, and the cost."""
     data = noisy_labels.load_data(seed)
     torch.manual_seed(seed)
-    learner = noisy_labels.WeightLearner()
-    outer = DataLoader(data.clean, batch_size=noisy_labels.CLEAN)
-    batches = noisy_labels.batches(IndexedDataset(data.noisy), steps or noisy_labels.LEARN_STEPS, seed + 1)
-    cost = fit(learner, batches, callback(method, noisy_labels.HYPER_EVERY, noisy_labels.WARM_UP, outer))
-    weights = learner.weights(torch.arange(noisy_labels.NOISY))
-    dataset = noisy_labels.training_sets(data, {"learned": weights})["learned"]
-    checks = noisy_labels.train(dataset, data, seed, steps or noisy_labels.FINAL_STEPS)
+    learner = label_noise.Learner(data)
+    outer = DataLoader(TensorDataset(*data.checked), batch_size=label_noise.CHECKED)
+    training = IndexedDataset(TensorDataset(*data.noisy))
+    batches = noisy_labels.batches(training, steps or label_noise.LEARN_STEPS, seed + 1)
+    cost = fit(learner, batches, callback(method, label_noise.HYPER_EVERY, label_noise.WARM_UP, outer))
+    checks = noisy_labels.train(data, learner.weights.natural_values(), seed, steps or noisy_labels.FINAL_STEPS)
     return {"accuracy": min(checks).test_accuracy} | cost
 
 

@@ -25,6 +25,7 @@ from examples.experiments.problems.label_noise import (
     LOOKS,
     NOISY,
     Data,
+    check,
     make_net,
 )
 from lightning_ifthpo import label_margins
@@ -121,7 +122,7 @@ def train(data: Data, method: Method, seed: int, steps: int, *, checked: float =
             corrected = posterior(probabilities[: len(index)].detach(), method.confusion, given[index])
             targets[index] = KEEP * targets[index] + (1.0 - KEEP) * corrected
         if step % LOOK_EVERY == 0:
-            checks.append(_check(net, data))
+            checks.append(check(net, data))
             looks.append(net(inputs).detach())
     best = min(range(len(checks)), key=lambda look: checks[look][0])
     return Outcome(
@@ -193,13 +194,6 @@ def _meta_weights(network: nn.Module, meta: torch.optim.Optimizer, losses: Tenso
     meta.step()
     weights: Tensor = network(losses.unsqueeze(1)).detach()
     return weights
-
-
-@torch.no_grad()
-def _check(net: nn.Module, data: Data) -> tuple[float, float]:
-    """Returns the loss on held-out examples and the accuracy on test examples."""
-    (inputs, labels), (tests, classes) = data.held_out, data.test
-    return float(F.cross_entropy(net(inputs), labels)), float((net(tests).argmax(1) == classes).float().mean())
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from examples.experiments.common import Examples, mnist_5k, quiet_trainer, random_batches
+from examples.experiments.common import Examples, accuracy, mnist_5k, quiet_trainer, random_batches
 from examples.experiments.problems.sentences import sentences_5k
 from lightning_ifthpo import BilevelLightningModule, IFTHypergradient
 from lightning_ifthpo.hyperparameters import IndexedDataset, LabelTransition, SampleWeights
@@ -103,12 +103,24 @@ def load_data(dataset: str, noise: str, rate: float, seed: int) -> Data:
     return Data((noisy[0], given), checked, held_out, test, truth=noisy[1])
 
 
+def image_net() -> nn.Module:
+    """Returns a fresh convolutional network."""
+    first, second = nn.Conv2d(1, 12, 5, stride=2), nn.Conv2d(12, 24, 5, stride=2)
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(384, CLASSES))
+
+
 def make_net(inputs: Tensor) -> nn.Module:
     """Returns a fresh network for such inputs: a convolutional one for images, a perceptron for vectors."""
     if inputs.ndim == 4:
-        first, second = nn.Conv2d(1, 12, 5, stride=2), nn.Conv2d(12, 24, 5, stride=2)
-        return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(384, CLASSES))
+        return image_net()
     return nn.Sequential(nn.Linear(inputs.shape[1], 128), nn.ReLU(), nn.Linear(128, CLASSES))
+
+
+@torch.no_grad()
+def check(net: nn.Module, data: Data) -> tuple[float, float]:
+    """Returns the loss on held-out examples and the accuracy on test examples."""
+    inputs, labels = data.held_out
+    return float(F.cross_entropy(net(inputs), labels)), accuracy(net, data.test)
 
 
 class Learner(BilevelLightningModule, L.LightningModule):
