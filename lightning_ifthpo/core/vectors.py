@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _CHUNK = 2**18  # entries
+_POWER_OF_TWO = 2.0**64  # its products are exact, and it lifts denormal numbers of float32 and float64 far above them
 
 
 def length(vector: Tensor) -> float:
@@ -21,7 +22,18 @@ def length(vector: Tensor) -> float:
     longest = largest(flat)
     if longest == 0.0 or not math.isfinite(longest):
         return longest
-    return longest * float(torch.linalg.vector_norm(flat / longest))
+    return longest * float(torch.linalg.vector_norm(divided(flat, longest)))
+
+
+def divided(vector: Tensor, number: float) -> Tensor:
+    """Returns a vector over a number > 0, also one so small that its reciprocal overflows.
+
+    CUDA divides by a number by a product with its reciprocal, which is infinite for most denormal numbers: 1 / 1e-39 is
+    beyond the range of float32.
+    """
+    if number >= torch.finfo(wide(vector)).tiny:
+        return vector / number
+    return (vector * _POWER_OF_TWO) / (number * _POWER_OF_TWO)
 
 
 def flattened(tensors: Sequence[Tensor]) -> Tensor:

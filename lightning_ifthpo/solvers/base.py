@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_ifthpo.core.validation import is_number, require_at_least
-from lightning_ifthpo.core.vectors import length
+from lightning_ifthpo.core.vectors import divided, length
 from lightning_ifthpo.curvature.base import CurvatureOperator
 from lightning_ifthpo.optimizers.update_rule import UpdateRule
 from lightning_ifthpo.solvers.system import LinearSystem
@@ -183,7 +183,7 @@ class Solver(ABC):
 
 
 def _over(vector: Tensor, scale: float) -> Tensor:
-    return vector if scale == 1.0 else vector / scale
+    return vector if scale == 1.0 else divided(vector, scale)
 
 
 def is_finite_or_word(value: Any, *words: str) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_ifthpo.core.random_state import Stream, generator_of
 from lightning_ifthpo.core.validation import require_choice
+from lightning_ifthpo.core.vectors import divided
 from lightning_ifthpo.curvature.base import CurvatureOperator
 from lightning_ifthpo.spectrum.basis import length_of, random_vector
 
@@ -92,7 +93,7 @@ def power_iteration(
         if finished:  # the product is a sum of earlier ones, with their rounding errors; a direct one confirms it
             product, direct = sign * operator.matvec(vector), True
         elif which == "magnitude":
-            vector = product / length
+            vector = divided(product, length)
             product = operator.matvec(vector)
         else:
             other = residual - (vector @ residual) * vector  # removes the rounding error along the vector

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 DEVICE = torch.device(os.environ.get("LIGHTNING_IFTHPO_TEST_DEVICE", "cpu"))
 ON_CUDA = DEVICE.type == "cuda"
@@ -35,6 +36,17 @@ def deterministic() -> None:
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.allow_tf32 = False
+
+
+class ByReciprocals(TorchFunctionMode):
+    """Divides by a number as CUDA does, on any device: by a product with its reciprocal, rounded to the dtype."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (Tensor.div, Tensor.__truediv__, torch.div) and isinstance(args[1], (int, float)):
+            reciprocal = torch.tensor(1.0 / args[1], dtype=torch.float64)
+            # half precision is computed in float32
+            return args[0] * reciprocal.to(torch.promote_types(args[0].dtype, torch.float32)).item()
+        return function(*args, **(kwargs or {}))
 
 
 def random_state() -> RandomState:

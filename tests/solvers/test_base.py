@@ -26,7 +26,7 @@ from tests.checks import (
     check_solves,
     check_takes_zero_to_zero,
 )
-from tests.helpers.device import DEVICE, DTYPE, WHERE, within
+from tests.helpers.device import DEVICE, DTYPE, WHERE, ByReciprocals, within
 from tests.helpers.implementations import SOLVERS, SOLVING
 from tests.helpers.problems import low_rank, relative_error, spd_matrix
 from tests.helpers.systems import right_hand_side
@@ -106,6 +106,19 @@ def test_scale_does_not_matter(solver, a_scale, b_scale, dtype):
     result = solver.solve(MatrixOperator(matrix.to(dtype)), (b_scale * b).to(dtype))
     wanted = b_scale * torch.linalg.solve(matrix, b)
     assert relative_error(result.x.double() / b_scale, wanted / b_scale) < 1e-4
+    assert result.status.succeeded
+
+
+@pytest.mark.parametrize("tiny", ["solution", "right-hand side"])
+@pytest.mark.parametrize("solver", [*SOLVING, Neumann(terms=400), Amortized(products=60, horizon=10**6)], ids=repr)
+def test_denormal_numbers_are_solved_for_where_division_is_by_the_reciprocal(solver, tiny):
+    """A length of 1e-40 in float32, whose reciprocal overflows."""
+    scales = {"solution": (1e10, 1e-30), "right-hand side": (1e-10, 1e-40)}[tiny]
+    matrix, b = scales[0] * spd_matrix(8, 5.0, dtype=torch.float32), scales[1] * right_hand_side(8, torch.float32)
+    wanted = torch.linalg.solve(matrix.double(), b.double())
+    with ByReciprocals():
+        result = solver.solve(MatrixOperator(matrix), b)
+    assert relative_error(result.x.double(), wanted) < 1e-4  # the smallest denormal number is 1e-45, 1e-5 of them
     assert result.status.succeeded
 
 
