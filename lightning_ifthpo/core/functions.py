@@ -37,7 +37,8 @@ def twice_differentiable_functions() -> Iterator[None]:
     """Replaces functions of torch inside the block.
 
     - A re-entrant checkpoint hides the weights inside it from `torch.autograd.grad`. It becomes a non-reentrant one.
-    - The second derivative of the fused `_weight_norm` is wrong (in torch 2.6 and 2.14). It becomes several operations.
+    - The second derivative of the fused `_weight_norm` is wrong (in torch 2.6 and 2.14), and on CUDA its norm has the
+      precision of float32, also in float64. It becomes several operations.
     - Hooks on gradients, which a forward pass registers, would act on products too. They are left out.
 
     Enter it for derivatives too, because checkpoints repeat the forward pass then.
