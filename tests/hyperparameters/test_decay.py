@@ -251,7 +251,7 @@ class FineTuned(BilevelLightningModule, L.LightningModule):
 
     def distance(self, shift):
         return sum(
-            (weight - start - shift).square().sum()
+            (weight - start.to(weight.device) - shift).square().sum()  # a Trainer does not move what is in a list
             for weight, start in zip(self.net.parameters(), self.start, strict=True)
         )
 

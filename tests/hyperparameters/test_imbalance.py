@@ -95,7 +95,7 @@ class Misled(Classifier):
 
     def inner_loss(self, batch):
         x, y = batch
-        wrong = torch.where(torch.arange(len(y)) % 2 == 0, y, torch.full_like(y, 2))
+        wrong = torch.where(torch.arange(len(y), device=y.device) % 2 == 0, y, torch.full_like(y, 2))
         losses = F.cross_entropy(self.mark_outputs(self.net(x)), wrong, reduction="none")
         return (self.weights(wrong) * losses).mean() + self.decay()
 
