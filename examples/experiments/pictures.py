@@ -21,6 +21,7 @@ DRAWN = {
     "tune_weight_decay": "global",
     "class_imbalance": "offsets",
     "learning_rate_free": "cells",
+    "learning_rates": "test",
     "distill_dataset": "picture",
     "compare_inversions": "models",
     "learned_augmentation": "picture",

@@ -32,15 +32,17 @@ from lightning_ifthpo.step_size.options import DIRECTIONAL_CURVATURES, Direction
 class ExactGeN(L.Callback):
     """Chooses the learning rate during training by the generalized Newton's method (GeN).
 
-    On every batch until the rate has settled, then on every n-th, it looks along the update that the optimizer has just
+    Some 64 times while the rate climbs, then on every n-th batch, it looks along the update that the optimizer has just
     made, including momentum, preconditioning, weight decay and clipping: slope and curvature of the training loss on
-    the next batch show whether a longer or a shorter step would have been better. See `AveragedRule`.
+    the next batch show whether a longer or a shorter step would have been better. A step that has raised the loss by
+    much is taken back in part. See `AveragedRule`.
     It works on any LightningModule with one optimizer whose update is linear in its learning rate. The learning rates
     in `configure_optimizers` count only in relation to each other, and a configured scheduler is replaced.
 
     Args:
         every_n_batches: Training batches between two looks once the rate has settled, at least 1. With gradient
-            accumulation the look follows the next optimizer step.
+            accumulation the look follows the next optimizer step. Where gradients grow step after step, and where the
+            rate has been lowered, looks come at every step. rule="published" needs frequent looks, such as 8.
         rule: "averaged", the safe rule; "published", the formula of the paper with its smoothing.
         probe: "next_batch" looks on a batch that did not produce the update; "same_batch" is for gradient descent only.
         curvature: "three_point" uses the losses at both ends of the step and one step beyond, by forward passes alone.
@@ -56,9 +58,10 @@ class ExactGeN(L.Callback):
         per_group: Choose a rate for each parameter group, by one look for each group.
 
     Logs at each look `gen/lr`, the highest of all groups; `gen/alpha`, the optimal step along the last update, if there
-    is one; `gen/directional_sharpness`; `gen/accepted`, 0 if the look was not used; and `gen/refused`, the number of
-    looks that were not used. With `per_group` also `gen/lr/0` and so on, for each group. At the end it says in a line
-    from where to where the rate went, and by how many looks.
+    is one, and `gen/center`, that by the last eight looks together; `gen/directional_sharpness`; `gen/accepted`, 0 if
+    the look was not used; `gen/refused`, the number of looks that were not used; `gen/shortened`, the number of steps
+    that were taken back in part; and `gen/settled`, 1 once the climb has ended. With `per_group` also `gen/lr/0` and so
+    on, for each group. At the end it says in a line from where to where the rate went, and by how many looks.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -68,14 +71,14 @@ class ExactGeN(L.Callback):
 
     def __init__(
         self,
-        every_n_batches: int = 8,
+        every_n_batches: int = 64,
         *,
         rule: Literal["averaged", "published"] = "averaged",
         probe: Literal["next_batch", "same_batch"] = "next_batch",
         curvature: Literal["auto"] | DirectionalCurvature = "auto",
         lr_min: float = 1e-8,
-        lr_max: float = 10.0,
-        final_decay: float = 0.3,
+        lr_max: float = 1e3,
+        final_decay: float = 0.6,
         per_group: bool = False,
     ) -> None:
         super().__init__()
@@ -218,12 +221,16 @@ def _metrics(scheduler: ExactGeNLR) -> dict[str, float]:
         "gen/lr": max(rates),
         "gen/accepted": float(scheduler.accepted),
         "gen/refused": float(scheduler.refused),
+        "gen/shortened": float(scheduler.shortened),
+        "gen/settled": float(all(rule.settled for rule in scheduler.rules)),
     }
     several = len(scheduler.parabolas) > 1
     if several:
         metrics |= {f"gen/lr/{index}": rate for index, rate in enumerate(rates)}
-    for index, parabola in enumerate(scheduler.parabolas):
+    for index, (rule, parabola) in enumerate(zip(scheduler.rules, scheduler.parabolas, strict=True)):
         suffix = f"/{index}" if several else ""
+        if rule.center is not None:
+            metrics[f"gen/center{suffix}"] = rule.center
         if parabola.is_finite:
             metrics[f"gen/directional_sharpness{suffix}"] = parabola.sharpness
             if parabola.optimal_step is not None:

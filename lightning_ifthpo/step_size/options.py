@@ -24,8 +24,8 @@ class RateOptions:
     rule: Literal["averaged", "published"] = "averaged"
     probe: Literal["next_batch", "same_batch"] = "next_batch"
     lr_min: float = 1e-8
-    lr_max: float = 10.0
-    final_decay: float = 0.3
+    lr_max: float = 1e3
+    final_decay: float = 0.6
     per_group: bool = False
 
     def __post_init__(self) -> None:

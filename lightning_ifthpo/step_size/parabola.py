@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 
@@ -29,6 +29,7 @@ class Parabola:
         slope: ∇L·ω; positive where a step along −ω begins to lower the loss.
         curvature: ωᵀHω.
         squared_length: ‖ω‖².
+        loss: L(w), or NaN if it is not known.
 
     >>> Parabola(slope=2.0, curvature=4.0, squared_length=1.0).optimal_step
     0.5
@@ -37,6 +38,7 @@ class Parabola:
     slope: float
     curvature: float
     squared_length: float
+    loss: float = math.nan
 
     @property
     def optimal_step(self) -> float | None:
@@ -45,12 +47,18 @@ class Parabola:
 
     def at(self, step: float) -> Parabola:
         """Returns the same parabola with its origin at w − step · ω."""
-        return Parabola(self.slope - step * self.curvature, self.curvature, self.squared_length)
+        return Parabola(
+            self.slope - step * self.curvature, self.curvature, self.squared_length, self.loss - self.gain(step)
+        )
+
+    def gain(self, step: float) -> float:
+        """Returns by how much a step lowers the loss, L(w) − L(w − step · ω)."""
+        return step * self.slope - step**2 / 2 * self.curvature
 
     def along(self, length: float) -> Parabola:
         """Returns the same parabola along an update of the same direction and another length ‖ω‖ > 0."""
         ratio = length / math.sqrt(self.squared_length)
-        return Parabola(self.slope * ratio, self.curvature * ratio**2, length**2)
+        return Parabola(self.slope * ratio, self.curvature * ratio**2, length**2, self.loss)
 
     @property
     def sharpness(self) -> float:
@@ -59,7 +67,7 @@ class Parabola:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all three numbers are finite."""
+        """Whether slope, curvature and length are finite."""
         return all(map(math.isfinite, (self.slope, self.curvature, self.squared_length)))
 
 
@@ -142,7 +150,8 @@ def three_point_parabola(
 
         @cache
         def parabola_at(alpha: float) -> Parabola:
-            return fitted_parabola(loss_at, [-alpha, 0.0, alpha], squared_length=length**2, dtype=roughest)
+            fitted = fitted_parabola(loss_at, [-alpha, 0.0, alpha], squared_length=length**2, dtype=roughest)
+            return replace(fitted, loss=loss_at(0.0))
 
         def drowns(parabola: Parabola) -> bool:
             return _digits(parabola, step, loss_at(0.0)) <= _RESOLVED * torch.finfo(roughest).eps

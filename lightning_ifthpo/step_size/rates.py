@@ -25,6 +25,7 @@ class GroupRates:
         rules: One rule, or one for each group.
         multipliers: The rate of each group over the rate of its rule.
         applied: The rate at which each rule's part of the last update was applied.
+        shortened: Number of updates that were partly taken back.
     """
 
     def __init__(self, optimizer: Optimizer, make_rule: Callable[[], Rule], per_group: bool) -> None:
@@ -37,6 +38,20 @@ class GroupRates:
         self.multipliers = [1.0 if per_group or not highest else rate / highest for rate in rates]
         self.rules = [make_rule() for _ in (rates if per_group else [highest])]
         self.applied = [0.0] * len(self.rules)
+        self.shortened = 0
+        self._total_steps: int | None = None
+
+    @property
+    def total_steps(self) -> int | None:
+        """Length of the run, which the rules plan with; None if it is unknown."""
+        return self._total_steps
+
+    @total_steps.setter
+    def total_steps(self, total_steps: int | None) -> None:
+        self._total_steps = total_steps
+        for rule in self.rules:
+            if total_steps:
+                rule.plan(total_steps)
 
     @property
     def started(self) -> bool:
@@ -64,6 +79,16 @@ class GroupRates:
         for part, rate in zip(self.parts(update), self.applied, strict=True):
             part.apply(rate)
 
+    def correct(self, update: Update) -> None:
+        """Takes back as much of an applied update as its rules found too much."""
+        corrected = False
+        for index, (rule, part) in enumerate(zip(self.rules, self.parts(update), strict=True)):
+            if rule.corrected is not None:
+                part.apply(rule.corrected - self.applied[index])
+                self.applied[index] = rule.corrected
+                corrected = True
+        self.shortened += corrected
+
     def write(self, rates: Sequence[float | Tensor]) -> None:
         """Sets the learning rates of the optimizer's groups."""
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
@@ -79,12 +104,13 @@ class GroupRates:
             self.multipliers.append(1.0 if self._per_group or not present else float(group["lr"]) / present)
             if self._per_group:
                 self.rules.append(self._make_rule())
+                self.total_steps = self._total_steps
                 self.applied.append(0.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state, as plain numbers."""
         rules = [{"name": type(rule).__name__} | rule.state_dict() for rule in self.rules]
-        return {"multipliers": self.multipliers, "rules": rules, "applied": self.applied}
+        return {"multipliers": self.multipliers, "rules": rules, "applied": self.applied, "shortened": self.shortened}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from a state; raises ValueError if it belongs to another scheduler, or to other options."""
@@ -95,6 +121,6 @@ class GroupRates:
                 f"the checkpoint holds the state of {names or 'another scheduler'}, and this ExactGeN has the rules "
                 f"{expected}; resume with the options of the run that wrote it"
             )
-        self.multipliers, self.applied = state["multipliers"], state["applied"]
+        self.multipliers, self.applied, self.shortened = state["multipliers"], state["applied"], state["shortened"]
         for rule, rule_state in zip(self.rules, state["rules"], strict=True):
             rule.load_state_dict(rule_state)

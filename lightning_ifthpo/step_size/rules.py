@@ -9,24 +9,20 @@ from typing import Any
 
 from lightning_ifthpo.step_size.parabola import Parabola
 
-# First rate, over the smallest optimal step so far. Starting 10× higher kills ReLU units permanently in some networks.
-_START = 0.003
-_FIRST = 3  # looks that set the first rate; a single one is sometimes off by a factor of five
-_WINDOW = 16  # looks in the means
-_RESTED = 8  # looks in a row without growth after which the rate is settled
-# Growth per look, before the rate is settled, with one look per step. It is slow enough for the curvature to follow:
-# that takes some ten steps, also with momentum 0.9.
-_GROWTH = 1.08
-_SHRINKAGE = 1.25
-_FLOOR = 0.25  # lowest rate over the highest, if the slope and not the curvature makes the gain negative
-_ENOUGH = 4  # looks that judge a rate after it has shrunk
-# Updates that are longer than the last and too long, look after look, diverge: ‖ω‖² grows by more than 10 over three
-# looks, 100 over two, or 1,000 in one. Beyond the edge of stability it grows like (1 − ηλ)², from 1e-30 to 1e100 within
-# a hundred steps where a rare look every eighth step was used. Looks come at every step from a growth of 4 on.
-_DIVERGENCE = 10.0
-_ALARM = 4.0
-# Growth per look of a settled rate, and in recovery. It outweighs mistaken shrinking, seen in 4 % of the windows.
-_RECOVERY = 1.01
+_REACH, _CLIMB = 333.0, 0.2  # least growth of the rate, and in which fraction of the run
+_WINDOW = 8  # looks in the means, and looks in a row without growth after which the rate is settled
+# A step is taken back, and the rate lowered, if it raises the loss by this part, and by this multiple of the largest
+# rise at the last looks; where nothing is left to learn, noise raises the loss by more than any fixed part of it.
+_RISE, _UNSEEN = 0.3, 2.0
+
+_START = 0.003  # first rate over n/d
+_FIRST = 3  # looks before the rate grows; a window of them after it has fallen
+# Standard errors below zero of the mean gain that show that a rate is too high, while it climbs and once it is settled.
+# On noisy data the gain of a settled rate is zero, and it should not be lowered by chance in a long run.
+_ERRORS = 3.0, 4.0
+_GROWTH = 1.08  # per step; slow enough for the curvature to follow, which takes some ten steps, also with momentum 0.9
+_LONGEST = 100  # steps of the climb where the length of the run is unknown: 2,000-fold
+_SHRINKAGE = 0.6
 
 
 class Rule(ABC):
@@ -36,6 +32,7 @@ class Rule(ABC):
         lr: The rate; None before the first look.
         refused: Number of looks that could not be used.
         settled: Whether the rate has stopped changing fast, so that looks can be rare.
+        corrected: The rate at which the update of the last look should have been applied, if it was far too high.
     """
 
     settled = True
@@ -44,19 +41,31 @@ class Rule(ABC):
     def __init__(self, lr_min: float, lr_max: float) -> None:
         self.lr: float | None = None
         self.refused = 0
+        self.corrected: float | None = None
         self._bounds = (lr_min, lr_max)
+
+    def plan(self, total_steps: int) -> None:  # noqa: B027  # a rule may have no use for it
+        """Takes the length of the run into account."""
 
     @property
     def watchful(self) -> bool:
         """Whether looks have to come at every step."""
-        return not self.settled
+        return False
+
+    @property
+    def center(self) -> float | None:
+        """The optimal step by the last looks together; None if they have none."""
+        return None
 
     @abstractmethod
-    def observe(self, parabola: Parabola, decay: float = 1.0) -> bool:
+    def observe(self, parabola: Parabola, *, decay: float = 1.0, steps: int = 1, first_rate: float = math.inf) -> bool:
         """Updates the rate with a look; returns whether the look was used.
 
-        Below one, `decay` is the factor of a final decay, by which steps are shorter than the rate; the rate then only
-        falls.
+        Args:
+            parabola: The loss along an update, with its origin where the update began.
+            decay: Factor of a final decay, by which steps are shorter than the rate. Below one the rate only falls.
+            steps: Optimizer steps since the last look.
+            first_rate: The rate that a rule begins with at most.
         """
 
     def state_dict(self) -> dict[str, Any]:
@@ -74,24 +83,27 @@ class Rule(ABC):
 
 
 class AveragedRule(Rule):
-    """Grows the learning rate η while a longer step would be better, and shrinks it when steps increase the loss.
+    """Climbs to the highest learning rate η at which steps still lower the loss, and holds it.
 
     A look gives the slope n and the curvature d along an update, both over ‖ω‖², on a batch that did not produce the
-    update. Over the last 16 looks, the mean of n − ηd is the slope at the end of a step, and the mean of ηn − η²d/2 is
-    the decrease of the loss, the gain of the step.
+    update. Over the last eight looks, the mean of n − ηd/2 is by how much a step lowers the loss, its gain, over η.
 
-    - The slope at the end is positive by one standard error: η grows by up to 8 % per look, 1 % once it is settled. It
-      grows more slowly near mean(n)/mean(d), and never beyond.
-    - The gain is negative by two standard errors: η shrinks by a fifth, and the looks are discarded. If −n is at least
-      ηd/2, the curvature is not the cause, and η shrinks to a quarter of the highest rate at most. This happens with
-      very few batches, where the next batch was used shortly before.
-    - The updates grow, look after look, with ηd/2 > n > 0: descent diverges, as where directions of high curvature had
-      vanished while the rate grew. η becomes mean(n)/mean(d) of these looks at once, and all looks are discarded.
-    - Otherwise η recovers by 1 % per look towards the highest rate so far. This is the stationary state of noisy
-      descent: the gain is zero at every rate, so that a rule that follows n/d would collapse or explode.
+    - The mean of n − ηd, the slope where a step ends, is positive: a longer step would be better. η grows, more slowly
+      near mean(n)/mean(d), and never beyond: by 8 % per step, or by more in a short run, so that a fifth of the run is
+      enough for a factor of 333.
+    - The gain is negative by three standard errors, or four once η is settled: η falls by 40 %, and the looks are
+      discarded.
+    - One step raises the loss by more than three tenths, and by more than twice what any step raised it by at the last
+      looks: it is shortened to the lowest point of its parabola, η falls by 40 %, and the looks are discarded. Where
+      data can be separated, gains stay positive up to the very edge.
 
-    The first rate is 0.003 of the smallest n/d of three looks; no rate has to be given. The rate is settled once it has
-    grown by at most 1 % at each of eight looks in a row. Only looks that are not finite are refused.
+    At a rate that is held, n/d comes to be η/2 on noisy data, whatever η: curvature and noise adapt to the rate, and
+    looks do not tell a good rate from another one any more. So a rate that is settled stays, or falls.
+
+    The first update moves the weights by 1e-3 of their length, or down to a tenth of that where 0.003 n/d is lower:
+    starting higher kills ReLU units permanently in some networks. No rate has to be given. The rate is settled once it
+    has grown by at most 1 % at each of eight looks in a row, and after 100 steps where the length of the run is
+    unknown. Only looks that are not finite are refused.
 
     Args:
         lr_min: Lower bound of the rate.
@@ -104,84 +116,82 @@ class AveragedRule(Rule):
     True
     """
 
-    _STATE = (*Rule._STATE, "_probes", "_count", "_smallest", "_highest", "_resting", "_rise", "settled")
+    _STATE = (*Rule._STATE, "_growth", "_probes", "_resting", "_needed", "_climbed", "_longest", "settled")
 
-    def __init__(self, lr_min: float = 1e-8, lr_max: float = 10.0) -> None:
+    def __init__(self, lr_min: float = 1e-8, lr_max: float = 1e3) -> None:
         super().__init__(lr_min, lr_max)
         self.settled = False
+        self._growth = _GROWTH
         self._probes: list[list[float]] = []  # slope and curvature of the last looks
-        self._count = 0
-        self._smallest = math.inf
-        self._highest = 0.0
         self._resting = 0
-        # looks in a row with growing updates that are too long, growth of ‖ω‖² over them, and the last ‖ω‖²
-        self._rise = (0, 1.0, math.inf)
+        self._needed = _FIRST  # looks before the rate grows
+        self._climbed, self._longest = 0, _LONGEST  # steps
 
     @property
     def watchful(self) -> bool:
-        """Whether looks have to come at every step: until the rate has settled, and while updates grow."""
-        return not self.settled or self._rise[1] >= _ALARM
+        """Whether looks have to come at every step: while the rate has recently been lowered."""
+        return len(self._probes) < self._needed
 
-    def observe(self, parabola: Parabola, decay: float = 1.0) -> bool:
+    def plan(self, total_steps: int) -> None:
+        """Sets the growth per step; the climb may last until the final decay."""
+        self._longest = total_steps
+        self._growth = max(_GROWTH, _REACH ** (1.0 / (_CLIMB * total_steps)))
+
+    def observe(self, parabola: Parabola, *, decay: float = 1.0, steps: int = 1, first_rate: float = math.inf) -> bool:
         """Updates the rate with a look; returns whether it was used."""
+        self.corrected = None
         self.refused += not parabola.is_finite
         if not parabola.is_finite or parabola.squared_length == 0.0:
             return False
+        if self.lr is not None and self._explodes(parabola, self.lr * decay):
+            self.corrected = min(max(parabola.optimal_step or 0.0, 0.0), self.lr * decay)
+            self._lower()
+            return True
         slope, curvature = parabola.slope / parabola.squared_length, parabola.sharpness
         self._probes = [*self._probes[1 - _WINDOW :], [slope, curvature]]
-        self._count += 1
-        if self._count <= _FIRST:
-            self._begin(slope, curvature)
-        elif self._diverges(slope, curvature, parabola.squared_length, decay):
-            slopes, curvatures = zip(*self._probes[-self._rise[0] :], strict=True)
-            self._set(fmean(slopes) / fmean(curvatures) / decay)
-            self._probes, self._rise = [], (0, 1.0, math.inf)
+        if self.lr is None:
+            self._begin(slope, curvature, first_rate)
         else:
-            self._follow(decay)
+            self._follow(decay, steps)
         return True
 
-    def _diverges(self, slope: float, curvature: float, squared_length: float, decay: float) -> bool:
-        """Returns whether updates grow, look by look, while they increase the loss because they are too long."""
-        assert self.lr is not None
-        count, growth, last = self._rise
-        too_long = 0.0 < slope < self.lr * decay * curvature / 2
-        rises = too_long and squared_length > last
-        self._rise = (count + 1, growth * squared_length / last, squared_length) if rises else (0, 1.0, squared_length)
-        return rises and self._rise[1] >= _DIVERGENCE ** (4 - min(self._rise[0], 3))
+    @property
+    def center(self) -> float | None:
+        """Mean slope over mean curvature of the last looks; None if that is not positive, or there is no look."""
+        if not self._probes:
+            return None
+        slope, curvature = (fmean(values) for values in zip(*self._probes, strict=True))
+        return slope / curvature if curvature > 0.0 and slope > 0.0 else None
 
-    def _begin(self, slope: float, curvature: float) -> None:
-        if slope > 0.0 and curvature != 0.0:
-            self._smallest = min(self._smallest, slope / abs(curvature))
-        start = _START * self._smallest if math.isfinite(self._smallest) else 0.0
-        self._set(start if self.lr is None else min(start, self.lr * _GROWTH))
+    def _begin(self, slope: float, curvature: float, first_rate: float) -> None:
+        lr = _START * slope / abs(curvature) if slope > 0.0 and curvature != 0.0 else first_rate
+        lr = min(max(lr, first_rate / 10.0), first_rate) if math.isfinite(first_rate) else lr
+        self.lr = self._within_bounds(lr if math.isfinite(lr) else 0.0)
 
-    def _follow(self, decay: float) -> None:
+    def _explodes(self, parabola: Parabola, lr: float) -> bool:
+        """Returns whether a step raises the loss by much, and by more than noise did at the last looks."""
+        rises = [lr * (lr * curvature / 2 - slope) * parabola.squared_length for slope, curvature in self._probes]
+        return -parabola.gain(lr) > max(_RISE * abs(parabola.loss), _UNSEEN * max(rises, default=0.0))
+
+    def _follow(self, decay: float, steps: int) -> None:
         assert self.lr is not None
-        lr, count = self.lr * decay, len(self._probes)
-        if count < _FIRST:
-            return
+        lr, before = self.lr * decay, self.lr
+        self._climbed += steps
         ends = [slope - lr * curvature for slope, curvature in self._probes]
         gains = [slope - lr * curvature / 2 for slope, curvature in self._probes]
-        slope, curvature = (fmean(values) for values in zip(*self._probes, strict=True))
-        if decay == 1.0 and fmean(ends) > _standard_error(ends):
-            best = slope / curvature if curvature > 0.0 else math.inf
-            growth = _RECOVERY if self.settled else _GROWTH
-            self._set(min(lr * growth ** (1.0 - lr / best), best))
-        elif (
-            count >= _ENOUGH
-            and fmean(gains) < -2 * _standard_error(gains)
-            and (lr * curvature / 2 > -slope or lr > _FLOOR * self._highest)
-        ):
-            self._set(self.lr / _SHRINKAGE)
-            self._probes = []
-        elif decay == 1.0:
-            self._set(max(lr, min(lr * _RECOVERY, self._highest)))
-        self._resting = 0 if self.lr > lr * _RECOVERY else self._resting + 1
-        self.settled |= self._resting >= _RESTED
+        if len(gains) == _WINDOW and fmean(gains) < -_ERRORS[self.settled] * _standard_error(gains):
+            self._lower()
+        elif decay == 1.0 and not self.settled and len(ends) >= self._needed and fmean(ends) > 0.0:
+            highest = math.inf if self.center is None else self.center
+            growth = self._growth ** (steps * (1.0 - lr / highest))
+            self.lr = self._within_bounds(min(lr * growth, highest))
+        self._resting = 0 if self.lr > 1.01 * before else self._resting + 1
+        self.settled |= self._resting >= _WINDOW or self._climbed >= self._longest
 
-    def _set(self, lr: float) -> None:
-        self.lr = self._within_bounds(lr)
-        self._highest = max(self._highest, self.lr)
+    def _lower(self) -> None:
+        assert self.lr is not None
+        self.lr = self._within_bounds(self.lr * _SHRINKAGE)
+        self._probes, self._resting, self._needed = [], -_WINDOW, _WINDOW
 
 
 class PublishedRule(Rule):
@@ -207,7 +217,7 @@ class PublishedRule(Rule):
         super().__init__(lr_min, lr_max)
         self.smoothing = smoothing
 
-    def observe(self, parabola: Parabola, decay: float = 1.0) -> bool:
+    def observe(self, parabola: Parabola, *, decay: float = 1.0, steps: int = 1, first_rate: float = math.inf) -> bool:
         """Updates the rate with a look; returns whether it was used. In a decay only steps that are too long count."""
         step = parabola.optimal_step
         if step is None or step <= 0.0 or not parabola.is_finite:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -24,17 +25,21 @@ from lightning_ifthpo.step_size.options import DIRECTIONAL_CURVATURES, RULES, Di
 from lightning_ifthpo.step_size.parabola import Parabola, exact_parabola, three_point_parabola
 from lightning_ifthpo.step_size.rates import GroupRates
 from lightning_ifthpo.step_size.update import Update
+from lightning_ifthpo.step_size.watch import GradientWatch
 
 _NOT_ITS_GRADIENT = (
     "the loss does not change along its gradient as the gradient says, as where a part of it is detached; ExactGeN "
     "measures by differences of gradients instead of losses. Pass curvature='finite_difference' to choose that"
 )
 
+_FIRST_MOVE = 1e-3  # of the length of the weights, by the first step
+_CLIMBING = 0.3, 64  # fraction of the run in which the rate climbs, and looks in it
+
 
 class ExactGeNLR(LRScheduler):
     """Chooses the learning rate from slope and curvature along the updates that the optimizer really makes.
 
-    At every step until the rate has settled, and at every n-th step after that, the optimizer makes its step at
+    While the rate climbs, some 64 times in all, and at every n-th step after that, the optimizer makes its step at
     learning rate one (times the ratios of the groups). The scheduler reads off the update ω and applies it again at the
     chosen rate; the optimizer's state advances once. A look then measures slope and curvature of the loss along ω. Call
     `probe` with the loss of each batch before `optimizer.step()`, and `step()` after it:
@@ -56,7 +61,8 @@ class ExactGeNLR(LRScheduler):
         optimizer: Its update must be linear in its learning rate; see `check_linear_in_lr`. The initial rates of its
             groups count only in relation to each other.
         total_steps: Optimizer steps of the whole run, for the final decay; None for no decay. May be set later.
-        every_n_steps: Optimizer steps between two looks once the rate has settled, at least 1.
+        every_n_steps: Optimizer steps between two looks once the rate has settled, at least 1. Where gradients grow
+            step after step, and where the rate has been lowered, looks come at every step.
         rule: "averaged", see `AveragedRule`; "published", see `PublishedRule`.
         probe: "next_batch" looks on the batch after the one that made the update; "same_batch" on the same batch, which
             is safe for plain gradient descent only.
@@ -89,13 +95,13 @@ class ExactGeNLR(LRScheduler):
         optimizer: Optimizer,
         *,
         total_steps: int | None = None,
-        every_n_steps: int = 8,
+        every_n_steps: int = 64,
         rule: Literal["averaged", "published"] = "averaged",
         probe: Literal["next_batch", "same_batch"] = "next_batch",
         curvature: DirectionalCurvature = "three_point",
         lr_min: float = 1e-8,
-        lr_max: float = 10.0,
-        final_decay: float = 0.3,
+        lr_max: float = 1e3,
+        final_decay: float = 0.6,
         per_group: bool = False,
     ) -> None:
         require_at_least("every_n_steps", every_n_steps, 1)
@@ -108,6 +114,8 @@ class ExactGeNLR(LRScheduler):
         check_linear_in_lr(optimizer)
         self._rates = GroupRates(optimizer, partial(RULES[rule], lr_min, lr_max), per_group)
         self.rules = self._rates.rules
+        self._watch = GradientWatch()
+        self._last_look = 0  # step number
         self.total_steps = total_steps
         self.every_n_steps = every_n_steps
         self._curvature = curvature
@@ -124,9 +132,28 @@ class ExactGeNLR(LRScheduler):
         super().__init__(optimizer)
 
     @property
+    def total_steps(self) -> int | None:
+        """Optimizer steps of the whole run; None if they are unknown."""
+        return self._rates.total_steps
+
+    @total_steps.setter
+    def total_steps(self, total_steps: int | None) -> None:
+        self._rates.total_steps = total_steps
+
+    @property
     def refused(self) -> int:
         """Number of parabolas that could not be used."""
         return sum(rule.refused for rule in self.rules)
+
+    @property
+    def shortened(self) -> int:
+        """Number of steps that were partly taken back, because they had raised the loss by much."""
+        return self._rates.shortened
+
+    @property
+    def applied(self) -> list[float]:
+        """The rate at which each rule's part of the last update that was looked at has been applied."""
+        return self._rates.applied
 
     @property
     def curvature(self) -> DirectionalCurvature:
@@ -164,7 +191,8 @@ class ExactGeNLR(LRScheduler):
         self._loss, self._session = loss, session
         if self._update is not None:
             update, self._update = self._update, None
-            self._look(update, self._rates.applied)
+            if self._look(update, self._rates.applied):
+                self._rates.correct(update)
             self._rates.write(self.get_lr())
 
     def step(self, epoch: int | None = None) -> None:
@@ -183,6 +211,8 @@ class ExactGeNLR(LRScheduler):
         """Returns the state, as tensors and plain numbers."""
         return self._rates.state_dict() | {
             "last_epoch": self.last_epoch,
+            "last_look": self._last_look,
+            "watch": self._watch.state_dict(),
             "follows_gradient": self._follows_gradient,
             "parabolas": [astuple(parabola) for parabola in self.parabolas],
             "update": None if self._update is None else self._update.omega,
@@ -192,6 +222,8 @@ class ExactGeNLR(LRScheduler):
         """Continues from a state; raises ValueError if it belongs to another scheduler, or to other options."""
         self._rates.load_state_dict(state_dict)
         self.last_epoch = state_dict["last_epoch"]
+        self._last_look = state_dict["last_look"]
+        self._watch.load_state_dict(state_dict["watch"])
         self._follows_gradient = state_dict["follows_gradient"]
         self.parabolas = [Parabola(*parabola) for parabola in state_dict["parabolas"]]
         if state_dict["update"] is not None:
@@ -214,14 +246,29 @@ class ExactGeNLR(LRScheduler):
         left = (self.total_steps - self.last_epoch) / (self._options.final_decay * self.total_steps)
         return min(1.0, max(left, 0.0))
 
+    def _is_due(self) -> bool:
+        """Returns whether to look along the next step."""
+        if not self._rates.started:
+            return True
+        decay = self._decay()
+        if self._watch.is_alarmed or any(rule.watchful for rule in self.rules):
+            return decay > 0.0
+        is_climbing = decay == 1.0 and not all(rule.settled for rule in self.rules)
+        interval = self._climbing_interval() if is_climbing else self.every_n_steps
+        return decay > 0.0 and self.last_epoch % interval == 0
+
+    def _climbing_interval(self) -> int:
+        """Returns the number of steps between two looks before the rate is settled."""
+        fraction, looks = _CLIMBING
+        return min(max(1, math.ceil(fraction * (self.total_steps or 0) / looks)), self.every_n_steps)
+
     def _before_step(self, optimizer: Optimizer, arguments: Any, keywords: Any) -> Any:
         """Prepares a look if one is due: after the closure, which may read the rates, if there is one."""
         self._rates.include_new_groups(self._decay())
         self._rates.write(self.get_lr())  # an interrupted step may have left other rates
         self._before = None
         _move(self._post_hook, last=False)  # hooks of the user see the weights and the rates after the whole step
-        due = self.last_epoch % self.every_n_steps == 0 or any(rule.watchful for rule in self.rules)
-        if self._rates.started and not (due and self._decay() > 0.0):
+        if not self._is_due():
             return None
         closure = keywords.get("closure", arguments[1] if len(arguments) > 1 else None)
         if closure is None:
@@ -239,6 +286,7 @@ class ExactGeNLR(LRScheduler):
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         _move(self._pre_hook, last=True)  # hooks of the user see the true rates before the step
+        self._watch.observe([weight.grad for weight in self._trainable() if weight.grad is not None])
         if self._before is None:
             return
         update, self._before = Update.undo_step(*self._before), None
@@ -249,8 +297,11 @@ class ExactGeNLR(LRScheduler):
         self._update = None if on_same_batch else update
         self._rates.write(self.get_lr())
 
-    def _look(self, update: Update, applied: list[float]) -> None:
-        """Measures the loss along each rule's part of an update, applied at these rates, and passes it to the rule."""
+    def _look(self, update: Update, applied: list[float]) -> bool:
+        """Measures the loss along each rule's part of an update, applied at these rates, and passes it to the rule.
+
+        Returns whether there was a loss.
+        """
         if self._loss is None:
             raise RuntimeError("ExactGeNLR needs a loss to look at: call probe(loss) before optimizer.step()")
         parts = self._rates.parts(update)
@@ -259,12 +310,22 @@ class ExactGeNLR(LRScheduler):
         try:
             parabolas = [self._parabola(self._loss, *look) for look in looks]
         except NoLossError:  # training skips this batch, and the look is left out
-            return
+            return False
         self.looks += 1
         self.parabolas = parabolas
-        decay = self._decay()
-        used = [rule.observe(parabola, decay) for rule, parabola in zip(self.rules, parabolas, strict=True)]
+        decay, steps, started = self._decay(), max(1, self.last_epoch - self._last_look), self._rates.started
+        self._last_look = self.last_epoch
+        used = [
+            rule.observe(
+                parabola,
+                decay=decay,
+                steps=steps,
+                first_rate=math.inf if started else part.rate_of_move(_FIRST_MOVE),
+            )
+            for rule, parabola, part in zip(self.rules, parabolas, parts, strict=True)
+        ]
         self.accepted = any(used)
+        return True
 
     def _parabola(self, loss: LossFunction | Loss, update: Update, applied: float, last: Parabola | None) -> Parabola:
         """Returns the parabola of the loss along an update; its origin is at the weights before the update."""

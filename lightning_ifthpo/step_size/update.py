@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lightning_ifthpo.core.step_length import step_along
+from lightning_ifthpo.core.vectors import length
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,11 @@ class Update:
         """Moves the weights to w − rate · ω, in place."""
         for parameter, omega in zip(self.parameters, self.omega, strict=True):
             parameter.sub_(omega, alpha=rate)
+
+    def rate_of_move(self, extent: float) -> float:
+        """Returns the rate at which the update moves the weights by a fraction of their length; infinity for none."""
+        squared = sum(length(omega) ** 2 for omega in self.omega)
+        return extent * step_along(self.omega, self.parameters) if 0.0 < squared < math.inf else math.inf
 
     def restricted_to(self, parameters: Sequence[Tensor]) -> Update:
         """Returns the part of the update that moves the given parameters."""

@@ -1,0 +1,308 @@
+"""`ExactGeN` beside the setting that everybody uses, and beside rates that were tuned, on eight small workloads.
+
+The setting that everybody uses is AdamW at 1e-3 with a warm-up over 5 % of the run and a cosine, on every workload. A
+constant rate and a cosine are tuned: the best of seven rates, by the held-out loss of splits 0 to 2, with the optimizer
+of the workload. D-Adaptation, Prodigy (with a cosine, as its authors recommend) and schedule-free AdamW take part with
+their defaults where they are installed (`pip install dadaptation prodigyopt schedulefree`). `ExactGeN()` has the
+optimizer of the workload. All are reported by the loss on test examples of splits 3 to 7.
+
+    python -m examples.experiments.learning_rates --workloads wine regression   # two minutes
+    python -m examples.experiments.learning_rates                               # an hour on two cores
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from statistics import fmean, stdev
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from matplotlib.figure import Figure
+from torch.optim import AdamW, Optimizer
+from torch.utils.data import TensorDataset
+
+from examples.experiments.common import (
+    Examples,
+    Figures,
+    Results,
+    conclude,
+    make_parser,
+    markdown,
+    mean,
+    number,
+    quiet_trainer,
+    random_batches,
+    start,
+    values,
+)
+from examples.experiments.problems.learning_rates import WORKLOADS, Problem, Workload
+from examples.experiments.style import BOUND, OTHER, OURS, PLAIN, Role, name_rows, page
+from lightning_ifthpo import ExactGeN
+
+NAME = "learning_rates"
+CHOOSING = (0, 1, 2)
+TUNED = {"constant": "best constant rate of seven", "cosine": "best cosine of seven"}
+PACKAGES = {"D-Adaptation": "dadaptation", "Prodigy": "prodigyopt", "schedule-free": "schedulefree"}
+UNTUNED = {
+    "fixed": "AdamW, 1e-3, warm-up, cosine",
+    "D-Adaptation": "D-Adaptation",
+    "Prodigy": "Prodigy, cosine",
+    "schedule-free": "schedule-free AdamW",
+    "ExactGeN": "`ExactGeN()`",
+}
+MOMENTS = 20  # at which the loss on some held-out examples is noted
+FARTHEST = 20.0  # ratio that is drawn
+LEVEL = 1.03  # "near the best tuned setting"
+
+
+class Trained(L.LightningModule):
+    """A problem with an optimizer, and a schedule if there is one."""
+
+    def __init__(self, problem: Problem, optimizer: Optimizer, schedule: Any = None) -> None:
+        super().__init__()
+        self.problem, self.net = problem, problem.net
+        self.optimizer, self.schedule = optimizer, schedule
+
+    def training_step(self, batch: Examples, batch_idx: int) -> torch.Tensor:
+        """Returns the loss."""
+        return self.problem.loss(batch)
+
+    def configure_optimizers(self) -> Any:
+        """Returns the optimizer, and the schedule for each step."""
+        if self.schedule is None:
+            return self.optimizer
+        return {"optimizer": self.optimizer, "lr_scheduler": {"scheduler": self.schedule, "interval": "step"}}
+
+
+class Curve(Callback):
+    """Notes the loss on some held-out examples along the run."""
+
+    def __init__(self, problem: Problem, steps: int) -> None:
+        self.problem, self.every = problem, max(1, steps // MOMENTS)
+        inputs, targets = problem.held_out
+        self.examples = inputs[:100], targets[:100]
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Notes one."""
+        if (batch_idx + 1) % self.every == 0:
+            self.losses.append(self.problem.held_out_loss(self.examples))
+
+
+def own_optimizer(workload: Workload, problem: Problem, lr: float) -> Optimizer:
+    """Returns the optimizer of the workload."""
+    weights = [weight for weight in problem.net.parameters() if weight.requires_grad]
+    if workload.optimizer == "AdamW":
+        return AdamW(weights, lr=lr)
+    return torch.optim.SGD(weights, lr=lr, momentum=0.9 if workload.optimizer == "momentum" else 0.0)
+
+
+def warm_up(optimizer: Optimizer, steps: int, fraction: float) -> Any:
+    """Returns a schedule that rises linearly over a fraction of the run and falls along a cosine."""
+    if not fraction:
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    rising = max(1, int(fraction * steps))
+    parts = [
+        torch.optim.lr_scheduler.LinearLR(optimizer, 1 / (rising + 1), total_iters=rising),
+        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - rising),
+    ]
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, parts, [rising])
+
+
+def foreign(method: str, problem: Problem) -> Optimizer:
+    """Returns an optimizer of another package, with its defaults."""
+    module: Any = importlib.import_module(PACKAGES[method])
+    kinds = {"D-Adaptation": "DAdaptAdam", "Prodigy": "Prodigy", "schedule-free": "AdamWScheduleFree"}
+    make: Callable[..., Optimizer] = getattr(module, kinds[method])
+    return make([weight for weight in problem.net.parameters() if weight.requires_grad])
+
+
+def train(name: str, method: str, seed: int, lr: float = 1e-3) -> tuple[float, float, list[float]]:
+    """Returns the loss on held-out and on test examples, and the former along the run."""
+    workload = WORKLOADS[name]
+    problem = workload.make(seed)
+    callbacks: list[Callback] = []
+    if method == "fixed":
+        optimizer: Optimizer = AdamW([weight for weight in problem.net.parameters() if weight.requires_grad], lr=1e-3)
+    elif method in PACKAGES:
+        optimizer = foreign(method, problem)
+    else:
+        optimizer = own_optimizer(workload, problem, lr)
+    schedule = None
+    if method in ("fixed", "cosine", "Prodigy", "D-Adaptation"):
+        schedule = warm_up(optimizer, workload.steps, 0.05 if method == "fixed" else 0.0)
+    if method == "ExactGeN":
+        callbacks.append(ExactGeN())
+    average: Any = optimizer if method == "schedule-free" else None
+    if average is not None:
+        average.train()
+    curve = Curve(problem, workload.steps)
+    if average is None:
+        callbacks.append(curve)
+    batches = random_batches(TensorDataset(*problem.training), workload.batch, workload.steps, seed)
+    trainer = quiet_trainer(callbacks, max_steps=workload.steps)
+    trainer.fit(Trained(problem, optimizer, schedule), batches)
+    if average is not None:
+        average.eval()
+        settle_batch_norm(problem)
+    return problem.held_out_loss(problem.held_out), problem.held_out_loss(problem.test), curve.losses
+
+
+def settle_batch_norm(problem: Problem) -> None:
+    """Measures the statistics of BatchNorm at averaged weights, as schedule-free training needs it."""
+    problem.net.train()
+    with torch.no_grad():
+        for batch in random_batches(TensorDataset(*problem.training), 100, 50, 0):
+            problem.loss(batch)
+
+
+def run(workloads: list[str], seeds: list[int], results: Results, untuned: list[str]) -> Results:
+    """Tunes what is tuned, and trains all methods with each seed."""
+    for name in workloads:
+        losses: Results = {}
+        results["held_out"][name], results["test"][name], results["reached"][name] = {}, losses, {}
+        for method in TUNED:
+            grid = {f"{rate:g}": {str(s): train(name, method, s, rate)[0] for s in CHOOSING} for rate in rates(name)}
+            results["held_out"][name][method] = grid
+            best = min(grid, key=lambda rate: mean_or_infinity(grid[rate]))
+            losses[method] = {str(seed): train(name, method, seed, float(best))[1] for seed in seeds}
+            print(f"{name}, {method}: {best} of {', '.join(grid)}; {number(mean(losses[method]), 4)}", flush=True)
+        curves: dict[str, dict[str, list[float]]] = {}
+        for method in untuned:
+            runs = {str(seed): train(name, method, seed) for seed in seeds}
+            losses[method] = {seed: test for seed, (_, test, _) in runs.items()}
+            curves[method] = {seed: curve for seed, (_, _, curve) in runs.items()}
+            print(f"{name}, {method}: {number(mean(losses[method]), 4)}", flush=True)
+        for seed in map(str, seeds):
+            results["reached"][name][seed] = moment(curves["ExactGeN"][seed], curves["fixed"][seed][-1])
+    return results
+
+
+def rates(name: str) -> list[float]:
+    """Returns the grid of a workload."""
+    return WORKLOADS[name].rates
+
+
+def mean_or_infinity(by_seed: dict[str, float]) -> float:
+    """Returns the mean, or infinity if a run has diverged."""
+    found = fmean(by_seed.values())
+    return found if found == found else float("inf")
+
+
+def moment(curve: list[float], goal: float) -> float:
+    """Returns the fraction of the run after which a loss has reached a goal; one if it has not."""
+    reached = [place for place, loss in enumerate(curve, start=1) if loss <= goal]
+    return min(reached) / len(curve) if reached else 1.0
+
+
+def methods(results: Results) -> dict[str, str]:
+    """Returns names and titles of the methods in the results."""
+    present = [set(losses) for losses in results["test"].values()]
+    return {name: title for name, title in (UNTUNED | TUNED).items() if all(name in found for found in present)}
+
+
+def best_tuned(losses: Results) -> float:
+    """Returns the lowest mean loss of a tuned method."""
+    return min(mean(losses[method]) for method in TUNED)
+
+
+def ranks(results: Results, among: list[str]) -> dict[str, float]:
+    """Returns the mean rank of each method over the workloads, by the mean loss."""
+    orders = [sorted(among, key=lambda m: mean(losses[m])) for losses in results["test"].values()]
+    return {method: fmean(order.index(method) + 1 for order in orders) for method in among}
+
+
+def not_worse(losses: Results) -> bool:
+    """Returns whether the loss with `ExactGeN` is at most that of the fixed setting plus a standard error."""
+    pairs = zip(values(losses["ExactGeN"]), values(losses["fixed"]), strict=True)
+    differences = [ours - fixed for ours, fixed in pairs]
+    error = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
+    return fmean(differences) <= error
+
+
+def summary(results: Results) -> dict[str, float]:
+    """Returns mean ranks among the methods that were not tuned, and how often `ExactGeN` is good enough."""
+    among = [name for name in methods(results) if name in UNTUNED]
+    tests = results["test"].values()
+    found = {f"rank of {name}": rank for name, rank in ranks(results, among).items()}
+    return found | {
+        "workloads": float(len(results["test"])),
+        "not worse than the fixed setting": float(sum(map(not_worse, tests))),
+        "within 3 % of the best tuned": float(
+            sum(mean(losses["ExactGeN"]) <= LEVEL * best_tuned(losses) for losses in tests)
+        ),
+        "part of the run to the fixed setting's loss": fmean(mean(found) for found in results["reached"].values()),
+    }
+
+
+def table(results: Results) -> str:
+    """Returns the mean test loss of each method on each workload."""
+    shown = methods(results)
+    rows = []
+    for name, losses in results["test"].items():
+        workload = WORKLOADS[name]
+        least = min(mean(losses[method]) for method in shown if method in UNTUNED)
+        cells = [number(mean(losses[method]), 4) for method in shown]
+        marked = [
+            f"**{cell}**" if method in UNTUNED and mean(losses[method]) == least else cell
+            for method, cell in zip(shown, cells, strict=True)
+        ]
+        rows.append([f"{name}, {workload.optimizer}, {workload.steps} steps", *marked])
+    among = [name for name in shown if name in UNTUNED]
+    order = ranks(results, among)
+    rows.append(["mean rank of those not tuned", *(number(order[m], 1) if m in order else "" for m in shown)])
+    return markdown(["test loss", *shown.values()], rows)
+
+
+ROLES: dict[str, Role] = {"fixed": PLAIN, "ExactGeN": OURS, "constant": BOUND, "cosine": BOUND}
+
+
+def draw(results: Results) -> Figure:
+    """Returns a picture of each method's loss over that of the best tuned one."""
+    found, shown = results["test"], methods(results)
+    figures = summary(results)
+    near, level = figures["within 3 % of the best tuned"], figures["not worse than the fixed setting"]
+    headline = (
+        f"Without tuning, ExactGeN is within 3 % of the best tuned rate on {near:.0f} of {len(found)} workloads,\n"
+        f"and not worse than the usual AdamW setting on {level:.0f}"
+    )
+    figure = page(1.6 + 0.42 * len(found), headline)
+    panel = figure.add_subplot()
+    marks = iter(("v", "^", "D"))
+    for method, title in shown.items():
+        if method in TUNED:
+            continue
+        role = ROLES.get(method) or OTHER._replace(marker=next(marks))
+        ratios = [min(mean(losses[method]) / best_tuned(losses), FARTHEST) for losses in found.values()]
+        places = [place + 0.12 * (list(shown).index(method) - 2) for place in range(len(found))]
+        panel.plot(ratios, places, **role.points(label=title.strip("`"), zorder=3))
+    panel.axvline(1.0, **BOUND.line(linewidth=1.0, label="best tuned rate"))
+    name_rows(panel, [f"{name}, {WORKLOADS[name].optimizer}" for name in found])
+    panel.set(
+        xscale="log", xlabel=f"test loss over that of the best tuned rate (mean of the seeds; {FARTHEST:g}: or more)"
+    )
+    panel.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+    panel.minorticks_off()
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def main(argv: list[str] | None = None) -> Figures:
+    """Runs the comparison; returns what the last line says."""
+    parser = make_parser(__doc__, seeds=[3, 4, 5, 6, 7])
+    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    args = parser.parse_args(argv)
+    start(ignore=["`torch.jit.script", "Detected call of `lr_scheduler", "Seems like `optimizer.step"])
+    present = [name for name in UNTUNED if name not in PACKAGES or importlib.util.find_spec(PACKAGES[name])]
+    results: Results = {"held_out": {}, "test": {}, "reached": {}}
+    return conclude(
+        NAME, run(args.workloads, args.seeds, results, present), args, summary=summary, table=table, draw=draw
+    )
+
+
+if __name__ == "__main__":
+    main()
