@@ -21,6 +21,7 @@ _FIRST = 3  # looks before the rate grows; a window of them after it has fallen
 # On noisy data the gain of a settled rate is zero, and it should not be lowered by chance in a long run.
 _ERRORS = 3.0, 4.0
 _GROWTH = 1.08  # per step; slow enough for the curvature to follow, which takes some ten steps, also with momentum 0.9
+_FASTEST = 2.0  # growth per step in runs of a few steps, which are too short to climb
 _LONGEST = 100  # steps of the climb where the length of the run is unknown: 2,000-fold
 _SHRINKAGE = 0.6
 
@@ -135,7 +136,7 @@ class AveragedRule(Rule):
     def plan(self, total_steps: int) -> None:
         """Sets the growth per step; the climb may last until the final decay."""
         self._longest = total_steps
-        self._growth = max(_GROWTH, _REACH ** (1.0 / (_CLIMB * total_steps)))
+        self._growth = min(max(_GROWTH, _REACH ** (1.0 / (_CLIMB * total_steps))), _FASTEST)
 
     def observe(self, parabola: Parabola, *, decay: float = 1.0, steps: int = 1, first_rate: float = math.inf) -> bool:
         """Updates the rate with a look; returns whether it was used."""

@@ -34,6 +34,9 @@ def test_the_climb_of_a_short_run_takes_a_fifth_of_it():
     rule.plan(100)
     assert feed(rule, lambda _: 2.0, -4.0, 22) == pytest.approx(0.0015 * 333.0)
     rule = AveragedRule()
+    rule.plan(4)  # as in a fast_dev_run
+    assert feed(rule, lambda _: 2.0, -4.0, 4) == pytest.approx(0.0015 * 2.0**2)
+    rule = AveragedRule()
     rule.plan(10_000)
     assert feed(rule, lambda _: 2.0, -4.0, 22) == pytest.approx(0.0015 * 1.08**20)
 
