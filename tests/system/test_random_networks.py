@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import lightning as L
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
@@ -157,6 +157,8 @@ def check_refusal(error: Exception, allowed: bool) -> str:
 def check_run(description: Description, callback: L.Callback, check: Callable[[Run, set[str]], str]) -> str:
     """Returns "right" or "refused"; raises AssertionError if a callback is wrong, or disturbs training."""
     plain, run = run_of(description, None), run_of(description, callback)
+    # processors without AVX-512 have no LSTM in bfloat16, with this package or without it
+    assume("could not create a primitive descriptor" not in str(plain.error))
     assert plain.error is None, plain.error
     if run.error is not None:
         return check_refusal(run.error, description.may_be_refused)
