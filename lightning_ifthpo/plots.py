@@ -22,6 +22,7 @@ _MEAN = re.compile(r"hyperparameter/[^/]+/mean")
 _POSITIVE, _NEGATIVE, _TINY = "#0072B2", "#D55E00", "#767676"
 _LINES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("lambda_max", "λ_max", {"color": _POSITIVE}),
+    ("critical", "critical sharpness", {"color": _POSITIVE}),
     ("lambda_min", "λ_min", {"color": _NEGATIVE, "linestyle": ":"}),
     ("edge", "stability edge", {"color": "black", "linestyle": "--", "linewidth": 1}),
 )
@@ -71,7 +72,9 @@ def plot_spectral_density(density: SpectralDensity, *, bins_per_decade: int = 6)
 def plot_sharpness(
     metrics_csv: str | Path, axes: Axes | None = None, *, name: str = "sharpness", log: bool = False
 ) -> Axes:
-    """Draws λ_max, λ_min and the stability edge over a run; `axes.figure.savefig(path)` saves it.
+    """Draws λ_max and λ_min, or the critical sharpness, and the stability edge over a run.
+
+    `axes.figure.savefig(path)` saves it.
 
     Args:
         metrics_csv: The metrics.csv that a `CSVLogger` wrote in a run with a `SharpnessMonitor`.
@@ -82,11 +85,11 @@ def plot_sharpness(
     Raises:
         ValueError: If the file has no such measurements.
     """
-    rows = [row for row in _rows(metrics_csv) if row.get(f"{name}/lambda_max")]
+    rows = [row for row in _rows(metrics_csv) if row.get(f"{name}/lambda_max") or row.get(f"{name}/critical")]
     if not rows:
         raise ValueError(
-            f"{metrics_csv} has no values of {name}/lambda_max; train with SharpnessMonitor and CSVLogger, and pass "
-            "the name of the monitor if it has one"
+            f"{metrics_csv} has no values of {name}/lambda_max or {name}/critical; train with SharpnessMonitor and "
+            "CSVLogger, and pass the name of the monitor if it has one"
         )
     if axes is None:
         axes = Figure(figsize=(6.4, 3.6), layout="constrained").add_subplot()
@@ -95,7 +98,7 @@ def plot_sharpness(
         if values:
             axes.plot(*zip(*values, strict=True), label=label, **style)
     if log:
-        largest = max(float(row[f"{name}/lambda_max"]) for row in rows)
+        largest = max(float(row.get(f"{name}/lambda_max") or row[f"{name}/critical"]) for row in rows)
         axes.set_yscale("symlog", linthresh=(abs(largest) or 1.0) / 100)
     axes.set(xlabel="step", ylabel="curvature")
     axes.legend(fontsize=8)

@@ -147,7 +147,7 @@ def test_what_is_supported_is_what_is_tested():
 WITHOUT_EXAMPLE = {
     *("Curvature", "CurvatureOperator", "LossOperator", "LinearSystem", "Solver", "SolveResult", "Status"),
     *("Hypergradient", "HypergradientMismatchError", "Influence"),
-    *("Eigenpair", "ExtremeEigenvalues", "SpectralDensity", "TraceEstimate"),
+    *("CriticalStep", "Eigenpair", "ExtremeEigenvalues", "SpectralDensity", "TraceEstimate"),
 }
 PUBLIC = {
     name: getattr(module, name)

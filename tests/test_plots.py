@@ -66,6 +66,15 @@ def test_the_run_is_drawn_from_the_log(tmp_path):
     assert plot_sharpness(tmp_path / "metrics.csv", axes) is axes
 
 
+def test_critical_sharpness_is_drawn_with_its_edge(tmp_path):
+    rows = [{"step": step, "sharpness/critical": 1.0 + step, "sharpness/edge": 20.0} for step in (0, 10)]
+    write(tmp_path / "metrics.csv", rows)
+    axes = plot_sharpness(tmp_path / "metrics.csv", log=True)
+    lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert lines == {"critical sharpness": [1.0, 11.0], "stability edge": [20.0, 20.0]}
+    assert axes.get_yscale() == "symlog"
+
+
 def test_a_run_without_a_known_edge_has_no_line_for_it(tmp_path):
     write(tmp_path / "metrics.csv", [{"step": 0, "sharpness/lambda_max": 1.0, "sharpness/lambda_min": -1.0}])
     assert len(plot_sharpness(tmp_path / "metrics.csv").lines) == 2

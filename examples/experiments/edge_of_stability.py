@@ -3,7 +3,8 @@
 A small network learns a thousand handwritten digits by full-batch gradient descent, then by Adam. `SharpnessMonitor`
 logs the largest eigenvalue of the Hessian, in the metric of the optimizer, and the value at which that optimizer
 becomes unstable: 2/η for gradient descent, 38/η for Adam with β₁ = 0.9. Their ratio rises to one and stays there (Cohen
-et al. 2021, "Gradient descent on neural networks typically occurs at the edge of stability"; 2022 for Adam).
+et al. 2021, "Gradient descent on neural networks typically occurs at the edge of stability"; 2022 for Adam). A second
+monitor measures the same ratio by four forward passes, along the step that the optimizer has made.
 
     python -m examples.experiments.edge_of_stability            # twenty seconds on two cores
 """
@@ -73,8 +74,11 @@ def train(name: str, steps: int, folder: Path) -> Path:
     images, labels = (part[:IMAGES] for part in digits_8x8())
     torch.manual_seed(0)
     logger = CSVLogger(folder, name=name)
-    monitor = SharpnessMonitor(every_n_batches=EVERY, max_overhead=None)
-    trainer = quiet_trainer([monitor], logger=logger, log_every_n_steps=EVERY)
+    monitors = [
+        SharpnessMonitor(every_n_batches=EVERY, max_overhead=None),
+        SharpnessMonitor(every_n_batches=EVERY, max_overhead=None, method="critical", name="critical"),
+    ]
+    trainer = quiet_trainer(monitors, logger=logger, log_every_n_steps=EVERY)
     trainer.fit(Classifier(optimizer, lr), full_batches((images - images.mean(0), labels), steps))
     return Path(logger.log_dir) / "metrics.csv"
 
@@ -91,11 +95,17 @@ def run(fraction: float, folder: Path) -> tuple[Results, dict[str, Path]]:
     logs = {}
     for name, (_, _, _, steps) in OPTIMIZERS.items():
         logs[name] = log = train(name, max(round(steps * fraction), 4 * EVERY), folder)
-        ratios = column(log, "sharpness/edge_ratio")
-        settled = ratios[-len(ratios) // 4 :]
-        products = median(column(log, "sharpness/products"))
-        results[name] = {"mean": fmean(settled), "least": min(settled), "most": max(settled), "products": products}
+        results[name] = last_quarter(log, "sharpness") | {"products": median(column(log, "sharpness/products"))}
+        passes = median(column(log, "critical/evaluations"))
+        results[name]["critical"] = last_quarter(log, "critical") | {"passes": passes}
     return results, logs
+
+
+def last_quarter(log: Path, monitor: str) -> Results:
+    """Returns mean and extremes of a monitor's ratio to the edge."""
+    ratios = column(log, f"{monitor}/edge_ratio")
+    settled = ratios[-len(ratios) // 4 :]
+    return {"mean": fmean(settled), "least": min(settled), "most": max(settled)}
 
 
 def draw(logs: dict[str, Path], results: Results) -> Figure:
@@ -112,17 +122,22 @@ def draw(logs: dict[str, Path], results: Results) -> Figure:
 
 def summary(results: Results) -> dict[str, float]:
     """Returns the mean ratios."""
-    return {name: results[name]["mean"] for name in OPTIMIZERS}
+    return {name: results[name]["mean"] for name in OPTIMIZERS} | {
+        f"{name}, critical": results[name]["critical"]["mean"] for name in OPTIMIZERS
+    }
 
 
 def table(results: Results) -> str:
     """Returns the ratios and the cost of a measurement."""
     rows = []
     for name, (title, _, lr, steps) in OPTIMIZERS.items():
-        ratio = results[name]
-        span = f"{ratio['mean']:.3f} ({ratio['least']:.3f} to {ratio['most']:.3f})"
-        rows.append([title, f"{lr:g}", f"{steps:,}", span, f"{ratio['products']:.0f}"])
-    return markdown(["", "η", "steps", "λ_max over the edge, last quarter", "products per measurement"], rows)
+        ratio, critical = results[name], results[name]["critical"]
+        spans = [f"{found['mean']:.3f} ({found['least']:.3f} to {found['most']:.3f})" for found in (ratio, critical)]
+        costs = [f"{ratio['products']:.0f}", f"{critical['passes']:.0f}"]
+        rows.append([title, f"{lr:g}", f"{steps:,}", spans[0], costs[0], spans[1], costs[1]])
+    by_products = ["λ_max over the edge, last quarter", "products per measurement"]
+    by_passes = ["step over the critical step, last quarter", "forward passes"]
+    return markdown(["", "η", "steps", *by_products, *by_passes], rows)
 
 
 def main(argv: list[str] | None = None) -> Figures:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
+from lightning_ifthpo.callbacks.critical import CriticalSharpness
 from lightning_ifthpo.callbacks.measurement import spectrum_metrics, trace_metrics
 from lightning_ifthpo.callbacks.periodic import PeriodicCallback
 from lightning_ifthpo.core.loss import NoLossError
@@ -17,16 +19,17 @@ from lightning_ifthpo.core.validation import require_choice, require_flag
 from lightning_ifthpo.curvature import CurvatureOperator
 from lightning_ifthpo.curvature.kinds import LossCurvature, curvature_operator
 from lightning_ifthpo.optimizers import StabilityEdge, has_edge
-from lightning_ifthpo.runtime.batches import prepared
+from lightning_ifthpo.runtime.batches import copied, prepared
 from lightning_ifthpo.runtime.distributed import Ranks
 from lightning_ifthpo.runtime.fixed_batches import FixedBatches
 from lightning_ifthpo.runtime.loggers import log_figure, takes_figures
 from lightning_ifthpo.runtime.losses import ModuleLosses, trainable
-from lightning_ifthpo.runtime.requirements import check_observed, check_precision
+from lightning_ifthpo.runtime.requirements import check_bilevel, check_observed, check_precision
 from lightning_ifthpo.runtime.telling import rank_zero_warn
 from lightning_ifthpo.runtime.verification import trusted_operator
 from lightning_ifthpo.spectrum import SpectrumTracker, spectral_density
 from lightning_ifthpo.spectrum.tracking import Method
+from lightning_ifthpo.step_size.critical import CriticalTracker
 
 
 class SharpnessMonitor(PeriodicCallback):
@@ -42,17 +45,22 @@ class SharpnessMonitor(PeriodicCallback):
         every_n_batches: Training batches between two measurements, at least 1. The first measurement comes before the
             first validation and the end of the first epoch, where other callbacks may read it.
         method: "lanczos"; or "power_iteration", which needs more products, and the memory of four vectors instead of up
-            to max_iterations. Both start from their last result.
+            to max_iterations; or "critical", the sharpness along the step that the optimizer has just made, by four
+            to six forward passes on its batch. That needs no derivative and works for any optimizer, kernel and
+            precision; see `critical_step`. All start from their last result.
+        loss: "inner", what training minimizes; or with method="critical" "outer", the `outer_loss` of a
+            BilevelLightningModule on the examples of `dataloader`: whether steps of training are too long for it.
         top_k: Number of largest eigenvalues to log; a repeated one counts once.
         curvature: "hessian"; "gauss_newton", for losses that call `mark_outputs`; "finite_difference", for models
             without a second derivative.
         preconditioned: Measure P^½ H P^½ with the preconditioner P of the optimizer and the relative learning rates of
             its groups, on which stability depends. True raises if the optimizer is not known; None then measures H.
             False always measures H, which does not determine the stability of Adam.
-        max_iterations: Largest number of products for a measurement, or for each end with power iteration.
-        rtol: Residual to stop at, relative to max(|λ_max|, |λ_min|). Some eigenvalue lies within the residual of each
-            end, and others may lie beyond: λ_min below −rtol · λ_max proves negative curvature, but a positive λ_min
-            does not exclude it.
+        max_iterations: Largest number of products for a measurement, or for each end with power iteration, 30 by
+            default; of forward passes with method="critical", 6 by default.
+        rtol: Residual to stop at, relative to max(|λ_max|, |λ_min|), or relative error of the critical step. Some
+            eigenvalue lies within the residual of each end, and others may lie beyond: λ_min below −rtol · λ_max
+            proves negative curvature, but a positive λ_min does not exclude it.
         dataloader: Fixed examples to measure on instead of the last training batch. They are kept in memory, weighted
             by example, and split among processes. The loss has to be a mean over examples.
         spectral_density: Log a figure of the spectral density at the first measurement of each epoch, by 50 products
@@ -65,6 +73,12 @@ class SharpnessMonitor(PeriodicCallback):
     Logs `sharpness/lambda_max` (and `lambda_2` to `lambda_<top_k>`), `lambda_min`, `residual` (the largest
     residual bound over max(|λ_max|, |λ_min|)), `products`, `failures`; `edge`, the λ_max at which the optimizer
     becomes unstable, and `edge_ratio`, 1 at the edge, if the optimizer is known; `trace` and `trace_error`.
+
+    With method="critical" it logs instead `sharpness/critical`, 2 / (η · critical step) with the highest learning rate
+    η; `edge`, 2 / η; `edge_ratio`, one over the critical step, which is 1 where each step leads to the same loss on the
+    other side of a valley, and a bound if it is above 1,000 or below .001; `evaluations`, forward passes; `failures`;
+    and `alarms`. It measures the first step, too, and any step on whose batch the loss is twice as high as on one of
+    the last ten. If the ratio is above .95 there, training is about to diverge: an alarm, and the first is a warning.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -79,11 +93,12 @@ class SharpnessMonitor(PeriodicCallback):
         self,
         every_n_batches: int = 100,
         *,
-        method: Method = "lanczos",
+        method: Method | Literal["critical"] = "lanczos",
+        loss: Literal["inner", "outer"] = "inner",
         top_k: int = 1,
         curvature: LossCurvature = "hessian",
         preconditioned: bool | None = None,
-        max_iterations: int = 30,
+        max_iterations: int | None = None,
         rtol: float = 1e-2,
         dataloader: Iterable[Any] | None = None,
         spectral_density: bool = False,
@@ -92,6 +107,8 @@ class SharpnessMonitor(PeriodicCallback):
         name: str = "sharpness",
     ) -> None:
         super().__init__(every_n_batches, max_overhead=max_overhead)
+        require_choice("method", method, (*get_args(Method), "critical"))
+        require_choice("loss", loss, ("inner", "outer"))
         require_choice("curvature", curvature, get_args(LossCurvature))
         if preconditioned is not None:
             require_flag("preconditioned", preconditioned)
@@ -101,24 +118,43 @@ class SharpnessMonitor(PeriodicCallback):
             raise ValueError(f"expected name to be the prefix of all metrics, got {name!r}")
         if spectral_density and find_spec("matplotlib") is None:
             raise ModuleNotFoundError("spectral_density=True needs matplotlib: pip install 'lightning_ifthpo[plots]'")
+        if method == "critical" and (top_k != 1 or preconditioned is not None):
+            raise ValueError(
+                "method='critical' measures one number, along the step of the optimizer; leave out top_k and "
+                "preconditioned"
+            )
+        if loss == "outer" and (method != "critical" or dataloader is None or trace or spectral_density):
+            raise ValueError(
+                "loss='outer' needs method='critical' and dataloader=, the examples on which outer_loss is evaluated, "
+                "without trace and spectral_density"
+            )
         self.method = method
+        self.loss = loss
         self.top_k = top_k
         self.curvature = curvature
         self.preconditioned = preconditioned
-        self.max_iterations = max_iterations
+        self.max_iterations = (6 if method == "critical" else 30) if max_iterations is None else max_iterations
         self.rtol = rtol
         self.dataloader = dataloader
         self.spectral_density = spectral_density
         self.trace = trace
         self.name = name
-        self.headlines = {f"{name}/lambda_max": f"{name}/max"}
+        headline = "critical" if method == "critical" else "lambda_max"
+        self.headlines = {f"{name}/{headline}": f"{name}/max"}
         self._restart()
 
     def _restart(self) -> None:
         super()._restart()
         self.failures = 0
         self.unconverged = 0
-        self._tracker = SpectrumTracker(self.method, k=self.top_k, max_iterations=self.max_iterations, rtol=self.rtol)
+        self._tracker: SpectrumTracker | CriticalTracker
+        self._critical: CriticalSharpness | None = None
+        if self.method == "critical":
+            self._tracker = CriticalTracker(max_evaluations=self.max_iterations, rtol=self.rtol)
+            self._critical = CriticalSharpness(self._tracker, watches=self.loss == "inner")
+        else:
+            options: dict[str, Any] = {"max_iterations": self.max_iterations, "rtol": self.rtol}
+            self._tracker = SpectrumTracker(self.method, k=self.top_k, **options)
         self._examples: FixedBatches | None = None
         self._kind = self.curvature
         self._pictured_epoch = -1
@@ -137,6 +173,7 @@ class SharpnessMonitor(PeriodicCallback):
             "unconverged": self.unconverged,
             "cadence": self._cadence.state_dict(),
             "tracker": self._tracker.state_dict(),
+            "divergence": None if self._critical is None else self._critical.divergence.state_dict(),
             "pictured_epoch": self._pictured_epoch,
             "kind": self._kind,
         }
@@ -146,6 +183,8 @@ class SharpnessMonitor(PeriodicCallback):
         self.failures, self.unconverged = state_dict["failures"], state_dict["unconverged"]
         self._cadence.load_state_dict(state_dict["cadence"])
         self._tracker.load_state_dict(state_dict["tracker"])
+        if self._critical is not None:
+            self._critical.divergence.load_state_dict(state_dict["divergence"])
         self._pictured_epoch = state_dict["pictured_epoch"]
         self._kind = state_dict["kind"]
         self._metrics = state_dict["metrics"]
@@ -153,8 +192,11 @@ class SharpnessMonitor(PeriodicCallback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Makes all checks that need no batch, and loads the fixed examples."""
         check_observed(trainer, pl_module, self.top_k)
-        check_precision(trainer, self.curvature, "32")
-        self._check_optimizers(trainer)
+        if self.loss == "outer":
+            check_bilevel(pl_module, "SharpnessMonitor(loss='outer')")
+        if self._critical is None or self.trace or self.spectral_density:
+            check_precision(trainer, self.curvature, "32")
+            self._check_optimizers(trainer)
         self._ranks = Ranks(trainer)
         if self.dataloader is not None:
             self._examples = FixedBatches(self.dataloader, pl_module.device, self._ranks)
@@ -168,6 +210,23 @@ class SharpnessMonitor(PeriodicCallback):
         """Starts the clock of the budget."""
         self._cadence.begin(self._ranks.broadcast_bool)
         super().on_train_start(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keeps what a measurement after the step may need."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._critical is not None:
+            self._critical.begin_batch(trainer, pl_module, may_measure=self._batch is not None)
+            if self._batch is None and self._critical.watches:
+                self._batch = copied(batch)
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        """Measures after this batch if its loss has grown."""
+        if self._critical is not None and self._critical.watches and pl_module.automatic_optimization:
+            mean = float(self._ranks.all_reduce(loss.detach())) / self._ranks.count
+            if self._critical.is_suspicious(trainer, pl_module, mean):
+                self._cadence.demand()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Forgets the fixed examples and the model, because a callback outlives the fit."""
@@ -196,14 +255,34 @@ class SharpnessMonitor(PeriodicCallback):
         """Returns the metrics of all measurements that succeed."""
         metrics: dict[str, float] = {}
         with self._tolerating_failures():
-            with self._operator(trainer, module, batch) as (operator, edge):
-                ends = self._tracker.measure(operator)
-                metrics |= spectrum_metrics(ends, edge)  # fails at NaN, which more iterations do not mend
-                self.unconverged += not ends.converged
+            if isinstance(self._tracker, SpectrumTracker):
+                with self._operator(trainer, module, batch) as (operator, edge):
+                    ends = self._tracker.measure(operator)
+                    metrics |= spectrum_metrics(ends, edge)  # fails at NaN, which more iterations do not mend
+                    self.unconverged += not ends.converged
+            elif self._tracker.is_ready:
+                metrics |= self._critical_metrics(trainer, module, batch)
             if self.trace:
                 with self._operator(trainer, module, batch) as (operator, _):
                     metrics |= trace_metrics(operator)
         return {f"{self.name}/{key}": value for key, value in {**metrics, "failures": float(self.failures)}.items()}
+
+    def _critical_metrics(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
+        """Returns the metrics of the last step, and warns if training is about to diverge."""
+        assert self._critical is not None
+        make = self._losses.outer if self.loss == "outer" else self._losses.inner
+        with self._losses.session("three_point"):
+            if self._examples is None:
+                loss = make(batch)
+            else:
+                loss = self._examples.mean_loss(lambda part: make(prepared(trainer, module, part, seed=0)))
+            metrics, alarm = self._critical.measure(loss)
+        if alarm:
+            self._warn_once(
+                f"SharpnessMonitor, step {trainer.global_step}: training is about to diverge: {alarm}. Lower the "
+                "learning rate, or let ExactGeN choose it"
+            )
+        return metrics
 
     def _illustrate(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
         """Logs a figure of the spectral density, once an epoch."""

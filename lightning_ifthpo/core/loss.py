@@ -133,12 +133,13 @@ class Loss:
         return LossGraph(self.evaluate()[0], self)
 
     @contextmanager
-    def along(self, direction: Sequence[Tensor | None]) -> Iterator[Callable[[float], Tensor]]:
+    def along(self, direction: Sequence[Tensor | None], *, graph: bool = True) -> Iterator[Callable[[float], Tensor]]:
         """Gives a function of α that moves w to w + α · direction and returns this process's share · scale · L there.
 
         The direction is shaped like the parameters, with `None` for zeros. Take derivatives before the next call,
-        because activation checkpointing repeats the forward pass at the current weights. After the block w is restored
-        bit for bit, and the generators are unchanged. Cost: a copy of the parameters.
+        because activation checkpointing repeats the forward pass at the current weights; without a graph there are
+        none to take. After the block w is restored bit for bit, and the generators are unchanged. Cost: a copy of the
+        parameters.
         """
         self.fix_random_numbers()
         with self.space.restored() as originals:
@@ -150,7 +151,7 @@ class Loss:
                             torch.add(original, part, alpha=alpha, out=tensor)
                         else:
                             tensor.copy_(original)
-                return self.evaluate()[0]
+                return self.evaluate(graph=graph)[0]
 
             yield at
 

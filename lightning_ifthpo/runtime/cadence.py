@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from lightning_ifthpo.core.validation import is_number, require_at_least
 
+_FREE_DEMANDS = 8  # which need no budget
+
 
 class Cadence:
     """Decides after each training batch whether to fire.
@@ -46,6 +48,8 @@ class Cadence:
         self._batches = 0
         self._since_last = 0
         self._stepped = False
+        self._demands = 0
+        self._demanded = False
         self._last_cost = 0.0
         self.postponed = 0
         self.begin()
@@ -85,11 +89,17 @@ class Cadence:
         if self._batches > self._start_after:
             self._since_last += 1
         stepped, self._stepped = self._stepped, False
-        if not (stepped and (last_chance or self._since_last >= self._every)):
+        if not (stepped and (last_chance or self._demanded or self._since_last >= self._every)):
             return False
-        affordable = self._affordable()
-        self.postponed += not affordable
+        is_free, self._demanded = self._demanded and self._demands <= _FREE_DEMANDS, False
+        affordable = is_free or self._affordable()
+        self.postponed += not affordable and self._since_last >= self._every
         return affordable
+
+    def demand(self) -> None:
+        """Makes it due after the next optimizer step, the first few times whatever the budget."""
+        self._demands += not self._demanded
+        self._demanded = True
 
     def postpone(self) -> None:
         """Makes it due after the next batch, because it could not fire on this one."""
@@ -118,11 +128,11 @@ class Cadence:
 
     def state_dict(self) -> dict[str, int]:
         """Returns the counters, as plain numbers."""
-        return {"batches": self._batches, "since_last": self._since_last}
+        return {"batches": self._batches, "since_last": self._since_last, "demands": self._demands}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Restores the counters."""
-        self._batches, self._since_last = state["batches"], state["since_last"]
+        self._batches, self._since_last, self._demands = state["batches"], state["since_last"], state["demands"]
 
     def _affordable(self) -> bool:
         if self._max_overhead is None:

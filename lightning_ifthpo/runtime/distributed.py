@@ -74,10 +74,15 @@ class Ranks:
 
     def weighted_mean(self, operator: CurvatureOperator, weight: float) -> CurvatureOperator:
         """Returns the weighted mean of the processes' operators."""
-        if self.count == 1:
-            return operator
-        total = float(self.all_reduce(torch.tensor(float(weight), device=self._device)))
-        return DistributedOperator(operator, weight / total, self.all_reduce)
+        return operator if self.count == 1 else DistributedOperator(operator, self.fraction(weight), self.all_reduce)
+
+    def fraction(self, weight: float) -> float:
+        """Returns a weight over the sum of the processes' weights."""
+        return (
+            1.0
+            if self.count == 1
+            else weight / float(self.all_reduce(torch.tensor(float(weight), device=self._device)))
+        )
 
 
 def is_replicated(strategy: Any) -> bool:

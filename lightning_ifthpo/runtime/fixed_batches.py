@@ -7,8 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DistributedSampler
 
+from lightning_ifthpo.core.loss import Loss
 from lightning_ifthpo.core.random_state import Stream, derive_seed, isolated
 from lightning_ifthpo.curvature import AverageOperator, CurvatureOperator
 from lightning_ifthpo.runtime.batches import batch_size
@@ -49,6 +51,23 @@ class FixedBatches:
         """Returns the mean of the operators of all batches in all processes, weighted by example."""
         own = AverageOperator([partial(operator, batch) for batch in self._batches], self._sizes)
         return self._ranks.weighted_mean(own, self._weight)
+
+    def mean_loss(self, loss: Callable[[Any], Loss]) -> Loss:
+        """Returns the mean loss over the examples of all batches in all processes, for its values alone.
+
+        Args:
+            loss: Returns the loss of this process on a batch. It is called at each evaluation, so that one batch at a
+                time is in memory.
+        """
+
+        def own() -> Tensor:
+            parts = zip(self._batches, self._sizes, strict=True)
+            total: Any = sum(size * loss(batch).evaluate(graph=False)[0].detach() for batch, size in parts)
+            mean: Tensor = total / sum(self._sizes)
+            return mean
+
+        parameters = loss(self._batches[0]).parameters
+        return Loss(own, parameters, share=self._ranks.fraction(self._weight), all_reduce=self._ranks.sum_over_ranks)
 
 
 def _size(batch: Any) -> int:

@@ -14,6 +14,7 @@ from tests.helpers.trainers import OWN_METRICS, Classifier, quiet_trainer, train
 CALLBACKS = {
     "IFTHypergradient": lambda: IFTHypergradient(2, on_failure="use"),
     "SharpnessMonitor": lambda: SharpnessMonitor(2, max_iterations=6, max_overhead=None),
+    "critical": lambda: SharpnessMonitor(2, method="critical", max_overhead=None),
     "ExactGeN": lambda: ExactGeN(2),
 }
 # what may differ between a run and its twin: hyper steps of length zero change nothing, and ExactGeN makes the same of
@@ -21,6 +22,7 @@ CALLBACKS = {
 TWINS = {
     "IFTHypergradient": (lambda: Classifier(hyper_lr=0.0), lambda: Classifier(hyper_lr=0.0), False),
     "SharpnessMonitor": (Classifier, Classifier, False),
+    "critical": (Classifier, Classifier, False),
     "ExactGeN": (lambda: Classifier(lr=1e-3), lambda: Classifier(lr=0.3), True),
 }
 

@@ -506,6 +506,12 @@ WARNINGS = {
             "Read the error. `failures` in the log counts how often it happens.",
         ),
         Explanation(
+            "training is about to diverge",
+            "The step of the optimizer raises the loss that it should lower, and it is the first step, or the loss has "
+            "doubled within ten batches.",
+            "Lower the learning rate, or take `ExactGeN`. Later alarms are counted in `alarms` in the log.",
+        ),
+        Explanation(
             "number of failed measurements",
             "A notice at the end, with the count.",
             "The first failure was told in a warning.",

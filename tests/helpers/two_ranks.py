@@ -198,6 +198,15 @@ CASES = {
     "sharpness on distributed examples": Case(
         lambda rank: SharpnessMonitor(2, dataloader=distributed(3, rank), **EXACT)
     ),
+    "critical": Case(lambda rank: SharpnessMonitor(2, method="critical", max_overhead=1e6)),
+    "critical on fixed examples": Case(  # two batches for one process, and one for the other
+        lambda rank: SharpnessMonitor(2, method="critical", dataloader=part(3, EVEN, None)[:3], max_overhead=1e6)
+    ),
+    "critical, outer": Case(
+        lambda rank: SharpnessMonitor(
+            2, method="critical", loss="outer", dataloader=part(3, EVEN, None), max_overhead=1e6
+        )
+    ),
     "a density that nobody can show": Case(lambda rank: SharpnessMonitor(2, spectral_density=True, **EXACT)),
     **{
         f"gen, {curvature}": Case(lambda rank, curvature=curvature: ExactGeN(curvature=curvature))
@@ -211,6 +220,7 @@ CASES = {
     },
     "sharded, amortized": Case(lambda rank: hypergradient(EVEN, rank), sharded=True),
     "sharded, sharpness": Case(lambda rank: SharpnessMonitor(2, **EXACT), sharded=True),
+    "sharded, critical": Case(lambda rank: SharpnessMonitor(2, method="critical", max_overhead=1e6), sharded=True),
 }
 
 

@@ -171,6 +171,7 @@ OBSERVERS = {
     "hypergradient": lambda: IFTHypergradient(1, curvature="hessian", on_failure="use"),
     "differences": lambda: IFTHypergradient(2, curvature="finite_difference", on_failure="use"),
     "monitor": lambda: SharpnessMonitor(1, max_overhead=None, max_iterations=5),
+    "critical": lambda: SharpnessMonitor(1, method="critical", max_overhead=None),
 }
 
 

@@ -37,6 +37,13 @@ def sharpness(feature):
     assert leaves_no_trace(watched, run(feature, []))
 
 
+def critical(feature):
+    watched = run(feature, [SharpnessMonitor(2, method="critical", max_overhead=None)])
+    assert 0.0 < watched.own["sharpness/critical"] < math.inf
+    assert watched.own["sharpness/failures"] == 0.0
+    assert leaves_no_trace(watched, run(feature, []))
+
+
 def learning_rates(feature):
     """It does not matter what the optimizer was made with."""
     left, right = (run(feature, [ExactGeN(2)], lr=lr) for lr in (1e-3, 0.3))
@@ -48,7 +55,12 @@ def leaves_no_trace(left, right):
     return same(left.batches, right.batches) and same(left.logged, right.logged)
 
 
-COLUMNS = {"IFTHypergradient": hypergradients, "SharpnessMonitor": sharpness, "ExactGeN": learning_rates}
+COLUMNS = {
+    "IFTHypergradient": hypergradients,
+    "SharpnessMonitor": sharpness,
+    "SharpnessMonitor(method='critical')": critical,
+    "ExactGeN": learning_rates,
+}
 
 
 # what compilers say of Lightning's own `log`

@@ -66,6 +66,9 @@ def rate_too_high(facts: Facts) -> Finding | None:
         seen += f" and {last:.3g} in the last quarter of the run"
     if not math.isnan(ratio):
         seen += f". {_edge_words(ratio, highest)}"
+    counts = [facts.records[name].last for name in facts.records.names() if name.endswith("/alarms")]
+    if alarms := max(counts, default=0.0):
+        seen += f". SharpnessMonitor gave {alarms:.0f} {'alarm' if alarms == 1.0 else 'alarms'} of divergence"
     # of weights that have exploded the ratio says nothing
     factor = f" by a factor of {ratio:.2g} or more" if 1.0 < ratio < _ABSURD else ", by a factor of 10 to begin with"
     return Finding(
@@ -155,8 +158,14 @@ def _edge_words(ratio: float, highest: float) -> str:
 
 
 def _edge_ratio(facts: Facts) -> tuple[float, float]:
-    """Returns λ_max over the stability edge, its median in the second half of the run and its highest value, or NaN."""
+    """Returns λ_max over the stability edge, its median in the second half of the run and its highest value, or NaN.
+
+    Ratios along single steps, by the critical step, are left out: they scatter over orders of magnitude.
+    """
+    critical = {name.removesuffix("critical") for name in facts.records.names() if name.endswith("/critical")}
     for name in facts.records.names():
-        if name.endswith("/edge_ratio") and len(values := facts.records[name].part(0.5)) >= _FEW:
+        if not name.endswith("/edge_ratio") or name.removesuffix("edge_ratio") in critical:
+            continue
+        if len(values := facts.records[name].part(0.5)) >= _FEW:
             return median(values), facts.records[name].most
     return math.nan, math.nan

@@ -150,6 +150,11 @@ def _curvature(records: Records) -> Section:
         charts.append(_chart(f"λ_min of the training loss ({name})", [Line("λ_min", records[f"{name}/lambda_min"])]))
         ratio = [Line("λ_max over the edge", records[f"{name}/edge_ratio"])]
         charts.append(_chart(f"λ_max over the edge of stability ({name})", ratio, level=(1.0, "edge")))
+    for name in (name.removesuffix("/critical") for name in records.names() if name.endswith("/critical")):
+        lines = [Line("critical sharpness", records[f"{name}/critical"]), Line("edge", records[f"{name}/edge"])]
+        charts.append(_chart(f"Critical sharpness along the steps ({name})", lines))
+        ratio = [Line("step over the critical step", records[f"{name}/edge_ratio"])]
+        charts.append(_chart(f"Steps over the longest that do not raise the loss ({name})", ratio, level=(1.0, "edge")))
     return Section("curvature", "Curvature", [], charts)
 
 

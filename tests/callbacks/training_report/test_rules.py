@@ -84,6 +84,11 @@ CASES = {
         "learning rate too high",
         r"λ_max was up to 1.21 times the optimizer's edge .* and 0.2 times in the second half .* in a flatter region\.",
     ),
+    "diverged, with alarms": (
+        facts(THROWN_BACK, is_shuffled=True, records=records(sharpness__alarms=[1.0, 3.0])),
+        "learning rate too high",
+        r"SharpnessMonitor gave 3 alarms of divergence\.",
+    ),
     "lost after one batch": (facts(LOST, is_shuffled=True), "learning rate too high", "was 7.06 at most and 2.34 in"),
     "climbing from its lowest level": (facts(CLIMBING, is_shuffled=True), "learning rate too high", "1.9 in the last"),
     "spikes": (facts([2.0, *[300.0] * 20, *falling(200)]), "learning rate too high", "was 300 at most"),
@@ -171,6 +176,9 @@ HEALTHY_RUNS = {
     "negative": facts([-value for value in falling(200, 0.5, 2.0)]),
     "one bad batch": facts([*falling(100), 50.0, *falling(100, 0.5)]),
     "edge of stability": facts(records=records(sharpness__edge_ratio=[0.5, 1.0, 1.2, 1.1, 1.2])),
+    "steps beyond the critical one": facts(
+        [2.0] * 200, records=records(sharpness__edge_ratio=[30.0] * 9, sharpness__critical=[1.0] * 9)
+    ),
     "small steps that lower the loss": facts(records=records(update_ratio__median=[7e-6] * 5)),
     "a loss that stays, under long steps": facts([2.3] * 200, records=records(update_ratio__median=[1e-2] * 5)),
     "a short run": facts([2.3] * 40, records=records(update_ratio__median=[7e-6] * 5)),

@@ -20,6 +20,7 @@ QUICK = {
     "callback_overhead": ["--steps", "20", "--models", "perceptron"],
     "learning_rate_free": ["--optimizers", "SGD"],
     "learning_rates": ["--workloads", "wine", "--seeds", "3"],
+    "alarms": ["--workloads", "wine", "--seeds", "4"],
     "distill_dataset": ["--seeds", "0", "--steps", "500"],
     "inverse_hessian": ["--pooling", "14"],
     "learned_augmentation": ["--rows", "none", "displacement", "distribution", "--steps", "100"],
