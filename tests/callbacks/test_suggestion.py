@@ -273,11 +273,28 @@ def test_it_runs_with_the_options_of_the_trainer(options, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
-def test_clipping_bounds_the_update_that_is_read():
-    """An update a hundred times shorter has an edge a hundred times as high."""
-    free, clipped = (suggestion(Plain(), gradient_clip_val=clip) for clip in (None, 1e-3))
-    assert clipped.edge > 10 * free.edge
-    assert clipped.lr > 10 * free.lr
+def test_the_update_that_is_read_is_the_clipped_one():
+    """A gradient of length 1e-3 has an edge that is longer by the ratio of the lengths; within 10 %."""
+    module = FullBatch()
+    found = suggestion(module, steps=1, precision="64-true", limit_val_batches=0, gradient_clip_val=1e-3)
+    g, hessian = closed_form(module)
+    assert found.edge == pytest.approx(float(2 * g @ g / (g @ hessian @ g) * g.norm() / 1e-3), rel=0.1)
+
+
+class Bare(Plain):
+    train_dataloader = L.LightningModule.train_dataloader  # which there is none of
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no `validation_step`")
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [((shuffled,), {}), ((Data,), {}), ((), {"datamodule": Data}), ((), {"train_dataloaders": shuffled})],
+    ids=["a loader", "a data module", "a data module by name", "a loader by name"],
+)
+def test_data_is_given_as_to_fit(given, named):
+    given, named = [make() for make in given], {name: make() for name, make in named.items()}
+    found = ExactGeN.suggest(quiet_trainer(), Bare(), *given, **named, steps=1)
+    assert found.trial_steps == 1
 
 
 class Watching(Plain):
