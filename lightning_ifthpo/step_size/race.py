@@ -10,7 +10,11 @@ _FURTHER = 4  # trials beyond the first ones, at most, by factors of four each: 
 
 
 class RateTrial(NamedTuple):
-    """A rate, and the loss that a trial with it ended with; infinite if the trial diverged."""
+    """A rate, and the loss that a trial with it ended with; infinite if the trial diverged.
+
+    >>> min(RateTrial(0.1, 1.2), RateTrial(0.4, math.inf), key=lambda trial: trial.loss).lr
+    0.1
+    """
 
     lr: float
     loss: float
