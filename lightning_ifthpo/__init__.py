@@ -20,6 +20,7 @@ from lightning_ifthpo.hypergradients import (
     unrolled_hypergradient,
 )
 from lightning_ifthpo.module import BilevelLightningModule
+from lightning_ifthpo.step_size import RateSuggestion
 from lightning_ifthpo.wrong_labels import LabelIssues, label_issues, label_margins
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "LabelIssues",
     "LinearBestResponse",
     "Loss",
+    "RateSuggestion",
     "SharpnessMonitor",
     "TrainingReport",
     "check_hypergradient",

@@ -1,4 +1,4 @@
-"""Plots of curvature, hyperparameters and wrong labels; `pip install 'lightning_ifthpo[plots]'` for matplotlib."""
+"""Plots of curvature, rates, hyperparameters and labels; `pip install 'lightning_ifthpo[plots]'` for matplotlib."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from lightning_ifthpo.core.validation import require_at_least
 from lightning_ifthpo.spectrum import SpectralDensity
+from lightning_ifthpo.step_size import RateSuggestion
 from lightning_ifthpo.wrong_labels import LabelIssues
 
 _MEAN = re.compile(r"hyperparameter/[^/]+/mean")
@@ -131,6 +132,35 @@ def plot_hyperparameters(metrics_csv: str | Path, axes: Axes | None = None, *, l
         axes.fill_between(steps, lowest, highest, color=line.get_color(), alpha=0.2, linewidth=0)
         is_positive = is_positive and min(lowest) > 0.0
     axes.set(xlabel="step", ylabel="hyperparameter", yscale="log" if log and is_positive else "linear")
+    axes.legend(fontsize=8)
+    return axes
+
+
+def plot_rate_suggestion(suggestion: RateSuggestion, axes: Axes | None = None) -> Axes:
+    """Draws the loss that each learning rate of a race ended with, the suggested rate and the edge.
+
+    Trials that diverged are crosses at the top.
+
+    Args:
+        suggestion: Result of `ExactGeN.suggest`.
+        axes: Axes to draw on; a new figure if None.
+    """
+    if axes is None:
+        axes = Figure(figsize=(6.4, 3.6), layout="constrained").add_subplot()
+    finished = [trial for trial in suggestion.trials if math.isfinite(trial.loss)]
+    lost = [trial.lr for trial in suggestion.trials if not math.isfinite(trial.loss)]
+    best = min(finished, key=lambda trial: trial.loss)
+    axes.plot(*zip(*finished, strict=True), color=_POSITIVE, marker="o", label="trials")
+    axes.plot(
+        best.lr, best.loss, "o", color=_NEGATIVE, markersize=10, zorder=3, label=f"suggestion {suggestion.lr:.3g}"
+    )
+    if lost:
+        top = axes.get_xaxis_transform()  # the height of the panel is one
+        axes.plot(lost, [0.96] * len(lost), "x", color=_TINY, transform=top, label="diverged")
+    if math.isfinite(suggestion.edge):
+        axes.axvline(suggestion.edge, color="black", linestyle="--", linewidth=1, label=f"edge {suggestion.edge:.3g}")
+    steps = "one step" if suggestion.trial_steps == 1 else f"{suggestion.trial_steps} steps"
+    axes.set(xscale="log", xlabel="learning rate", ylabel=f"training loss after {steps}")
     axes.legend(fontsize=8)
     return axes
 

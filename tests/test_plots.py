@@ -1,14 +1,23 @@
 """What is in the pictures."""
 
 import csv
+import math
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from lightning_ifthpo import label_issues
 from lightning_ifthpo.curvature import MatrixOperator
-from lightning_ifthpo.plots import plot_hyperparameters, plot_label_issues, plot_sharpness, plot_spectral_density
+from lightning_ifthpo.plots import (
+    plot_hyperparameters,
+    plot_label_issues,
+    plot_rate_suggestion,
+    plot_sharpness,
+    plot_spectral_density,
+)
 from lightning_ifthpo.spectrum import SpectralDensity, spectral_density
+from lightning_ifthpo.step_size import RateSuggestion, RateTrial
 
 
 def test_the_density_shows_each_eigenvalue_and_its_sign():
@@ -150,3 +159,25 @@ def test_the_worst_images_are_shown_with_their_labels(shape, as_dataset):
 def test_a_picture_of_no_images_is_refused():
     with pytest.raises(ValueError, match="count to be an integer >= 1, got 0"):
         plot_label_issues(label_issues(torch.zeros(1, 2), torch.tensor([0])), torch.zeros(1, 2, 2), count=0)
+
+
+@pytest.mark.parametrize("edge", [0.5, math.inf])
+def test_a_suggestion_is_drawn_with_its_trials_and_its_edge(edge):
+    trials = (RateTrial(0.025, 1.3), RateTrial(0.1, 1.2), RateTrial(0.4, math.inf))
+    axes = plot_rate_suggestion(RateSuggestion(0.1, (0.1,), edge, trials, trial_steps=20, steps=64))
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines["trials"] == [[0.025, 1.3], [0.1, 1.2]]
+    assert lines["suggestion 0.1"] == [[0.1, 1.2]]
+    assert [x for x, _ in lines["diverged"]] == [0.4]
+    assert ("edge 0.5" in lines) == math.isfinite(edge)
+    assert (axes.get_xscale(), axes.get_xlabel(), axes.get_ylabel()) == (
+        "log",
+        "learning rate",
+        "training loss after 20 steps",
+    )
+
+
+def test_a_suggestion_is_drawn_on_given_axes():
+    axes = Figure().add_subplot()
+    assert plot_rate_suggestion(RateSuggestion(0.1, (0.1,), 0.5, (RateTrial(0.1, 1.2),), 1, 2), axes) is axes
+    assert axes.get_ylabel() == "training loss after one step"

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 
+from lightning_ifthpo.callbacks.suggestion import suggest_rate
 from lightning_ifthpo.core.loss import Loss, NoLossError
 from lightning_ifthpo.core.validation import require_at_least, require_choice
 from lightning_ifthpo.runtime.batches import copied
@@ -22,10 +22,10 @@ from lightning_ifthpo.runtime.loggers import log_metrics
 from lightning_ifthpo.runtime.losses import ModuleLosses
 from lightning_ifthpo.runtime.precision import has_half_weights
 from lightning_ifthpo.runtime.progress import Progress
-from lightning_ifthpo.runtime.requirements import check_precision, check_real_weights, check_strategy
+from lightning_ifthpo.runtime.requirements import check_precision, check_rate_is_free
 from lightning_ifthpo.runtime.telling import rank_zero_warn
 from lightning_ifthpo.runtime.verification import trusted_operator
-from lightning_ifthpo.step_size import ExactGeNLR
+from lightning_ifthpo.step_size import ExactGeNLR, RateSuggestion
 from lightning_ifthpo.step_size.options import DIRECTIONAL_CURVATURES, DirectionalCurvature, RateOptions
 
 
@@ -89,6 +89,49 @@ class ExactGeN(L.Callback):
         self.options = RateOptions(rule, probe, lr_min, lr_max, final_decay, per_group)
         self._restart()
 
+    @staticmethod
+    def suggest(
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        train_dataloaders: Any = None,
+        *,
+        datamodule: L.LightningDataModule | None = None,
+        steps: int | None = None,
+    ) -> RateSuggestion:
+        """Returns a learning rate for a decaying schedule, such as a cosine, that wins a race; call it before `fit`.
+
+        Four first updates are read off the optimizer. The slope and the curvature of the loss along them give the scale
+        of the rates. Then some seven rates, from four times slope / curvature to 1/64 of it and at most the edge of
+        `RateSuggestion`, are each held for a tenth of the run, from the same initial weights. The one with the lowest
+        training loss on the batches of the four updates wins. Where the lowest or the highest rate is the best, up to
+        four others are tried beyond it. A line at the end says what was found.
+
+        The fit after it is bit for bit what it is without. The module is copied, and the Trainer, its data and the
+        random state are put back, also after an error. Nothing is logged, no file is written, and no validation or test
+        data is read. The rates that the optimizer was made with count only in relation to each other, and a scheduler
+        does not act. Callbacks do not take part, so that weights that one freezes are trained. An iterator that cannot
+        start again loses the batches that the race reads.
+
+        Args:
+            trainer: A Trainer as for `fit`: with its precision, accumulation, clipping and devices.
+            module: The module, with one optimizer whose update is linear in its learning rate.
+            train_dataloaders: As for `fit`; also a data module.
+            datamodule: As for `fit`.
+            steps: Optimizer steps of each trial, at least 1; by default a tenth of those of the run.
+
+        Cost: seven tenths of a run, without validation; copies of the module, its optimizer's state and four batches.
+
+        Raises:
+            ValueError: If the rate cannot be chosen: for manual optimization, spawned processes, an optimizer whose
+                update is not linear in its rate, a run of unknown length without `steps`; all before the first batch.
+                Also if training diverges at every rate.
+            TypeError: If the module cannot be copied.
+            RuntimeError: If the fit ends before the race is over.
+
+        >>> trainer.fit(MyModule(lr=ExactGeN.suggest(trainer, MyModule()).lr))  # doctest: +SKIP
+        """
+        return suggest_rate(trainer, module, train_dataloaders, datamodule=datamodule, steps=steps)
+
     def _restart(self) -> None:
         self._scheduler: ExactGeNLR | None = None
         self._progress = Progress()
@@ -110,7 +153,7 @@ class ExactGeN(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Checks the optimizer and replaces its scheduler."""
-        _check(trainer, pl_module)
+        check_rate_is_free(trainer, pl_module)
         self._kind = _three_point_or_hessian(trainer, pl_module) if self.curvature == "auto" else self.curvature
         check_precision(trainer, self._kind)
         replaced = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
@@ -236,22 +279,3 @@ def _metrics(scheduler: ExactGeNLR) -> dict[str, float]:
             if parabola.optimal_step is not None:
                 metrics[f"gen/alpha{suffix}"] = parabola.optimal_step
     return metrics
-
-
-def _check(trainer: Any, module: L.LightningModule) -> None:
-    """Raises ValueError for a Trainer or a module that ExactGeN does not support."""
-    check_strategy(trainer, "ExactGeN")
-    if not module.automatic_optimization:
-        raise ValueError(
-            f"{type(module).__name__} optimizes manually, and ExactGeN needs the Trainer to make the steps; use "
-            "ExactGeNLR in training_step"
-        )
-    optimizers = [optimizer for optimizer in trainer.optimizers if optimizer.param_groups]
-    if len(optimizers) != 1:
-        raise ValueError(
-            f"ExactGeN chooses the rate of one optimizer, and there are {len(optimizers)}; return one from "
-            "configure_optimizers"
-        )
-    check_real_weights(module, module.parameters())
-    if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):
-        raise ValueError("StochasticWeightAveraging sets its own learning rates; use it or ExactGeN, not both")

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
@@ -101,6 +102,35 @@ def check_precision(trainer: L.Trainer, curvature: str, precision: CurvaturePrec
         raise ValueError(
             f"curvature={curvature!r} needs float32, and the Trainer's precision is {precision_of(trainer)!r}; use "
             "curvature='hessian', or a mixed precision with precision='32' in the callback"
+        )
+
+
+def check_rate_is_free(trainer: Any, module: L.LightningModule) -> None:
+    """Raises ValueError for a Trainer or a module whose learning rate ExactGeN cannot choose."""
+    check_strategy(trainer, "ExactGeN")
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"{type(module).__name__} optimizes manually, and ExactGeN needs the Trainer to make the steps; use "
+            "ExactGeNLR in training_step"
+        )
+    optimizers = [optimizer for optimizer in trainer.optimizers if optimizer.param_groups]
+    if len(optimizers) != 1:
+        raise ValueError(
+            f"ExactGeN chooses the rate of one optimizer, and there are {len(optimizers)}; return one from "
+            "configure_optimizers"
+        )
+    check_real_weights(module, module.parameters())
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):
+        raise ValueError("StochasticWeightAveraging sets its own learning rates; use it or ExactGeN, not both")
+
+
+def check_brings_back(trainer: L.Trainer, name: str) -> None:
+    """Raises ValueError if the Trainer trains in processes that take their results with them when they end."""
+    launcher = type(trainer.strategy.launcher)
+    if any(kind.__name__ == "_MultiProcessingLauncher" for kind in launcher.__mro__):  # by name, as in `is_replicated`
+        raise ValueError(
+            f"{name} cannot bring its result back from the processes that {type(trainer.strategy).__name__} spawns; "
+            "use strategy='ddp' in a script, or one device"
         )
 
 

@@ -352,7 +352,7 @@ def test_a_grown_loss_alone_is_no_alarm():
 
 
 def test_a_step_at_the_edge_alone_is_no_alarm():
-    """Gradient descent on one direction goes to and fro at its edge, and the loss stays."""
+    """Gradient descent on one direction goes back and forth at its edge, and the loss stays."""
 
     class Bouncing(Jumping):
         def __init__(self):

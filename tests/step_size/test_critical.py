@@ -115,7 +115,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "weight decay"])
 def test_at_the_edge_of_stability_it_is_one_for_any_optimizer(name):
-    """On a quadratic whose curvature is at the edge of `StabilityEdge`, weights go to and fro."""
+    """On a quadratic whose curvature is at the edge of `StabilityEdge`, weights go back and forth."""
     weight = torch.tensor([1e-3], dtype=torch.float64, requires_grad=True)
     optimizer = OPTIMIZERS[name]([weight])
     tracker, curvature, ratios = CriticalTracker(), 1.0, []
