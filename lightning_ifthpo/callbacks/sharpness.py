@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_ifthpo.callbacks.critical import CriticalSharpness
 from lightning_ifthpo.callbacks.measurement import spectrum_metrics, trace_metrics
@@ -76,9 +77,10 @@ class SharpnessMonitor(PeriodicCallback):
 
     With method="critical" it logs instead `sharpness/critical`, 2 / (η · critical step) with the highest learning rate
     η; `edge`, 2 / η; `edge_ratio`, one over the critical step, which is 1 where each step leads to the same loss on the
-    other side of a valley, and a bound if it is above 1,000 or below .001; `evaluations`, forward passes; `failures`;
-    and `alarms`. It measures the first step, too, and any step on whose batch the loss is twice as high as on one of
-    the last ten. If the ratio is above .95 there, training is about to diverge: an alarm, and the first is a warning.
+    other side of a valley, and a bound if all steps that were tried raise the loss, or none does, such as 1e4 or 1e-4;
+    `evaluations`, forward passes; `failures`; and `alarms`. It measures the first step, too, and steps on whose batch
+    the loss is twice its median at the last ten: the first eight of them at once, later ones within max_overhead. If
+    the ratio is above .95 there, training is about to diverge: an alarm, and the first is a warning.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -218,15 +220,32 @@ class SharpnessMonitor(PeriodicCallback):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._critical is not None:
             self._critical.begin_batch(trainer, pl_module, may_measure=self._batch is not None)
-            if self._batch is None and self._critical.watches:
+            if self._batch is None and self._watches(pl_module):
                 self._batch = copied(batch)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Measures after this batch if its loss has grown."""
-        if self._critical is not None and self._critical.watches and pl_module.automatic_optimization:
-            mean = float(self._ranks.all_reduce(loss.detach())) / self._ranks.count
-            if self._critical.is_suspicious(trainer, pl_module, mean):
-                self._cadence.demand()
+        """Takes note of the loss, without what the Trainer has multiplied it by."""
+        if self._critical is not None and self._watches(pl_module):
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            self._critical.take_loss(float(loss.detach()) * trainer.accumulate_grad_batches / scale)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Measures after this step if its loss has grown."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if self._critical is not None and self._critical.begin_step(trainer, pl_module, self._ranks):
+            self._cadence.demand()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measures if it is time to, and the weights before the step are known."""
+        if isinstance(self._tracker, CriticalTracker) and not self._tracker.is_ready:
+            self._batch = None
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _watches(self, module: L.LightningModule) -> bool:
+        return self._critical is not None and self._critical.watches and module.automatic_optimization
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Forgets the fixed examples and the model, because a callback outlives the fit."""
@@ -260,12 +279,15 @@ class SharpnessMonitor(PeriodicCallback):
                     ends = self._tracker.measure(operator)
                     metrics |= spectrum_metrics(ends, edge)  # fails at NaN, which more iterations do not mend
                     self.unconverged += not ends.converged
-            elif self._tracker.is_ready:
+            else:
                 metrics |= self._critical_metrics(trainer, module, batch)
             if self.trace:
                 with self._operator(trainer, module, batch) as (operator, _):
                     metrics |= trace_metrics(operator)
-        return {f"{self.name}/{key}": value for key, value in {**metrics, "failures": float(self.failures)}.items()}
+        metrics["failures"] = float(self.failures)
+        if self._critical is not None and self._watches(module):
+            metrics["alarms"] = float(self._critical.divergence.alarms)
+        return {f"{self.name}/{key}": value for key, value in metrics.items()}
 
     def _critical_metrics(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
         """Returns the metrics of the last step, and warns if training is about to diverge."""
@@ -277,8 +299,8 @@ class SharpnessMonitor(PeriodicCallback):
             else:
                 loss = self._examples.mean_loss(lambda part: make(prepared(trainer, module, part, seed=0)))
             metrics, alarm = self._critical.measure(loss)
-        if alarm:
-            self._warn_once(
+        if alarm and self._critical.divergence.alarms == 1:
+            rank_zero_warn(
                 f"SharpnessMonitor, step {trainer.global_step}: training is about to diverge: {alarm}. Lower the "
                 "learning rate, or let ExactGeN choose it"
             )
@@ -323,7 +345,9 @@ class SharpnessMonitor(PeriodicCallback):
 
     def _preview(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
         """Measures inside an accumulation window, because other callbacks need the metrics at once."""
-        return self._fire(trainer, module, batch)
+        if self._critical is None:
+            return self._fire(trainer, module, batch)
+        return {f"{self.name}/alarms": 0.0} if self._watches(module) else {}  # there is no step to measure
 
     def _is_last_chance(self, trainer: L.Trainer) -> bool:
         """Also true before the first validation and the end of the first epoch, where other callbacks read metrics."""

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_ifthpo.core.loss import NoLossError
@@ -32,6 +33,7 @@ from lightning_ifthpo.step_size.update import Update
 _LOOKS = 4  # first updates whose critical step is measured, each on another batch
 _PART = 10  # a trial takes this part of the run
 _FIRST_MOVE = 0.1  # of the length of the weights, by the step that a search for an edge begins with at a concave loss
+_SKIPS = 20  # first steps at most that a loss scaler may skip until it has found its scale
 _EDGE_RTOL = 0.1  # of an edge; several batches differ by more
 
 
@@ -58,7 +60,7 @@ def suggest_rate(
     if race.suggestion is None:
         raise RuntimeError(
             "the fit ended before the race of learning rates was over; call ExactGeN.suggest before trainer.fit, with "
-            "training data, and let no hook of the module stop the training"
+            "training data that can be read again, and let no hook of the module stop the training"
         )
     rank_zero_info(f"ExactGeN.suggest: {race.suggestion}")
     return race.suggestion
@@ -94,6 +96,8 @@ class _Race(L.Callback):
         self._reserved: list[Any] = []  # batches that trials are judged on
         self._race: RateRace | None = None
         self._left = 0  # steps of the present trial
+        self._skipped = 0  # first updates that changed nothing
+        self._batches = 0  # of the present epoch
         self._made = 0  # optimizer steps
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -101,6 +105,11 @@ class _Race(L.Callback):
         check_rate_is_free(trainer, pl_module)
         check_linear_in_lr(trainer.optimizers[0])
         own = set(map(id, pl_module.parameters()))
+        if any(map(is_lazy, pl_module.parameters())):
+            raise ValueError(
+                f"{type(pl_module).__name__} has layers without weights before the first forward pass; pass a batch "
+                "through it before ExactGeN.suggest"
+            )
         if any(id(weight) not in own for weight in _trainable(trainer.optimizers[0])):
             raise ValueError(
                 f"the optimizer holds weights that are not those of the copy of {type(pl_module).__name__} that "
@@ -122,6 +131,11 @@ class _Race(L.Callback):
         self._rates = GroupRates(trainer.optimizers[0], AveragedRule, per_group=False)
         self._made = trainer.global_step
 
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Ends the fit where the data have ended, which would begin one epoch without a batch after the other."""
+        trainer.should_stop |= not self._batches
+        self._batches = 0
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -131,6 +145,7 @@ class _Race(L.Callback):
             self._rates.write(self._rates.multipliers)
         elif self._race is None:
             self._race = RateRace(self._anchor(), highest=median(self._edges))
+            self._start.keep_scale()
             self._left = self._trial_steps
         if self._race is not None:
             rate = self._race.next_rate
@@ -141,15 +156,20 @@ class _Race(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Reads an update off a first step, and ends a trial after its last step."""
+        self._batches += 1
         if trainer.global_step == self._made:
             return  # gradients are accumulated
         self._made = trainer.global_step
         if self._race is None:
+            weights = _trainable(trainer.optimizers[0])
+            update = Update.undo_step(weights, self._start.copies_of(weights))
+            self._start.restore()
+            if self._skipped < _SKIPS and not any(bool(omega.any()) for omega in update.omega):
+                self._skipped += 1
+                return
             self._updates += 1
             self._reserved.append(self._batch)
-            weights = _trainable(trainer.optimizers[0])
-            self._look(Update.undo_step(weights, self._start.copies_of(weights)))
-            self._start.restore()
+            self._look(update)
             return
         self._left -= 1
         if not self._left:
@@ -214,13 +234,21 @@ class _Race(L.Callback):
 
 
 class _Start:
-    """Weights, buffers, the state of the optimizer and the loss scale at the beginning of each trial."""
+    """Weights, buffers and the state of the optimizer at the beginning of each trial, and the loss scale once known."""
 
     def __init__(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._optimizer, self._precision = trainer.optimizers[0], trainer.precision_plugin
         self._tensors = [*module.parameters(), *module.buffers()]
+        self._buffers = [
+            (submodule, name, buffer)
+            for submodule in module.modules()
+            for name, buffer in submodule.named_buffers(recurse=False)
+        ]
         self._copies = {id(tensor): tensor.detach().clone() for tensor in self._tensors}
         self._state = copy.deepcopy(self._optimizer.state_dict())
+        self._scaler: dict[str, Any] | None = None
+
+    def keep_scale(self) -> None:
         self._scaler = copy.deepcopy(self._precision.state_dict())
 
     def copies_of(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -228,10 +256,13 @@ class _Start:
 
     @torch.no_grad()
     def restore(self) -> None:
+        for submodule, name, buffer in self._buffers:
+            setattr(submodule, name, buffer)  # it may have been replaced by another tensor
         for tensor in self._tensors:
             tensor.copy_(self._copies[id(tensor)])
         self._optimizer.load_state_dict(copy.deepcopy(self._state))
-        self._precision.load_state_dict(copy.deepcopy(self._scaler))
+        if self._scaler is not None:
+            self._precision.load_state_dict(copy.deepcopy(self._scaler))
 
 
 def _trainable(optimizer: Optimizer) -> list[Tensor]:

@@ -132,7 +132,7 @@ class Cadence:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Restores the counters."""
-        self._batches, self._since_last, self._demands = state["batches"], state["since_last"], state["demands"]
+        self._batches, self._since_last, self._demands = state["batches"], state["since_last"], state.get("demands", 0)
 
     def _affordable(self) -> bool:
         if self._max_overhead is None:

@@ -16,6 +16,7 @@ from lightning_ifthpo.core.validation import is_ascending, require_at_least
 
 _STRETCH = 2.0  # factor between the first two steps that are tried
 _REACH = 16.0  # factor to a longer or a shorter step where no line shows how far to go
+_FAR = 1e3  # factor from one beyond which a result is no guess for the next step
 _TRUST = 1e4  # largest factor to a longer or a shorter step to which a line is followed
 
 
@@ -148,10 +149,10 @@ class CriticalTracker:
 
         It needs three copies of the parameters, and no graph. The parameters are restored bit for bit.
         """
-        pairs = zip(self._before, loss.parameters, strict=True)
-        back, self._before = [before.sub_(weight.detach()) for before, weight in pairs], []
-        if not any(bool(part.any()) for part in back):
+        pairs = list(zip(self._before, loss.parameters, strict=True))
+        if all(torch.equal(before, weight) for before, weight in pairs):
             return None
+        back, self._before = [before.sub_(weight.detach()) for before, weight in pairs], []
         roughest = max((weight.dtype for weight in loss.parameters), key=lambda dtype: torch.finfo(dtype).eps)
         with loss.along(back, graph=False) as at:
             found = critical_step(
@@ -162,7 +163,8 @@ class CriticalTracker:
                 dtype=roughest,
             )
         self.measurements += 1
-        self._guess = 1.0 if found.is_bound else found.step
+        is_far = not 1.0 / _FAR < found.step < _FAR
+        self._guess = 1.0 if found.is_bound or is_far else found.step
         return found
 
     def state_dict(self) -> dict[str, Any]:

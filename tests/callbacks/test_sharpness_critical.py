@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -316,6 +316,84 @@ def alarms(module, monitor, epochs):
         quiet_trainer(callbacks=[monitor, Watch()], max_epochs=epochs).fit(module)
     told = [str(warning.message) for warning in caught if "diverge" in str(warning.message)]
     return counts, told, losses
+
+
+class Micro(Plain):
+    """Four batches of eight in an epoch, and a validation."""
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def train_dataloader(self):
+        return loader(32, batch_size=8)
+
+
+def test_the_first_step_is_measured_under_accumulation_and_early_stopping_finds_its_metric():
+
+    steps = Steps()
+    stop = EarlyStopping("sharpness/alarms", mode="max", stopping_threshold=0.5, patience=10**9)
+    monitor = SharpnessMonitor(method="critical", rtol=1e-6, max_iterations=30)
+    options = {"accumulate_grad_batches": 4, "precision": "64-true", "val_check_interval": 2}
+    trainer = quiet_trainer(callbacks=[monitor, steps, stop], max_epochs=2, **options)
+    trainer.fit(Micro(), val_dataloaders=loader(8))
+    assert steps.logged[3]["sharpness/edge_ratio"] == pytest.approx(steps.ratios[3], rel=1e-4)
+    assert trainer.global_step == 2
+
+
+def test_a_warm_up_from_zero_has_the_metric_too():
+    class WarmUp(Plain):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    metrics, _ = fit(WarmUp(), critical(every_n_batches=100), max_epochs=1)
+    assert metrics["sharpness/alarms"] == metrics["sharpness/edge_ratio"] == 0.0
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_loss_is_watched_in_its_own_unit(accumulate):
+    """Not as Lightning divides it by the number of batches in a step."""
+    monitor = critical()
+    trainer = quiet_trainer(callbacks=[monitor], max_epochs=1, accumulate_grad_batches=accumulate)
+    module = Micro(lr=0.0)
+    trainer.fit(module, val_dataloaders=loader(8))
+    (losses,) = [monitor.state_dict()["divergence"]["losses"]]
+    batches = [F.cross_entropy(module.net(x), y).item() for x, y in module.train_dataloader()]
+    assert len(losses) == 4 // accumulate
+    assert sum(losses) / len(losses) == pytest.approx(sum(batches) / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_noise_of_small_batches_is_no_alarm(batch_size):
+    """Momentum raises the loss of outliers, and a healthy run has many of them."""
+
+    class Noisy(Plain):
+        def __init__(self):
+            super().__init__(torch.optim.AdamW, lr=1e-3)
+            self.net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
+
+        def training_step(self, batch, batch_idx):
+            return (self.net(batch[0]).squeeze(1) - batch[1]).square().mean()
+
+        def train_dataloader(self):
+            x = torch.randn(512, 8, generator=torch.Generator().manual_seed(0))
+            noise = torch.randn(512, generator=torch.Generator().manual_seed(1))
+            return DataLoader(TensorDataset(x, x[:, 0] + noise), batch_size)
+
+    torch.manual_seed(0)
+    metrics, _ = fit(Noisy(), critical(every_n_batches=1000), max_epochs=2)
+    assert metrics["sharpness/alarms"] == 0.0
+
+
+def test_a_lazy_layer_is_measured_once_it_has_weights():
+    class Lazy(Plain):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.LazyLinear(5), nn.Tanh(), nn.Linear(5, 3))
+
+    metrics, _ = fit(Lazy(), critical())
+    assert metrics["sharpness/edge_ratio"] > 0.0
 
 
 def test_the_first_step_is_measured_and_one_that_is_too_long_alarms():

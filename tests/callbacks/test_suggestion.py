@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -484,3 +485,68 @@ def test_an_optimizer_of_other_weights_than_those_of_the_copy_is_refused():
     with pytest.raises(ValueError, match=r"not those of the copy of Plain .* make it in configure_optimizers"):
         suggestion(module)
     assert same(module.state_dict(), before)
+
+
+class Lazy(Plain):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.LazyLinear(3)
+
+
+def test_layers_without_weights_are_refused():
+    with pytest.raises(ValueError, match=r"Lazy has layers without weights .* pass a batch through it before"):
+        ExactGeN.suggest(quiet_trainer(max_epochs=4), Lazy(), loader())
+
+
+def test_data_that_end_end_the_race_and_it_says_so():
+    """An iterator gives its batches once, and Lightning would begin one empty epoch after the other."""
+    batches = iter(list(loader(40, batch_size=4)))
+    with pytest.raises(RuntimeError, match="training data that can be read again"):
+        ExactGeN.suggest(quiet_trainer(max_steps=100), Plain(), batches)
+
+
+class Counting(Plain):
+    """Replaces a buffer by another tensor at each step, as moving averages do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.seen = SEEN
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(float(self.count))
+        self.count = self.count + 1
+        return super().training_step(batch, batch_idx)
+
+
+class Shared(list):
+    """A list that copies of a module share."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+SEEN = Shared()
+
+
+def test_each_trial_begins_with_the_same_buffers():
+    SEEN.clear()
+    suggestion = ExactGeN.suggest(quiet_trainer(max_epochs=4), Counting(), loader(40, batch_size=4), steps=3)
+    steps = [value for value in SEEN if value in (0.0, 1.0, 2.0)]
+    assert max(SEEN) <= 3.0  # of the batches that trials are judged on
+    assert steps.count(0.0) >= len(suggestion.trials)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the scaler is one of the CPU")
+def test_a_loss_scale_that_is_too_high_at_first_is_found():
+
+    class Large(Plain):
+        def training_step(self, batch, batch_idx):
+            return 1e3 * super().training_step(batch, batch_idx)
+
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**16))
+    suggestion = ExactGeN.suggest(
+        quiet_trainer(max_epochs=4, plugins=[plugin]), Large(), loader(40, batch_size=4), steps=3
+    )
+    assert suggestion.lr > 0.0
+    assert plugin.scaler.get_scale() == 2.0**16

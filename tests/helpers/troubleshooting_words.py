@@ -539,6 +539,11 @@ WARNINGS = {
     ),
     "ExactGeN": (
         Explanation(
+            "ExactGeN.suggest: ",
+            "A notice: the rate that won the race, how many were tried, and the edge above which none was.",
+            "Nothing is wrong, unless it says that the lowest or the highest rate is the best, or that many diverged.",
+        ),
+        Explanation(
             "configure no scheduler",
             "ExactGeN chooses the rate, so that your scheduler has no effect in this fit.",
             "Remove the scheduler, or the callback.",
