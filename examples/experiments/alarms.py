@@ -44,7 +44,9 @@ class Course(Callback):
     """Notes at which batch a run has diverged, where it ends, and after which batch there was an alarm."""
 
     def __init__(self) -> None:
-        self.first = self.alarm = self.divergence = None
+        self.first: float | None = None
+        self.alarm: int | None = None
+        self.divergence: int | None = None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Notes both."""
