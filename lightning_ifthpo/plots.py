@@ -149,11 +149,10 @@ def plot_rate_suggestion(suggestion: RateSuggestion, axes: Axes | None = None) -
         axes = Figure(figsize=(6.4, 3.6), layout="constrained").add_subplot()
     finished = [trial for trial in suggestion.trials if math.isfinite(trial.loss)]
     lost = [trial.lr for trial in suggestion.trials if not math.isfinite(trial.loss)]
-    best = min(finished, key=lambda trial: trial.loss)
     axes.plot(*zip(*finished, strict=True), color=_POSITIVE, marker="o", label="trials")
-    axes.plot(
-        best.lr, best.loss, "o", color=_NEGATIVE, markersize=10, zorder=3, label=f"suggestion {suggestion.lr:.3g}"
-    )
+    label = f"suggestion {suggestion.lr:.3g}"
+    lowest = dict(finished)[suggestion.lr]
+    axes.plot(suggestion.lr, lowest, "o", color=_NEGATIVE, markersize=10, zorder=3, label=label)
     if lost:
         top = axes.get_xaxis_transform()  # the height of the panel is one
         axes.plot(lost, [0.96] * len(lost), "x", color=_TINY, transform=top, label="diverged")

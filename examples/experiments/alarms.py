@@ -24,13 +24,12 @@ from examples.experiments.common import (
     conclude,
     make_parser,
     markdown,
-    mean,
     quiet_trainer,
     random_batches,
     read,
     start,
 )
-from examples.experiments.learning_rates import Trained, own_optimizer
+from examples.experiments.learning_rates import Trained, best_rate, own_optimizer
 from examples.experiments.problems.learning_rates import WORKLOADS
 from lightning_ifthpo import SharpnessMonitor
 
@@ -59,12 +58,6 @@ class Course(Callback):
             self.alarm = batch_idx
 
 
-def best_rate(workload: str) -> float:
-    """Returns the constant rate with the lowest held-out loss in the experiment `learning_rates`."""
-    grid = read("learning_rates")["held_out"][workload]["constant"]
-    return float(min(grid, key=lambda rate: mean(grid[rate])))
-
-
 def train(name: str, rate: float, seed: int) -> list[int | None]:
     """Returns after which batch there was an alarm, and at which the run had diverged."""
     workload = WORKLOADS[name]
@@ -80,7 +73,8 @@ def run(workloads: list[str], seeds: list[int]) -> Results:
     """Trains all workloads with all rates."""
     runs: Results = {}
     for name in workloads:
-        rates = {f"{factor:g}": factor * best_rate(name) for factor in (*GOOD, *RAISED)}
+        best = best_rate(read("learning_rates")["held_out"][name]["constant"])
+        rates = {f"{factor:g}": factor * best for factor in (*GOOD, *RAISED)}
         runs[name] = {factor: {str(seed): train(name, rate, seed) for seed in seeds} for factor, rate in rates.items()}
         print(f"{name}: {row({name: runs[name]})}", flush=True)
     return {"runs": runs}

@@ -204,16 +204,12 @@ class Data:
 
 def pooled(by_rate: Results) -> dict[str, float]:
     """Returns the accuracies of all rates and seeds under one number each."""
-    if "mean" in by_rate:  # of an earlier run, of which no more was kept
-        return by_rate
     accuracies = [accuracy for by_seed in by_rate.values() for accuracy in values(by_seed)]
     return {str(place): accuracy for place, accuracy in enumerate(accuracies)}
 
 
-def best(by_rate: Results) -> tuple[float | None, dict[str, float]]:
+def best(by_rate: Results) -> tuple[float, dict[str, float]]:
     """Returns the rate with the highest mean accuracy, and its accuracies."""
-    if "mean" in by_rate:
-        return None, by_rate
     lr = max(by_rate, key=lambda rate: mean(by_rate[rate]))
     return float(lr), by_rate[lr]
 
@@ -225,8 +221,6 @@ def summary(results: Results) -> dict[str, float]:
 
 def difference(cell: Results) -> float:
     """Returns it for one cell."""
-    if "difference" in cell:  # of an earlier run, of which only rounded means were kept
-        return float(cell["difference"])
     return mean(pooled(cell["ExactGeN"])) - mean(best(cell["constant"])[1])
 
 
@@ -249,12 +243,11 @@ def counted(cell: Results, method: str) -> Results:
 
 
 def draw(results: Results) -> Figure:
-    """Returns the accuracies of the table and, where they were kept, the rates that `ExactGeN` chose."""
+    """Returns the accuracies of the table, and the rates that `ExactGeN` chose."""
     cells = results["cells"]
     gaps = [difference(cell) for cell in cells.values()]
-    has_rates = all("rates" in cell for cell in cells.values())
     figure = page(
-        5.6 if has_rates else 3.8,
+        5.6,
         f"Without a learning rate, ExactGeN is between {min(gaps):+.1f} and {max(gaps):+.1f} points".replace("-", "−")
         + "\nfrom the best constant rate of a grid, which is chosen by test accuracy",
     )
@@ -262,20 +255,18 @@ def draw(results: Results) -> Figure:
     for name, cell in cells.items():
         net, optimizer = name.split("/")
         nets.setdefault(net, {})[optimizer] = cell
-    panels = figure.subplots(1 + has_rates, len(nets), squeeze=False, sharey="row")
+    panels = figure.subplots(2, len(nets), squeeze=False, sharey="row")
     for panel, (net, by_optimizer) in zip(panels[0], nets.items(), strict=True):
         draw_accuracies(panel, by_optimizer)
         panel.set(title=net, xlabel="test accuracy (%)")
-    for panel, by_optimizer in zip(panels[1] if has_rates else (), nets.values(), strict=False):
+    for panel, by_optimizer in zip(panels[1], nets.values(), strict=True):
         for dash, (optimizer, cell) in zip(("-", "--", ":"), by_optimizer.items(), strict=False):
-            best_rate = best(cell["constant"])[0] or 1.0
-            ratios = [rate / best_rate for rate in cell["rates"]]
+            ratios = [rate / best(cell["constant"])[0] for rate in cell["rates"]]
             panel.semilogy(ratios, color=OURS.color, linestyle=dash, label=optimizer)
         panel.axhline(1.0, **BOUND.line(linewidth=1.0))
         panel.set(xlabel="step", ylim=(1e-3, 30.0))
         panel.legend(loc="lower center")
-    if has_rates:
-        panels[1, 0].set_ylabel("chosen rate over\nthe best constant one")
+    panels[1, 0].set_ylabel("chosen rate over\nthe best constant one")
     entrants = {name: entrant for name, entrant in METHODS.items() if any(name in cell for cell in cells.values())}
     marks = [Line2D([], [], label=name, **entrant.points()) for name, entrant in entrants.items()]
     title = "mean and standard deviation over seeds; ExactGeN and AutoGeN: over all rates that they were given, too"

@@ -80,18 +80,6 @@ class Trained(L.LightningModule):
         return {"optimizer": self.optimizer, "lr_scheduler": {"scheduler": self.schedule, "interval": "step"}}
 
 
-class WithoutRate(Trained):
-    """The same with an optimizer of its own, whose rate does not count, for `ExactGeN.suggest`."""
-
-    def __init__(self, problem: Problem, workload: Workload) -> None:
-        super().__init__(problem, own_optimizer(workload, problem, 1.0))
-        self.workload = workload
-
-    def configure_optimizers(self) -> Any:
-        """Returns the optimizer of the workload."""
-        return own_optimizer(self.workload, self.problem, 1.0)
-
-
 class Curve(Callback):
     """Notes the loss on some held-out examples along the run."""
 
@@ -169,7 +157,8 @@ def train(name: str, method: str, seed: int, lr: float = 1e-3) -> tuple[float, f
 def suggested_rate(workload: Workload, problem: Problem, seed: int) -> float:
     """Returns the rate that wins a race."""
     batches = random_batches(TensorDataset(*problem.training), workload.batch, workload.steps, seed)
-    return ExactGeN.suggest(quiet_trainer(max_steps=workload.steps), WithoutRate(problem, workload), batches).lr
+    module = Trained(problem, own_optimizer(workload, problem, 1.0))  # whose rate does not count
+    return ExactGeN.suggest(quiet_trainer(max_steps=workload.steps), module, batches).lr
 
 
 def settle_batch_norm(problem: Problem) -> None:
@@ -188,9 +177,9 @@ def run(workloads: list[str], seeds: list[int], results: Results, chosen: list[s
         for method in (name for name in TUNED if name in chosen):
             grid = {f"{rate:g}": {str(s): train(name, method, s, rate)[0] for s in CHOOSING} for rate in rates(name)}
             results["held_out"][name][method] = grid
-            best = min(grid, key=lambda rate: mean_or_infinity(grid[rate]))
-            losses[method] = {str(seed): train(name, method, seed, float(best))[1] for seed in seeds}
-            print(f"{name}, {method}: {best} of {', '.join(grid)}; {number(mean(losses[method]), 4)}", flush=True)
+            best = best_rate(grid)
+            losses[method] = {str(seed): train(name, method, seed, best)[1] for seed in seeds}
+            print(f"{name}, {method}: {best:g} of {', '.join(grid)}; {number(mean(losses[method]), 4)}", flush=True)
         curves: dict[str, dict[str, list[float]]] = {}
         for method in (name for name in chosen if name not in TUNED):
             runs = {str(seed): train(name, method, seed) for seed in seeds}
@@ -205,6 +194,11 @@ def run(workloads: list[str], seeds: list[int], results: Results, chosen: list[s
 def rates(name: str) -> list[float]:
     """Returns the grid of a workload."""
     return WORKLOADS[name].rates
+
+
+def best_rate(grid: Results) -> float:
+    """Returns the rate with the lowest mean of the held-out losses."""
+    return float(min(grid, key=lambda rate: mean_or_infinity(grid[rate])))
 
 
 def mean_or_infinity(by_seed: dict[str, float]) -> float:

@@ -20,12 +20,10 @@ class CriticalSharpness:
 
     Args:
         tracker: Measures critical steps.
-        watches: Whether to look at the loss of each batch, and to measure at once where it has grown.
     """
 
-    def __init__(self, tracker: CriticalTracker, *, watches: bool) -> None:
+    def __init__(self, tracker: CriticalTracker) -> None:
         self.divergence = DivergenceWatch()
-        self.watches = watches
         self._tracker = tracker
         self._rate = 0.0
         self._kept_at = -1  # optimizer step before which the weights were kept
@@ -67,7 +65,7 @@ class CriticalSharpness:
         if self._rate > 0.0:
             edge = 2.0 / self._rate
             metrics |= {"critical": edge / found.step, "edge": edge}
-        return metrics, _alarm(found, self.divergence.judge(found)) if self.watches else ""
+        return metrics, _alarm(found, self.divergence.judge(found))
 
     def _keep(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         weights = trainable(module)

@@ -127,10 +127,8 @@ class ExactGeN(L.Callback):
                 Also if training diverges at every rate.
             TypeError: If the module cannot be copied.
             RuntimeError: If the fit ends before the race is over.
-
-        >>> trainer.fit(MyModule(lr=ExactGeN.suggest(trainer, MyModule()).lr))  # doctest: +SKIP
         """
-        return suggest_rate(trainer, module, train_dataloaders, datamodule=datamodule, steps=steps)
+        return suggest_rate(trainer, module, train_dataloaders, datamodule, steps)
 
     def _restart(self) -> None:
         self._scheduler: ExactGeNLR | None = None

@@ -153,7 +153,7 @@ class SharpnessMonitor(PeriodicCallback):
         self._critical: CriticalSharpness | None = None
         if self.method == "critical":
             self._tracker = CriticalTracker(max_evaluations=self.max_iterations, rtol=self.rtol)
-            self._critical = CriticalSharpness(self._tracker, watches=self.loss == "inner")
+            self._critical = CriticalSharpness(self._tracker)
         else:
             options: dict[str, Any] = {"max_iterations": self.max_iterations, "rtol": self.rtol}
             self._tracker = SpectrumTracker(self.method, k=self.top_k, **options)
@@ -245,7 +245,8 @@ class SharpnessMonitor(PeriodicCallback):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def _watches(self, module: L.LightningModule) -> bool:
-        return self._critical is not None and self._critical.watches and module.automatic_optimization
+        """Returns whether the loss of each batch is looked at, and a step measured where it has grown."""
+        return self.method == "critical" and self.loss == "inner" and module.automatic_optimization
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Forgets the fixed examples and the model, because a callback outlives the fit."""
@@ -297,7 +298,9 @@ class SharpnessMonitor(PeriodicCallback):
             if self._examples is None:
                 loss = make(batch)
             else:
-                loss = self._examples.mean_loss(lambda part: make(prepared(trainer, module, part, seed=0)))
+                loss = self._examples.mean_loss(
+                    lambda part: make(prepared(trainer, module, part, seed=0)), trainable(module)
+                )
             metrics, alarm = self._critical.measure(loss)
         if alarm and self._critical.divergence.alarms == 1:
             rank_zero_warn(

@@ -15,7 +15,6 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 
 from lightning_ifthpo.core.loss import NoLossError
 from lightning_ifthpo.core.validation import require_at_least
@@ -28,7 +27,7 @@ from lightning_ifthpo.step_size import AveragedRule, RateSuggestion, check_linea
 from lightning_ifthpo.step_size.critical import critical_step
 from lightning_ifthpo.step_size.race import RateRace
 from lightning_ifthpo.step_size.rates import GroupRates
-from lightning_ifthpo.step_size.update import Update
+from lightning_ifthpo.step_size.update import Update, trainable_weights
 
 _LOOKS = 4  # first updates whose critical step is measured, each on another batch
 _PART = 10  # a trial takes this part of the run
@@ -40,10 +39,9 @@ _EDGE_RTOL = 0.1  # of an edge; several batches differ by more
 def suggest_rate(
     trainer: L.Trainer,
     module: L.LightningModule,
-    train_dataloaders: Any = None,
-    *,
-    datamodule: L.LightningDataModule | None = None,
-    steps: int | None = None,
+    train_dataloaders: Any,
+    datamodule: L.LightningDataModule | None,
+    steps: int | None,
 ) -> RateSuggestion:
     """Returns the learning rate that wins a race; see `ExactGeN.suggest`."""
     if steps is not None:
@@ -110,7 +108,7 @@ class _Race(L.Callback):
                 f"{type(pl_module).__name__} has layers without weights before the first forward pass; pass a batch "
                 "through it before ExactGeN.suggest"
             )
-        if any(id(weight) not in own for weight in _trainable(trainer.optimizers[0])):
+        if any(id(weight) not in own for weight in trainable_weights(trainer.optimizers[0])):
             raise ValueError(
                 f"the optimizer holds weights that are not those of the copy of {type(pl_module).__name__} that "
                 "ExactGeN.suggest trains; make it in configure_optimizers from self.parameters()"
@@ -161,7 +159,7 @@ class _Race(L.Callback):
             return  # gradients are accumulated
         self._made = trainer.global_step
         if self._race is None:
-            weights = _trainable(trainer.optimizers[0])
+            weights = trainable_weights(trainer.optimizers[0])
             update = Update.undo_step(weights, self._start.copies_of(weights))
             self._start.restore()
             if self._skipped < _SKIPS and not any(bool(omega.any()) for omega in update.omega):
@@ -263,7 +261,3 @@ class _Start:
         self._optimizer.load_state_dict(copy.deepcopy(self._state))
         if self._scaler is not None:
             self._precision.load_state_dict(copy.deepcopy(self._scaler))
-
-
-def _trainable(optimizer: Optimizer) -> list[Tensor]:
-    return [tensor for group in optimizer.param_groups for tensor in group["params"] if tensor.requires_grad]

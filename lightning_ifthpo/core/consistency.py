@@ -45,7 +45,7 @@ def follows_its_gradient(loss: Loss, gradient: Tensor | None = None, here: Tenso
     if slope == 0.0 or not math.isfinite(slope):
         return True
     direction = loss.space.split(gradient)
-    dtype = max((tensor.dtype for tensor in loss.parameters), key=lambda dtype: torch.finfo(dtype).eps)
+    dtype = loss.space.coarsest_dtype
     longest = relative_step(dtype) * step_along(direction, loss.parameters)
     with loss.along(direction) as at:
 

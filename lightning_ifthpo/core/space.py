@@ -46,6 +46,11 @@ class ParameterSpace:
         self.device = self.tensors[0].device
         self.dtype = reduce(torch.promote_types, (tensor.dtype for tensor in self.tensors))
 
+    @property
+    def coarsest_dtype(self) -> torch.dtype:
+        """The dtype of a tensor that rounds the most."""
+        return max((tensor.dtype for tensor in self.tensors), key=lambda dtype: torch.finfo(dtype).eps)
+
     def flatten(self, tensors: Iterable[Tensor | None]) -> Tensor:
         """Returns a detached vector [n]: tensors shaped like the space's, in order; `None` stands for zeros."""
         parts = [

@@ -78,11 +78,8 @@ class Ranks:
 
     def fraction(self, weight: float) -> float:
         """Returns a weight over the sum of the processes' weights."""
-        return (
-            1.0
-            if self.count == 1
-            else weight / float(self.all_reduce(torch.tensor(float(weight), device=self._device)))
-        )
+        total = self.all_reduce(torch.tensor(float(weight), device=self._device))
+        return weight / float(total)
 
 
 def is_replicated(strategy: Any) -> bool:

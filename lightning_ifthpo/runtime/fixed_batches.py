@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -52,12 +52,13 @@ class FixedBatches:
         own = AverageOperator([partial(operator, batch) for batch in self._batches], self._sizes)
         return self._ranks.weighted_mean(own, self._weight)
 
-    def mean_loss(self, loss: Callable[[Any], Loss]) -> Loss:
+    def mean_loss(self, loss: Callable[[Any], Loss], parameters: Sequence[Tensor]) -> Loss:
         """Returns the mean loss over the examples of all batches in all processes, for its values alone.
 
         Args:
             loss: Returns the loss of this process on a batch. It is called at each evaluation, so that one batch at a
                 time is in memory.
+            parameters: The tensors w.
         """
 
         def own() -> Tensor:
@@ -66,7 +67,6 @@ class FixedBatches:
             mean: Tensor = total / sum(self._sizes)
             return mean
 
-        parameters = loss(self._batches[0]).parameters
         return Loss(own, parameters, share=self._ranks.fraction(self._weight), all_reduce=self._ranks.sum_over_ranks)
 
 

@@ -153,14 +153,13 @@ class CriticalTracker:
         if all(torch.equal(before, weight) for before, weight in pairs):
             return None
         back, self._before = [before.sub_(weight.detach()) for before, weight in pairs], []
-        roughest = max((weight.dtype for weight in loss.parameters), key=lambda dtype: torch.finfo(dtype).eps)
         with loss.along(back, graph=False) as at:
             found = critical_step(
                 lambda step: float(loss.combine(at(1.0 - step))),
                 guess=self._guess,
                 rtol=self.rtol,
                 max_evaluations=self.max_evaluations,
-                dtype=roughest,
+                dtype=loss.space.coarsest_dtype,
             )
         self.measurements += 1
         is_far = not 1.0 / _FAR < found.step < _FAR

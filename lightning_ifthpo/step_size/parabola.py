@@ -140,7 +140,7 @@ def three_point_parabola(
         return Parabola(0.0, 0.0, 0.0)
     if not math.isfinite(length):
         return Parabola(length, length, length)
-    roughest = max((tensor.dtype for tensor in whole.parameters), key=lambda dtype: torch.finfo(dtype).eps)
+    roughest = whole.space.coarsest_dtype
     shortest = relative_step(roughest, second=True) * step_along(direction, whole.parameters)
     with whole.along(direction) as at:
 

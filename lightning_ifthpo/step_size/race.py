@@ -67,12 +67,8 @@ class RateRace:
     @property
     def is_open(self) -> bool:
         """Whether the winner is the lowest or the highest rate that was tried, and rates beyond it are allowed."""
-        best = self._best
+        best = _lowest(self._losses)
         return best == min(self._losses) or (best == max(self._losses) and best < self._most)
-
-    @property
-    def _best(self) -> int:
-        return _lowest(self._losses)
 
     @property
     def _next_power(self) -> int | None:

@@ -24,7 +24,7 @@ from lightning_ifthpo.step_size.linearity import check_linear_in_lr
 from lightning_ifthpo.step_size.options import DIRECTIONAL_CURVATURES, RULES, DirectionalCurvature, RateOptions
 from lightning_ifthpo.step_size.parabola import Parabola, exact_parabola, three_point_parabola
 from lightning_ifthpo.step_size.rates import GroupRates
-from lightning_ifthpo.step_size.update import Update
+from lightning_ifthpo.step_size.update import Update, trainable_weights
 from lightning_ifthpo.step_size.watch import GradientWatch
 
 _NOT_ITS_GRADIENT = (
@@ -227,7 +227,7 @@ class ExactGeNLR(LRScheduler):
         self._follows_gradient = state_dict["follows_gradient"]
         self.parabolas = [Parabola(*parabola) for parabola in state_dict["parabolas"]]
         if state_dict["update"] is not None:
-            weights = self._trainable()
+            weights = trainable_weights(self.optimizer)
             omegas = zip(state_dict["update"], weights, strict=True)
             self._update = Update(weights, [omega.to(weight.device) for omega, weight in omegas])
         self._rates.write(self.get_lr())
@@ -279,14 +279,14 @@ class ExactGeNLR(LRScheduler):
     def _prepare(self, closure: Callable[[], Any] | None = None) -> Any:
         """Calls the closure, notes the weights and sets the rates to one times the ratios of the groups."""
         loss = None if closure is None else closure()
-        weights = self._trainable()
+        weights = trainable_weights(self.optimizer)
         self._before = weights, [weight.detach().clone() for weight in weights]
         self._rates.write(self._rates.multipliers)
         return loss
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         _move(self._pre_hook, last=True)  # hooks of the user see the true rates before the step
-        self._watch.observe([weight.grad for weight in self._trainable() if weight.grad is not None])
+        self._watch.observe([weight.grad for weight in trainable_weights(self.optimizer) if weight.grad is not None])
         if self._before is None:
             return
         update, self._before = Update.undo_step(*self._before), None
@@ -344,10 +344,6 @@ class ExactGeNLR(LRScheduler):
                     along, update.parameters, update.omega, curvature=self.curvature, step=applied
                 )
             return parabola.at(-applied)
-
-    def _trainable(self) -> list[Tensor]:
-        groups = self.optimizer.param_groups
-        return [tensor for group in groups for tensor in group["params"] if tensor.requires_grad]
 
 
 def _move(handle: RemovableHandle, *, last: bool) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_ifthpo.core.step_length import step_along
 from lightning_ifthpo.core.vectors import length
@@ -67,3 +68,8 @@ class Update:
         wanted = {id(parameter) for parameter in parameters}
         kept = [index for index, parameter in enumerate(self.parameters) if id(parameter) in wanted]
         return Update([self.parameters[index] for index in kept], [self.omega[index] for index in kept])
+
+
+def trainable_weights(optimizer: Optimizer) -> list[Tensor]:
+    """Returns the tensors that an optimizer moves, those that require a gradient."""
+    return [tensor for group in optimizer.param_groups for tensor in group["params"] if tensor.requires_grad]

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.helpers.monitored import Plain, dense_hessian, fit, monitor
+from tests.helpers.monitored import OwnOptimizer, Plain, dense_hessian, fit, monitor
 from tests.helpers.trainers import ACCELERATOR, Classifier, loader, quiet_trainer, same, trained
 
 
@@ -312,19 +312,7 @@ def test_half_precision_has_a_trace():
 
 
 def test_manual_optimization_with_optimizers_of_its_own_is_measured():
-    class Manual(Plain):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-            self.inner_loss = lambda batch: F.cross_entropy(self.net(batch[0]), batch[1])
-
-        def training_step(self, batch, batch_idx):
-            optimizer = self.optimizers(use_pl_optimizer=False)
-            optimizer.zero_grad()
-            self.inner_loss(batch).backward()
-            optimizer.step()
-
-    metrics, _ = fit(Manual(), monitor())
+    metrics, _ = fit(OwnOptimizer(), monitor())
     assert metrics["sharpness/lambda_max"] > 0
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ifthpo import SharpnessMonitor
 from lightning_ifthpo.step_size.critical import critical_step
-from tests.helpers.monitored import Plain, fit
+from tests.helpers.monitored import OwnOptimizer, Plain, fit
 from tests.helpers.trainers import Classifier, loader, quiet_trainer, same, trained
 
 
@@ -237,19 +237,7 @@ def test_accumulated_gradients_make_one_step():
 
 
 def test_manual_optimization_is_measured_without_an_alarm():
-    class Manual(Plain):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-            self.inner_loss = lambda batch: F.cross_entropy(self.net(batch[0]), batch[1])
-
-        def training_step(self, batch, batch_idx):
-            optimizer = self.optimizers(use_pl_optimizer=False)
-            optimizer.zero_grad()
-            self.inner_loss(batch).backward()
-            optimizer.step()
-
-    metrics, _ = fit(Manual(), critical())
+    metrics, _ = fit(OwnOptimizer(), critical())
     assert metrics["sharpness/edge_ratio"] > 0.0
 
 

@@ -3,11 +3,7 @@
 import copy
 import logging
 import math
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -21,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ifthpo import ExactGeN
 from tests.helpers.learning_rates import Plain
+from tests.helpers.processes import python
 from tests.helpers.trainers import (
     Classifier,
     L,
@@ -442,21 +439,12 @@ def test_callbacks_do_not_take_part():
 
 @pytest.mark.slow
 def test_two_processes_choose_the_same_and_train_as_without_it(tmp_path):
-    job = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.suggested", str(tmp_path)],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert job.returncode == 0, job.stderr[-5000:]
+    told = python("-m", "tests.helpers.suggested", tmp_path)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert one["suggestion"] == other["suggestion"]
     assert same(one["weights, True"], one["weights, False"])
     assert same(one["weights, True"], other["weights, True"])
-    assert job.stderr.count("ExactGeN.suggest: ") == 1
+    assert told.count("ExactGeN.suggest: ") == 1
 
 
 class Holding(Plain):

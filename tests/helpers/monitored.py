@@ -31,6 +31,21 @@ class Plain(L.LightningModule):
         return loader(32, batch_size=32)
 
 
+class OwnOptimizer(Plain):
+    """Optimizes manually, by an optimizer of torch that the Trainer does not see."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.inner_loss = lambda batch: F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        self.inner_loss(batch).backward()
+        optimizer.step()
+
+
 def monitor(**options):
     return SharpnessMonitor(
         **({"every_n_batches": 1, "max_overhead": None, "rtol": 1e-4, "max_iterations": 100} | options)

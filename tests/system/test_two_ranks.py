@@ -1,30 +1,12 @@
 """Two processes with half of each batch equal one process with all of it."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from tests.helpers.processes import python
 from tests.helpers.two_ranks import CASES, possible, run
 
 pytestmark = pytest.mark.slow
-
-
-def python(*arguments):
-    """Runs Python in a process of its own."""
-    job = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert job.returncode == 0, job.stderr[-5000:]
 
 
 def each_case(test):
