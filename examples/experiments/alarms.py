@@ -29,8 +29,7 @@ from examples.experiments.common import (
     read,
     start,
 )
-from examples.experiments.learning_rates import Trained, best_rate, own_optimizer
-from examples.experiments.problems.learning_rates import WORKLOADS
+from examples.experiments.problems.learning_rates import WORKLOADS, Trained, best_rate, own_optimizer
 from lightning_ifthpo import SharpnessMonitor
 
 NAME = "alarms"

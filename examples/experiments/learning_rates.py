@@ -27,7 +27,6 @@ from torch.optim import AdamW, Optimizer
 from torch.utils.data import TensorDataset
 
 from examples.experiments.common import (
-    Examples,
     Figures,
     Results,
     conclude,
@@ -40,7 +39,14 @@ from examples.experiments.common import (
     start,
     values,
 )
-from examples.experiments.problems.learning_rates import WORKLOADS, Problem, Workload
+from examples.experiments.problems.learning_rates import (
+    WORKLOADS,
+    Problem,
+    Trained,
+    Workload,
+    best_rate,
+    own_optimizer,
+)
 from examples.experiments.style import BOUND, OTHER, OURS, PLAIN, Role, name_rows, page
 from lightning_ifthpo import ExactGeN
 
@@ -61,25 +67,6 @@ FARTHEST = 20.0  # ratio that is drawn
 LEVEL = 1.03  # "near the best tuned setting"
 
 
-class Trained(L.LightningModule):
-    """A problem with an optimizer, and a schedule if there is one."""
-
-    def __init__(self, problem: Problem, optimizer: Optimizer, schedule: Any = None) -> None:
-        super().__init__()
-        self.problem, self.net = problem, problem.net
-        self.optimizer, self.schedule = optimizer, schedule
-
-    def training_step(self, batch: Examples, batch_idx: int) -> torch.Tensor:
-        """Returns the loss."""
-        return self.problem.loss(batch)
-
-    def configure_optimizers(self) -> Any:
-        """Returns the optimizer, and the schedule for each step."""
-        if self.schedule is None:
-            return self.optimizer
-        return {"optimizer": self.optimizer, "lr_scheduler": {"scheduler": self.schedule, "interval": "step"}}
-
-
 class Curve(Callback):
     """Notes the loss on some held-out examples along the run."""
 
@@ -93,14 +80,6 @@ class Curve(Callback):
         """Notes one."""
         if (batch_idx + 1) % self.every == 0:
             self.losses.append(self.problem.held_out_loss(self.examples))
-
-
-def own_optimizer(workload: Workload, problem: Problem, lr: float) -> Optimizer:
-    """Returns the optimizer of the workload."""
-    weights = [weight for weight in problem.net.parameters() if weight.requires_grad]
-    if workload.optimizer == "AdamW":
-        return AdamW(weights, lr=lr)
-    return torch.optim.SGD(weights, lr=lr, momentum=0.9 if workload.optimizer == "momentum" else 0.0)
 
 
 def warm_up(optimizer: Optimizer, steps: int, fraction: float) -> Any:
@@ -194,17 +173,6 @@ def run(workloads: list[str], seeds: list[int], results: Results, chosen: list[s
 def rates(name: str) -> list[float]:
     """Returns the grid of a workload."""
     return WORKLOADS[name].rates
-
-
-def best_rate(grid: Results) -> float:
-    """Returns the rate with the lowest mean of the held-out losses."""
-    return float(min(grid, key=lambda rate: mean_or_infinity(grid[rate])))
-
-
-def mean_or_infinity(by_seed: dict[str, float]) -> float:
-    """Returns the mean, or infinity if a run has diverged."""
-    found = fmean(by_seed.values())
-    return found if found == found else float("inf")
 
 
 def moment(curve: list[float], goal: float) -> float:

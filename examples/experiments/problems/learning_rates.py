@@ -1,4 +1,4 @@
-"""Eight small training problems of different kinds, on which learning rates are compared."""
+"""Eight small training problems of different kinds, on which learning rates are compared, and how they are trained."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ import pydoc_data.topics
 import typing
 from collections.abc import Callable
 from functools import cache
-from typing import Literal, NamedTuple
+from statistics import fmean
+from typing import Any, Literal, NamedTuple
 
+import lightning as L
 import torch
 import torch.nn.functional as F
 from mnist1d.data import get_dataset_args, make_dataset
 from sklearn.datasets import load_breast_cancer, load_wine
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 from torch.utils.data import TensorDataset
 
-from examples.experiments.common import Examples, mnist_5k, random_batches
+from examples.experiments.common import Examples, Results, mnist_5k, random_batches
 
-Optimizer = Literal["SGD", "momentum", "AdamW"]
+OptimizerName = Literal["SGD", "momentum", "AdamW"]
 WINDOW, WIDTH = 64, 64  # characters that the transformer sees, and its width
 
 
@@ -55,7 +58,7 @@ class Workload(NamedTuple):
     """
 
     make: Callable[[int], Problem]
-    optimizer: Optimizer
+    optimizer: OptimizerName
     steps: int
     batch: int
     lowest: float
@@ -280,3 +283,44 @@ WORKLOADS = {
     "LoRA": Workload(lora, "AdamW", steps=300, batch=4, lowest=0.0005),
     "autoencoder": Workload(autoencoder, "momentum", steps=500, batch=32, lowest=1),
 }
+
+
+# Training
+
+
+class Trained(L.LightningModule):
+    """A problem with an optimizer, and a schedule if there is one."""
+
+    def __init__(self, problem: Problem, optimizer: Optimizer, schedule: Any = None) -> None:
+        super().__init__()
+        self.problem, self.net = problem, problem.net
+        self.optimizer, self.schedule = optimizer, schedule
+
+    def training_step(self, batch: Examples, batch_idx: int) -> torch.Tensor:
+        """Returns the loss."""
+        return self.problem.loss(batch)
+
+    def configure_optimizers(self) -> Any:
+        """Returns the optimizer, and the schedule for each step."""
+        if self.schedule is None:
+            return self.optimizer
+        return {"optimizer": self.optimizer, "lr_scheduler": {"scheduler": self.schedule, "interval": "step"}}
+
+
+def own_optimizer(workload: Workload, problem: Problem, lr: float) -> Optimizer:
+    """Returns the optimizer of the workload."""
+    weights = [weight for weight in problem.net.parameters() if weight.requires_grad]
+    if workload.optimizer == "AdamW":
+        return AdamW(weights, lr=lr)
+    return torch.optim.SGD(weights, lr=lr, momentum=0.9 if workload.optimizer == "momentum" else 0.0)
+
+
+def best_rate(grid: Results) -> float:
+    """Returns the rate with the lowest mean of the held-out losses."""
+    return float(min(grid, key=lambda rate: mean_or_infinity(grid[rate])))
+
+
+def mean_or_infinity(by_seed: dict[str, float]) -> float:
+    """Returns the mean, or infinity if a run has diverged."""
+    found = fmean(by_seed.values())
+    return found if found == found else float("inf")
