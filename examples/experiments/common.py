@@ -19,6 +19,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -62,8 +63,13 @@ ADVICE = (  # warnings that do not apply to runs of seconds on small data
 
 def mnist_5k() -> Examples:
     """Returns 5,000 images of MNIST [5000, 1, 28, 28], pixels from 0 to 255, and their digits."""
-    pixels, digits = mnist_data()
+    pixels, digits = _mnist_arrays()
     return torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 28, 28), torch.tensor(digits)
+
+
+@cache
+def _mnist_arrays() -> tuple[Any, Any]:
+    return mnist_data()  # reads a text file for five seconds
 
 
 def digits_8x8() -> Examples:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import lightning as L
@@ -43,6 +43,7 @@ from examples.experiments.common import (
     start,
     values,
 )
+from examples.experiments.problems.auto_gen import AutoGeN
 from examples.experiments.style import BOUND, OTHER, OURS, PLAIN, Role, name_rows, page
 from lightning_ifthpo import ExactGeN
 
@@ -145,28 +146,6 @@ class Rates(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
         """Notes one."""
         self.rates.append(float(trainer.optimizers[0].param_groups[0]["lr"]))
-
-
-class AutoGeN(Callback):
-    """The published implementation as its documentation uses it, every eighth step, with its linear decay."""
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Opens a second stream of training batches."""
-
-        def batches() -> Iterator[Any]:
-            while True:
-                yield from trainer.train_dataloader  # type: ignore[misc]
-
-        self._batches = batches()
-
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        """Adapts the rate."""
-        gen: Any = importlib.import_module("GeN.GeN")
-        if trainer.global_step % 8 == 7:
-            scale = 1.0 - trainer.global_step / trainer.estimated_stepping_batches
-            gen.lr_parabola(
-                pl_module.net, optimizer, tr_iter=self._batches, task="image_cls", device="cpu", scale=scale
-            )
 
 
 class Data:

@@ -3,18 +3,21 @@
 The setting that everybody uses is AdamW at 1e-3 with a warm-up over 5 % of the run and a cosine, on every workload. A
 constant rate and a cosine are tuned: the best of seven rates, by the held-out loss of splits 0 to 2, with the optimizer
 of the workload. D-Adaptation, Prodigy (with a cosine, as its authors recommend) and schedule-free AdamW take part with
-their defaults where they are installed (`pip install dadaptation prodigyopt schedulefree`). `ExactGeN()` has the
-optimizer of the workload, and so has a cosine from the rate that `ExactGeN.suggest` finds, which costs seven tenths of
-a run more. All are reported by the loss on test examples of splits 3 to 7.
+their defaults where they are installed (`pip install dadaptation prodigyopt schedulefree gen-optim`), and so does
+AutoGeN, the published implementation of GeN, with the optimizer of the workload from its default rate of 1e-3.
+`ExactGeN()` has the optimizer of the workload, and so has a cosine from the rate that `ExactGeN.suggest` finds, which
+costs seven tenths of a run more. All are reported by the loss on test examples of splits 3 to 7.
 
     python -m examples.experiments.learning_rates --workloads wine regression   # two minutes
     python -m examples.experiments.learning_rates                               # an hour on two cores
+    python -m examples.experiments.learning_rates --methods ExactGeN            # the others as recorded
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable
 from statistics import fmean, stdev
 from typing import Any
@@ -33,18 +36,22 @@ from examples.experiments.common import (
     make_parser,
     markdown,
     mean,
+    merged,
     number,
     quiet_trainer,
     random_batches,
+    read,
     start,
     values,
 )
+from examples.experiments.problems.auto_gen import AutoGeN
 from examples.experiments.problems.learning_rates import (
     WORKLOADS,
     Problem,
     Trained,
     Workload,
     best_rate,
+    criterion,
     own_optimizer,
 )
 from examples.experiments.style import BOUND, OTHER, OURS, PLAIN, Role, name_rows, page
@@ -53,13 +60,19 @@ from lightning_ifthpo import ExactGeN
 NAME = "learning_rates"
 CHOOSING = (0, 1, 2)
 TUNED = {"constant": "best constant rate of seven", "cosine": "best cosine of seven"}
-PACKAGES = {"D-Adaptation": "dadaptation", "Prodigy": "prodigyopt", "schedule-free": "schedulefree"}
+PACKAGES = {
+    "D-Adaptation": "dadaptation",
+    "Prodigy": "prodigyopt",
+    "schedule-free": "schedulefree",
+    "AutoGeN": "GeN",
+}
 FOUND = {"suggested": "cosine from `ExactGeN.suggest`"}
 UNTUNED = {
     "fixed": "AdamW, 1e-3, warm-up, cosine",
     "D-Adaptation": "D-Adaptation",
     "Prodigy": "Prodigy, cosine",
     "schedule-free": "schedule-free AdamW",
+    "AutoGeN": "AutoGeN",
     "ExactGeN": "`ExactGeN()`",
 }
 MOMENTS = 20  # at which the loss on some held-out examples is noted
@@ -109,15 +122,15 @@ def train(name: str, method: str, seed: int, lr: float = 1e-3) -> tuple[float, f
     callbacks: list[Callback] = []
     if method == "fixed":
         optimizer: Optimizer = AdamW([weight for weight in problem.net.parameters() if weight.requires_grad], lr=1e-3)
-    elif method in PACKAGES:
+    elif method in PACKAGES and method != "AutoGeN":
         optimizer = foreign(method, problem)
     else:
         optimizer = own_optimizer(workload, problem, suggested_rate(workload, problem, seed) if method in FOUND else lr)
     schedule = None
     if method in ("fixed", "cosine", "suggested", "Prodigy", "D-Adaptation"):
         schedule = warm_up(optimizer, workload.steps, 0.05 if method == "fixed" else 0.0)
-    if method == "ExactGeN":
-        callbacks.append(ExactGeN())
+    if method in ("ExactGeN", "AutoGeN"):
+        callbacks.append(ExactGeN() if method == "ExactGeN" else AutoGeN(criterion))
     average: Any = optimizer if method == "schedule-free" else None
     if average is not None:
         average.train()
@@ -194,7 +207,7 @@ def best_tuned(losses: Results) -> float:
 
 def ranks(results: Results, among: list[str]) -> dict[str, float]:
     """Returns the mean rank of each method over the workloads, by the mean loss."""
-    orders = [sorted(among, key=lambda m: mean(losses[m])) for losses in results["test"].values()]
+    orders = [sorted(among, key=lambda m: finite(mean(losses[m]))) for losses in results["test"].values()]
     return {method: fmean(order.index(method) + 1 for order in orders) for method in among}
 
 
@@ -252,8 +265,23 @@ ROLES: dict[str, Role] = {
 }
 
 
+def profile(results: Results, method: str, within: list[float]) -> list[float]:
+    """Returns on which fraction of the workloads a method is within a factor of the best, for each factor.
+
+    That is a performance profile (Dolan and Moré 2002); the best is that of all methods, tuned or not.
+    """
+    found = results["test"].values()
+    ratios = [finite(mean(losses[method])) / min(finite(mean(losses[m])) for m in methods(results)) for losses in found]
+    return [fmean(ratio <= factor for ratio in ratios) for factor in within]
+
+
+def finite(loss: float) -> float:
+    """Returns a loss, or infinity if training has diverged."""
+    return loss if math.isfinite(loss) else math.inf
+
+
 def draw(results: Results) -> Figure:
-    """Returns a picture of each method's loss over that of the best tuned one."""
+    """Returns a picture of each method's loss over that of the best tuned one, and a performance profile."""
     found, shown = results["test"], methods(results)
     figures = summary(results)
     near, level = figures["within 3 % of the best tuned"], figures["not worse than the fixed setting"]
@@ -261,23 +289,29 @@ def draw(results: Results) -> Figure:
         f"Without tuning, ExactGeN is within 3 % of the best tuned rate on {near:.0f} of {len(found)} workloads,\n"
         f"and not worse than the usual AdamW setting on {level:.0f}"
     )
-    figure = page(1.6 + 0.42 * len(found), headline)
-    panel = figure.add_subplot()
-    marks = iter(("v", "^", "D"))
+    figure = page(2.6 + 0.42 * len(found), headline)
+    panel, below = figure.subplots(2, height_ratios=[0.42 * len(found), 1.6])
+    marks, dashes = iter("v^D<"), iter(((0, (1, 1)), (0, (3, 1, 1, 1)), (0, (5, 1)), (0, (2, 3))))
+    factors = [1.0 + 0.01 * step for step in range(101)]
     for method, title in shown.items():
+        role = ROLES.get(method) or OTHER._replace(marker=next(marks), dash=next(dashes))
+        below.plot(factors, profile(results, method, factors), **role.line(linewidth=1.4))
         if method in TUNED:
             continue
-        role = ROLES.get(method) or OTHER._replace(marker=next(marks))
-        ratios = [min(mean(losses[method]) / best_tuned(losses), FARTHEST) for losses in found.values()]
-        places = [place + 0.12 * (list(shown).index(method) - 2) for place in range(len(found))]
-        panel.plot(ratios, places, **role.points(label=title.replace("`", ""), zorder=3))
-    panel.axvline(1.0, **BOUND.line(linewidth=1.0, label="best tuned rate"))
+        ratios = [min(finite(mean(losses[method])) / best_tuned(losses), FARTHEST) for losses in found.values()]
+        places = [place + 0.11 * (list(shown).index(method) - 3) for place in range(len(found))]
+        panel.plot(ratios, places, **role.points(zorder=3))
+        panel.plot([], [], **role.points(linestyle=role.dash, label=title.replace("`", "")))
+    panel.axvline(1.0, **BOUND.line(linewidth=1.0))
+    panel.plot([], [], **BOUND.line(linewidth=1.0, label="best constant rate, best cosine"))
     name_rows(panel, [f"{name}, {WORKLOADS[name].optimizer}" for name in found])
     panel.set(
         xscale="log", xlabel=f"test loss over that of the best tuned rate (mean of the seeds; {FARTHEST:g}: or more)"
     )
     panel.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
     panel.minorticks_off()
+    below.set(xlabel="test loss over that of the best method", ylabel="workloads", xlim=(1.0, 2.0), ylim=(-0.03, 1.03))
+    below.yaxis.set_major_formatter("{x:.0%}")
     figure.legend(loc="outside lower center", ncols=3)
     return figure
 
@@ -285,15 +319,37 @@ def draw(results: Results) -> Figure:
 def main(argv: list[str] | None = None) -> Figures:
     """Runs the comparison; returns what the last line says."""
     parser = make_parser(__doc__, seeds=[3, 4, 5, 6, 7])
-    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
-    args = parser.parse_args(argv)
-    start(ignore=["`torch.jit.script", "Detected call of `lr_scheduler", "Seems like `optimizer.step"])
     methods = [*TUNED, *UNTUNED, *FOUND]
-    present = [name for name in methods if name not in PACKAGES or importlib.util.find_spec(PACKAGES[name])]
-    results: Results = {"held_out": {}, "test": {}, "reached": {}}
-    return conclude(
-        NAME, run(args.workloads, args.seeds, results, present), args, summary=summary, table=table, draw=draw
+    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
+    args = parser.parse_args(argv)
+    start(
+        ignore=[
+            "`torch.jit.script",
+            "Covariance of the param",
+            "Detected call of `lr_sch",
+            "Seems like `optimizer.step",
+        ]
     )
+    present = [name for name in args.methods if name not in PACKAGES or importlib.util.find_spec(PACKAGES[name])]
+    results = run(args.workloads, args.seeds, {"held_out": {}, "test": {}, "reached": {}}, present)
+    if set(args.methods) != set(methods):
+        results = merged(recorded(args.workloads, args.seeds), results)
+    return conclude(NAME, results, args, summary=summary, table=table, draw=draw)
+
+
+def recorded(workloads: list[str], seeds: list[int]) -> Results:
+    """Returns what was recorded of some workloads, of these seeds."""
+
+    def of_seeds(losses: Results) -> Results:
+        return {seed: loss for seed, loss in losses.items() if int(seed) in seeds}
+
+    found = read(NAME)
+    return {
+        "held_out": {name: found["held_out"][name] for name in workloads},
+        "test": {name: {m: of_seeds(x) for m, x in found["test"][name].items()} for name in workloads},
+        "reached": {name: of_seeds(found["reached"][name]) for name in workloads},
+    }
 
 
 if __name__ == "__main__":

@@ -97,8 +97,8 @@ def test_an_observer_leaves_no_trace(curvature, options, tmp_path):
     """Weights, buffers, gradients, modes, random state, metrics, other logged values and a rebound attribute."""
     examples = loader(20, batch_size=8, seed=3)
     observer = [
-        monitor(curvature=curvature, trace=True, spectral_density=curvature == "hessian", max_iterations=20),
-        monitor(dataloader=examples, method="power_iteration", preconditioned=False, max_iterations=10),
+        monitor(curvature=curvature, trace=True, spectral_density=curvature == "hessian", max_iterations=6),
+        monitor(dataloader=examples, method="power_iteration", preconditioned=False, max_iterations=4),
     ]
     module, _, observed = trained(observer, logger=TensorBoardLogger(tmp_path), **options)
     plain_module, _, plain = trained([], logger=TensorBoardLogger(tmp_path), **options)

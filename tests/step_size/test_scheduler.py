@@ -1,5 +1,6 @@
 """ExactGeNLR in plain loops."""
 
+import math
 from contextlib import contextmanager
 
 import pytest
@@ -412,6 +413,27 @@ def test_a_run_on_a_convex_quadratic_ends_near_its_least_loss(curvatures, moment
         losses.append(loss().item())
     assert losses[-1] <= 10 * min(losses)
     assert losses[-1] < losses[0] / 3
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("dimensions", [2, 10])
+@pytest.mark.parametrize("condition", [1.01, 10.0, 100.0, 1000.0, 10000.0])
+@pytest.mark.parametrize("total", [50, 60, 100, 400])
+def test_no_run_on_a_quadratic_ends_far_above_its_least_loss(total, condition, dimensions, momentum):
+    """With momentum a run swings, and can pass very near to the minimum: there the least is that of ten steps' mean."""
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.randn(dimensions, generator=generator, **FLOAT64))
+    c = torch.logspace(0, math.log10(condition), dimensions, **FLOAT64)
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=momentum)
+    scheduler = ExactGeNLR(optimizer, total_steps=total)
+    loss = lambda: (c * weight**2).sum() / 2  # noqa: E731
+    losses = []
+    for _ in range(total):
+        loop(optimizer, scheduler, loss, 1)
+        losses.append(loss().item())
+    window = 10 if momentum else 1
+    means = torch.tensor(losses, **FLOAT64).unfold(0, window, 1).mean(1)
+    assert losses[-1] <= 10 * means.min()
 
 
 @pytest.mark.parametrize("when", ["before", "after", "later"])

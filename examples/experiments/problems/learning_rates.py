@@ -26,6 +26,13 @@ OptimizerName = Literal["SGD", "momentum", "AdamW"]
 WINDOW, WIDTH = 64, 64  # characters that the transformer sees, and its width
 
 
+def criterion(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Returns the mean cross-entropy of labels or characters, or the mean squared error."""
+    if targets.is_floating_point():
+        return F.mse_loss(outputs, targets)
+    return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+
+
 class Problem(NamedTuple):
     """A network at its start, its training examples, others to choose a rate by, and others to report."""
 
@@ -35,12 +42,9 @@ class Problem(NamedTuple):
     test: Examples
 
     def loss(self, batch: Examples) -> Tensor:
-        """Returns the mean cross-entropy of labels or characters, or the mean squared error."""
+        """Returns the `criterion`."""
         inputs, targets = batch
-        outputs = self.net(inputs)
-        if targets.is_floating_point():
-            return F.mse_loss(outputs, targets)
-        return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+        return criterion(self.net(inputs), targets)
 
     @torch.no_grad()
     def held_out_loss(self, examples: Examples) -> float:
