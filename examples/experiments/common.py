@@ -69,7 +69,8 @@ def mnist_5k() -> Examples:
 
 @cache
 def _mnist_arrays() -> tuple[Any, Any]:
-    return mnist_data()  # reads a text file for five seconds
+    arrays: tuple[Any, Any] = mnist_data()  # which reads a text file for five seconds
+    return arrays
 
 
 def digits_8x8() -> Examples:
