@@ -73,7 +73,7 @@ def plot_spectral_density(density: SpectralDensity, *, bins_per_decade: int = 6)
 def plot_sharpness(
     metrics_csv: str | Path, axes: Axes | None = None, *, name: str = "sharpness", log: bool = False
 ) -> Axes:
-    """Draws λ_max and λ_min, or the critical sharpness, and the stability edge over a run.
+    """Draws λ_max and λ_min, or the critical sharpness where it is no bound, and the stability edge over a run.
 
     `axes.figure.savefig(path)` saves it.
 
@@ -87,10 +87,11 @@ def plot_sharpness(
         ValueError: If the file has no such measurements.
     """
     rows = [row for row in _rows(metrics_csv) if row.get(f"{name}/lambda_max") or row.get(f"{name}/critical")]
+    rows = [row for row in rows if float(row.get(f"{name}/bound") or 0.0) == 0.0]
     if not rows:
         raise ValueError(
-            f"{metrics_csv} has no values of {name}/lambda_max or {name}/critical; train with SharpnessMonitor and "
-            "CSVLogger, and pass the name of the monitor if it has one"
+            f"{metrics_csv} has no values of {name}/lambda_max or {name}/critical, or only bounds; train with "
+            "SharpnessMonitor and CSVLogger, and pass the name of the monitor if it has one"
         )
     if axes is None:
         axes = Figure(figsize=(6.4, 3.6), layout="constrained").add_subplot()

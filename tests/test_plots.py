@@ -77,6 +77,8 @@ def test_the_run_is_drawn_from_the_log(tmp_path):
 
 def test_critical_sharpness_is_drawn_with_its_edge(tmp_path):
     rows = [{"step": step, "sharpness/critical": 1.0 + step, "sharpness/edge": 20.0} for step in (0, 10)]
+    rows = [row | {"sharpness/bound": 0.0} for row in rows]
+    rows.insert(1, {"step": 5, "sharpness/critical": 2e5, "sharpness/edge": 20.0, "sharpness/bound": 1.0})
     write(tmp_path / "metrics.csv", rows)
     axes = plot_sharpness(tmp_path / "metrics.csv", log=True)
     lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}

@@ -259,8 +259,8 @@ def table(results: Results) -> str:
 ROLES: dict[str, Role] = {
     "fixed": PLAIN,
     "ExactGeN": OURS,
-    "suggested": OURS._replace(marker="P"),
-    "constant": BOUND,
+    "suggested": OURS._replace(marker="P", dash=(0, (4, 1.5))),
+    "constant": BOUND._replace(dash=(0, (1, 1.5))),
     "cosine": BOUND,
 }
 
@@ -295,22 +295,28 @@ def draw(results: Results) -> Figure:
     factors = [1.0 + 0.01 * step for step in range(101)]
     for method, title in shown.items():
         role = ROLES.get(method) or OTHER._replace(marker=next(marks), dash=next(dashes))
-        below.plot(factors, profile(results, method, factors), **role.line(linewidth=1.4))
+        below.plot(factors, profile(results, method, factors), **role.line(linewidth=1.4, drawstyle="steps-post"))
+        label = title.replace("`", "")
         if method in TUNED:
+            panel.plot([], [], **role.line(label=label))
             continue
         ratios = [min(finite(mean(losses[method])) / best_tuned(losses), FARTHEST) for losses in found.values()]
         places = [place + 0.11 * (list(shown).index(method) - 3) for place in range(len(found))]
         panel.plot(ratios, places, **role.points(zorder=3))
-        panel.plot([], [], **role.points(linestyle=role.dash, label=title.replace("`", "")))
-    panel.axvline(1.0, **BOUND.line(linewidth=1.0))
-    panel.plot([], [], **BOUND.line(linewidth=1.0, label="best constant rate, best cosine"))
+        panel.plot([], [], **role.points(linestyle=role.dash, label=label))
+    panel.axvline(1.0, color=BOUND.color, linewidth=1.0)
     name_rows(panel, [f"{name}, {WORKLOADS[name].optimizer}" for name in found])
     panel.set(
         xscale="log", xlabel=f"test loss over that of the best tuned rate (mean of the seeds; {FARTHEST:g}: or more)"
     )
     panel.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
     panel.minorticks_off()
-    below.set(xlabel="test loss over that of the best method", ylabel="workloads", xlim=(1.0, 2.0), ylim=(-0.03, 1.03))
+    below.set(
+        xlabel="test loss over that of the best method",
+        ylabel="workloads within that",
+        xlim=(1.0, 2.0),
+        ylim=(-0.03, 1.03),
+    )
     below.yaxis.set_major_formatter("{x:.0%}")
     figure.legend(loc="outside lower center", ncols=3)
     return figure

@@ -13,7 +13,7 @@ import torch
 from lightning_ifthpo.core.loss import NoLossError
 from lightning_ifthpo.runtime.batches import copied
 from lightning_ifthpo.runtime.cadence import Cadence
-from lightning_ifthpo.runtime.loggers import log_metrics
+from lightning_ifthpo.runtime.loggers import log_metrics, publish
 from lightning_ifthpo.runtime.progress import Progress
 from lightning_ifthpo.runtime.telling import rank_zero_warn
 
@@ -68,7 +68,7 @@ class PeriodicCallback(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gives other callbacks the metrics that a checkpoint has brought."""
-        self._publish(trainer, self._metrics)
+        publish(trainer, self._metrics)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -113,7 +113,7 @@ class PeriodicCallback(L.Callback):
             with self._cadence.off_budget(synchronize):
                 with self._progress.showing(trainer, self.work):
                     self._metrics = self._preview(trainer, module, batch)
-                self._publish(trainer, self._metrics)
+                publish(trainer, self._metrics)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Forgets the data and the model, because a callback outlives the fit."""
@@ -130,10 +130,6 @@ class PeriodicCallback(L.Callback):
     def _lacks_metrics(self, trainer: L.Trainer) -> bool:
         """Returns whether other callbacks may read metrics after this batch, and there are none yet."""
         return not self._metrics and readers_follow(trainer)
-
-    def _publish(self, trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            trainer.callback_metrics[name] = torch.as_tensor(value, dtype=torch.float32)
 
     def _is_last_chance(self, trainer: L.Trainer) -> bool:
         """Returns whether this is the last batch on which the callback can fire (fast_dev_run)."""

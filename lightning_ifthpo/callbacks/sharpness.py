@@ -77,10 +77,11 @@ class SharpnessMonitor(PeriodicCallback):
 
     With method="critical" it logs instead `sharpness/critical`, 2 / (η · critical step) with the highest learning rate
     η; `edge`, 2 / η; `edge_ratio`, one over the critical step, which is 1 where each step leads to the same loss on the
-    other side of a valley, and a bound if all steps that were tried raise the loss, or none does, such as 1e4 or 1e-4;
-    `evaluations`, forward passes; `failures`; and `alarms`. It measures the first step, too, and steps on whose batch
-    the loss is twice its median at the last ten: the first eight of them at once, later ones within max_overhead. If
-    the ratio is above .95 there, training is about to diverge: an alarm, and the first is a warning.
+    other side of a valley; `bound`, 1 if all steps that were tried raise the loss, or none does, so that the ratio is
+    only a bound, such as 1e4 or 1e-4; `evaluations`, forward passes; `failures`; and `alarms`. It measures the first
+    step, too, and steps on whose batch the loss is twice its median at the last ten: the first eight of them at once,
+    later ones within max_overhead. If the ratio is above .95 there, training is about to diverge: an alarm, and the
+    first is a warning.
 
     Raises:
         ValueError: If an argument is out of range.

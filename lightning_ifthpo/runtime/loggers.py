@@ -34,10 +34,15 @@ def log_metrics(
     step = _step(trainer)
     for logger in trainer.loggers:
         logger.log_metrics(dict(metrics), step=step)
-    for name, value in metrics.items():
-        trainer.callback_metrics[name] = torch.as_tensor(value, dtype=torch.float32)
+    publish(trainer, metrics)
     shown = {short: metrics[name] for name, short in headlines.items() if name in metrics}
     module.log_dict(shown, prog_bar=True, logger=False, on_step=True, on_epoch=False)
+
+
+def publish(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
+    """Puts metrics into `trainer.callback_metrics`, where other callbacks read them."""
+    kept = trainer.callback_metrics  # each access computes all metrics anew
+    kept.update({name: torch.as_tensor(value, dtype=torch.float32) for name, value in metrics.items()})
 
 
 def takes_figures(logger: Any) -> bool:

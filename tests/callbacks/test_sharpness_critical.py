@@ -86,6 +86,23 @@ def test_the_sharpness_is_two_over_the_rate_of_the_critical_step():
     assert trainer.progress_bar_metrics["sharpness/max"] == pytest.approx(metrics["sharpness/critical"])
 
 
+def test_a_ratio_that_is_only_a_bound_is_said_to_be_one():
+    """Along an update uphill all steps raise the loss, and along one without an end none does."""
+
+    class Straight(Plain):
+        def training_step(self, batch, batch_idx):
+            sign = -1.0 if batch_idx == 2 else 1.0  # of a batch that the momentum has not seen yet
+            return sign * sum(weight.sum() for weight in self.parameters())
+
+    steps = Steps()
+    trainer = quiet_trainer(callbacks=[critical(), steps], max_epochs=1, limit_train_batches=4, precision="64-true")
+    trainer.fit(Straight(momentum=0.9, lr=1e-3), loader(32, batch_size=8))
+    assert [row["sharpness/bound"] for row in steps.logged] == [1.0] * 4
+    assert [row["sharpness/edge_ratio"] > 1.0 for row in steps.logged] == [False, False, True, False]
+    metrics, _ = fit(Plain(lr=3.0), critical())
+    assert metrics["sharpness/bound"] == 0.0
+
+
 def test_at_most_six_forward_passes():
     counts = []
 
