@@ -87,20 +87,22 @@ def plot_sharpness(
         ValueError: If the file has no such measurements.
     """
     rows = [row for row in _rows(metrics_csv) if row.get(f"{name}/lambda_max") or row.get(f"{name}/critical")]
-    rows = [row for row in rows if float(row.get(f"{name}/bound") or 0.0) == 0.0]
     if not rows:
         raise ValueError(
-            f"{metrics_csv} has no values of {name}/lambda_max or {name}/critical, or only bounds; train with "
-            "SharpnessMonitor and CSVLogger, and pass the name of the monitor if it has one"
+            f"{metrics_csv} has no values of {name}/lambda_max or {name}/critical; train with SharpnessMonitor and "
+            "CSVLogger, and pass the name of the monitor if it has one"
         )
     if axes is None:
         axes = Figure(figsize=(6.4, 3.6), layout="constrained").add_subplot()
+    for row in rows:
+        if float(row.get(f"{name}/bound") or 0.0):
+            row[f"{name}/critical"] = ""
     for key, label, style in _LINES:
         values = [(int(row["step"]), float(row[f"{name}/{key}"])) for row in rows if row.get(f"{name}/{key}")]
         if values:
             axes.plot(*zip(*values, strict=True), label=label, **style)
     if log:
-        largest = max(float(row.get(f"{name}/lambda_max") or row[f"{name}/critical"]) for row in rows)
+        largest = max(float(row.get(f"{name}/lambda_max") or row[f"{name}/critical"] or 0.0) for row in rows)
         axes.set_yscale("symlog", linthresh=(abs(largest) or 1.0) / 100)
     axes.set(xlabel="step", ylabel="curvature")
     axes.legend(fontsize=8)

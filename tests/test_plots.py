@@ -82,7 +82,7 @@ def test_critical_sharpness_is_drawn_with_its_edge(tmp_path):
     write(tmp_path / "metrics.csv", rows)
     axes = plot_sharpness(tmp_path / "metrics.csv", log=True)
     lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
-    assert lines == {"critical sharpness": [1.0, 11.0], "stability edge": [20.0, 20.0]}
+    assert lines == {"critical sharpness": [1.0, 11.0], "stability edge": [20.0, 20.0, 20.0]}
     assert axes.get_yscale() == "symlog"
 
 

@@ -434,6 +434,7 @@ def test_no_run_on_a_quadratic_ends_far_above_its_least_loss(total, condition, d
     window = 10 if momentum else 1
     means = torch.tensor(losses, **FLOAT64).unfold(0, window, 1).mean(1)
     assert losses[-1] <= 10 * means.min()
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("when", ["before", "after", "later"])

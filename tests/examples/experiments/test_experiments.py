@@ -21,6 +21,7 @@ QUICK = {
     "learning_rate_free": ["--optimizers", "SGD"],
     "learning_rates": [
         *("--workloads", "wine", "--seeds", "3", "--methods", "constant", "fixed", "ExactGeN", "suggested"),
+        *("schedule-free", "AutoGeN"),
     ],
     "alarms": ["--workloads", "wine", "--seeds", "4"],
     "distill_dataset": ["--seeds", "0", "--steps", "200"],

@@ -49,3 +49,16 @@ def test_methods_that_are_not_run_are_as_recorded():
     assert set(found["reached"]["wine"]) == {"4", "5"}
     with pytest.raises(KeyError):
         example.recorded(["none"], [4])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "ExactGeN"], "ExactGeN and fixed together"),
+        (["--methods", "cosine", "--seeds", "8"], "for seeds 3, 4, 5, 6, 7 only"),
+    ],
+)
+def test_a_part_that_cannot_stand_beside_the_recorded_runs_is_refused_before_training(options, message, capsys):
+    with pytest.raises(SystemExit):
+        example.main(options)
+    assert message in capsys.readouterr().err
