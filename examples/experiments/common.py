@@ -61,16 +61,11 @@ ADVICE = (  # warnings that do not apply to runs of seconds on small data
 # Data
 
 
+@cache  # the text file takes five seconds
 def mnist_5k() -> Examples:
     """Returns 5,000 images of MNIST [5000, 1, 28, 28], pixels from 0 to 255, and their digits."""
-    pixels, digits = _mnist_arrays()
+    pixels, digits = mnist_data()
     return torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 28, 28), torch.tensor(digits)
-
-
-@cache
-def _mnist_arrays() -> tuple[Any, Any]:
-    arrays: tuple[Any, Any] = mnist_data()  # which reads a text file for five seconds
-    return arrays
 
 
 def digits_8x8() -> Examples:

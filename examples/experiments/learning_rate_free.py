@@ -166,7 +166,7 @@ class Data:
         torch.manual_seed(seed)
         module = Classifier(self.net(), optimizer, lr, cosine=method in ("cosine", "Prodigy"))
         rates = Rates()
-        callbacks: dict[str, list[Callback]] = {"ExactGeN": [ExactGeN()], "AutoGeN": [AutoGeN()]}
+        callbacks: dict[str, list[Callback]] = {"ExactGeN": [ExactGeN()], "AutoGeN": [AutoGeN(F.cross_entropy)]}
         trainer = quiet_trainer([*callbacks.get(method, []), rates], max_epochs=EPOCHS)
         generator = torch.Generator().manual_seed(seed)
         trainer.fit(module, DataLoader(self.training, BATCH, shuffle=True, generator=generator))

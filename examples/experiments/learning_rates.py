@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 from collections.abc import Callable
+from functools import partial
 from statistics import fmean, stdev
 from typing import Any
 
@@ -52,6 +52,7 @@ from examples.experiments.problems.learning_rates import (
     Workload,
     best_rate,
     criterion,
+    mean_or_infinity,
     own_optimizer,
 )
 from examples.experiments.style import BOUND, OTHER, OURS, PLAIN, Role, name_rows, page
@@ -61,12 +62,13 @@ NAME = "learning_rates"
 CHOOSING = (0, 1, 2)
 SEEDS = (3, 4, 5, 6, 7)  # splits to report
 TUNED = {"constant": "best constant rate of seven", "cosine": "best cosine of seven"}
-PACKAGES = {
-    "D-Adaptation": "dadaptation",
-    "Prodigy": "prodigyopt",
-    "schedule-free": "schedulefree",
-    "AutoGeN": "GeN",
+OPTIMIZERS = {  # of other packages: package and class
+    "D-Adaptation": ("dadaptation", "DAdaptAdam"),
+    "Prodigy": ("prodigyopt", "Prodigy"),
+    "schedule-free": ("schedulefree", "AdamWScheduleFree"),
 }
+PACKAGES = {method: package for method, (package, _) in OPTIMIZERS.items()} | {"AutoGeN": "GeN"}
+CALLBACKS: dict[str, Callable[[], Callback]] = {"ExactGeN": ExactGeN, "AutoGeN": partial(AutoGeN, criterion)}
 FOUND = {"suggested": "cosine from `ExactGeN.suggest`"}
 UNTUNED = {
     "fixed": "AdamW, 1e-3, warm-up, cosine",
@@ -110,28 +112,25 @@ def warm_up(optimizer: Optimizer, steps: int, fraction: float) -> Any:
 
 def foreign(method: str, problem: Problem) -> Optimizer:
     """Returns an optimizer of another package, with its defaults."""
-    module: Any = importlib.import_module(PACKAGES[method])
-    kinds = {"D-Adaptation": "DAdaptAdam", "Prodigy": "Prodigy", "schedule-free": "AdamWScheduleFree"}
-    make: Callable[..., Optimizer] = getattr(module, kinds[method])
-    return make([weight for weight in problem.net.parameters() if weight.requires_grad])
+    package, name = OPTIMIZERS[method]
+    make: Callable[..., Optimizer] = getattr(importlib.import_module(package), name)
+    return make(problem.weights)
 
 
 def train(name: str, method: str, seed: int, lr: float = 1e-3) -> tuple[float, float, list[float]]:
     """Returns the loss on held-out and on test examples, and the former along the run."""
     workload = WORKLOADS[name]
     problem = workload.make(seed)
-    callbacks: list[Callback] = []
     if method == "fixed":
-        optimizer: Optimizer = AdamW([weight for weight in problem.net.parameters() if weight.requires_grad], lr=1e-3)
-    elif method in PACKAGES and method != "AutoGeN":
+        optimizer: Optimizer = AdamW(problem.weights, lr=1e-3)
+    elif method in OPTIMIZERS:
         optimizer = foreign(method, problem)
     else:
         optimizer = own_optimizer(workload, problem, suggested_rate(workload, problem, seed) if method in FOUND else lr)
     schedule = None
     if method in ("fixed", "cosine", "suggested", "Prodigy", "D-Adaptation"):
         schedule = warm_up(optimizer, workload.steps, 0.05 if method == "fixed" else 0.0)
-    if method in ("ExactGeN", "AutoGeN"):
-        callbacks.append(ExactGeN() if method == "ExactGeN" else AutoGeN(criterion))
+    callbacks = [CALLBACKS[method]()] if method in CALLBACKS else []
     average: Any = optimizer if method == "schedule-free" else None
     if average is not None:
         average.train()
@@ -203,12 +202,12 @@ def methods(results: Results) -> dict[str, str]:
 
 def best_tuned(losses: Results) -> float:
     """Returns the lowest mean loss of a tuned method."""
-    return min(finite(mean(losses[method])) for method in TUNED)
+    return min(mean_or_infinity(losses[method]) for method in TUNED)
 
 
 def ranks(results: Results, among: list[str]) -> dict[str, float]:
     """Returns the mean rank of each method over the workloads, by the mean loss."""
-    orders = [sorted(among, key=lambda m: finite(mean(losses[m]))) for losses in results["test"].values()]
+    orders = [sorted(among, key=lambda m: mean_or_infinity(losses[m])) for losses in results["test"].values()]
     return {method: fmean(order.index(method) + 1 for order in orders) for method in among}
 
 
@@ -244,7 +243,7 @@ def table(results: Results) -> str:
     rows = []
     for name, losses in results["test"].items():
         workload = WORKLOADS[name]
-        least = min(finite(mean(losses[method])) for method in shown if method in UNTUNED)
+        least = min(mean_or_infinity(losses[method]) for method in shown if method in UNTUNED)
         cells = [number(mean(losses[method]), 4) for method in shown]
         marked = [
             f"**{cell}**" if method in UNTUNED and mean(losses[method]) == least else cell
@@ -272,13 +271,11 @@ def profile(results: Results, method: str, within: list[float]) -> list[float]:
     That is a performance profile (Dolan and Moré 2002); the best is that of all methods, tuned or not.
     """
     found = results["test"].values()
-    ratios = [finite(mean(losses[method])) / min(finite(mean(losses[m])) for m in methods(results)) for losses in found]
+    ratios = [
+        mean_or_infinity(losses[method]) / min(mean_or_infinity(losses[m]) for m in methods(results))
+        for losses in found
+    ]
     return [fmean(ratio <= factor for ratio in ratios) for factor in within]
-
-
-def finite(loss: float) -> float:
-    """Returns a loss, or infinity if training has diverged."""
-    return loss if math.isfinite(loss) else math.inf
 
 
 def draw(results: Results) -> Figure:
@@ -301,7 +298,7 @@ def draw(results: Results) -> Figure:
         if method in TUNED:
             panel.plot([], [], **role.line(label=label))
             continue
-        ratios = [min(finite(mean(losses[method])) / best_tuned(losses), FARTHEST) for losses in found.values()]
+        ratios = [min(mean_or_infinity(losses[method]) / best_tuned(losses), FARTHEST) for losses in found.values()]
         places = [place + 0.11 * (list(shown).index(method) - 3) for place in range(len(found))]
         panel.plot(ratios, places, **role.points(zorder=3))
         panel.plot([], [], **role.points(linestyle=role.dash, label=label))
@@ -330,26 +327,24 @@ def main(argv: list[str] | None = None) -> Figures:
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     args = parser.parse_args(argv)
-    start(
-        ignore=[
-            "`torch.jit.script",
-            "Covariance of the param",
-            "Detected call of `lr_sch",
-            "Seems like `optimizer.step",
-        ]
-    )
+    start(ignore=["`torch.jit.script", "Covariance of the", "Detected call of `lr_scheduler", "Seems like `optimizer"])
     present = [name for name in args.methods if name not in PACKAGES or importlib.util.find_spec(PACKAGES[name])]
     is_part = set(args.methods) != set(methods)
-    if is_part and ("ExactGeN" in args.methods) != ("fixed" in args.methods):
-        parser.error("--methods takes ExactGeN and fixed together, because times are compared along both runs")
-    if is_part and not set(args.seeds) <= set(SEEDS):
-        parser.error(f"--methods leaves the others as recorded, for seeds {', '.join(map(str, SEEDS))} only")
-    if is_part and not present:
-        parser.error(f"not installed: {', '.join(args.methods)}")
+    if is_part and (reason := unfit(args.methods, present, args.seeds)):
+        parser.error(reason)
     results = run(args.workloads, args.seeds, {"held_out": {}, "test": {}, "reached": {}}, present)
     if is_part:
         results = merged(recorded(args.workloads, args.seeds), results)
     return conclude(NAME, results, args, summary=summary, table=table, draw=draw)
+
+
+def unfit(chosen: list[str], present: list[str], seeds: list[int]) -> str:
+    """Returns why a part of the methods cannot stand beside the recorded runs; nothing if it can."""
+    if ("ExactGeN" in chosen) != ("fixed" in chosen):
+        return "--methods takes ExactGeN and fixed together, because times are compared along both runs"
+    if not set(seeds) <= set(SEEDS):
+        return f"--methods leaves the others as recorded, for seeds {', '.join(map(str, SEEDS))} only"
+    return "" if present else f"not installed: {', '.join(chosen)}"
 
 
 def recorded(workloads: list[str], seeds: list[int]) -> Results:

@@ -61,8 +61,11 @@ class CriticalSharpness:
         found = self._tracker.measure(loss)
         if found is None:  # the learning rate is zero, or a loss scaler has skipped the step
             return {"edge_ratio": 0.0, "bound": 0.0, "evaluations": 0.0}, ""
-        metrics = {"edge_ratio": 1.0 / found.step, "bound": float(found.is_bound)}
-        metrics["evaluations"] = float(found.evaluations)
+        metrics = {
+            "edge_ratio": 1.0 / found.step,
+            "bound": float(found.is_bound),
+            "evaluations": float(found.evaluations),
+        }
         if self._rate > 0.0:
             edge = 2.0 / self._rate
             metrics |= {"critical": edge / found.step, "edge": edge}

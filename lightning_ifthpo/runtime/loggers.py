@@ -41,7 +41,7 @@ def log_metrics(
 
 def publish(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
     """Puts metrics into `trainer.callback_metrics`, where other callbacks read them."""
-    kept = trainer.callback_metrics  # each access computes all metrics anew
+    kept = trainer.callback_metrics  # read once, because the Trainer computes all metrics at each access
     kept.update({name: torch.as_tensor(value, dtype=torch.float32) for name, value in metrics.items()})
 
 

@@ -397,20 +397,26 @@ def test_a_look_counts_as_used_if_any_of_its_rules_used_it():
     assert not scheduler.accepted
 
 
+def losses_on_quadratic(start, curvatures, momentum, total):
+    """The loss after each step of a run on Σ cᵢ wᵢ² / 2."""
+    weight = nn.Parameter(start)
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=momentum)
+    scheduler = ExactGeNLR(optimizer, total_steps=total)
+    loss = lambda: (curvatures * weight**2).sum() / 2  # noqa: E731
+    losses = []
+    for _ in range(total):
+        loop(optimizer, scheduler, loss, 1)
+        losses.append(loss().item())
+    return losses
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("curvatures", [[1.0, 5.0, 0.3, 10.0], [2.0, 10.0], [1.0, 100.0]], ids=str)
 @pytest.mark.parametrize("total", [200, 400])
 def test_a_run_on_a_convex_quadratic_ends_near_its_least_loss(curvatures, momentum, total):
     """The rate outgrows 2/λ while the steepest direction is at 1e-30, where no look can see it, and then cuts back."""
-    weight = nn.Parameter(torch.tensor([3.0, -2.0, 1.0, 0.5][: len(curvatures)], **FLOAT64))
-    c = torch.tensor(curvatures, **FLOAT64)
-    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=momentum)
-    scheduler = ExactGeNLR(optimizer, total_steps=total)
-    loss = lambda: (c * weight**2).sum() / 2  # noqa: E731
-    losses = []
-    for _ in range(total):
-        loop(optimizer, scheduler, loss, 1)
-        losses.append(loss().item())
+    start = torch.tensor([3.0, -2.0, 1.0, 0.5][: len(curvatures)], **FLOAT64)
+    losses = losses_on_quadratic(start, torch.tensor(curvatures, **FLOAT64), momentum, total)
     assert losses[-1] <= 10 * min(losses)
     assert losses[-1] < losses[0] / 3
 
@@ -422,15 +428,9 @@ def test_a_run_on_a_convex_quadratic_ends_near_its_least_loss(curvatures, moment
 def test_no_run_on_a_quadratic_ends_far_above_its_least_loss(total, condition, dimensions, momentum):
     """With momentum a run swings, and can pass very near to the minimum: there the least is that of ten steps' mean."""
     generator = torch.Generator().manual_seed(0)
-    weight = nn.Parameter(torch.randn(dimensions, generator=generator, **FLOAT64))
-    c = torch.logspace(0, math.log10(condition), dimensions, **FLOAT64)
-    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=momentum)
-    scheduler = ExactGeNLR(optimizer, total_steps=total)
-    loss = lambda: (c * weight**2).sum() / 2  # noqa: E731
-    losses = []
-    for _ in range(total):
-        loop(optimizer, scheduler, loss, 1)
-        losses.append(loss().item())
+    start = torch.randn(dimensions, generator=generator, **FLOAT64)
+    curvatures = torch.logspace(0, math.log10(condition), dimensions, **FLOAT64)
+    losses = losses_on_quadratic(start, curvatures, momentum, total)
     window = 10 if momentum else 1
     means = torch.tensor(losses, **FLOAT64).unfold(0, window, 1).mean(1)
     assert losses[-1] <= 10 * means.min()

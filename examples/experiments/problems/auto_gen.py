@@ -9,18 +9,18 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class AutoGeN(Callback):
     """Adapts the rate every eighth step, on a second stream of training batches, with its linear decay.
 
     Args:
-        criterion: Returns the loss of outputs of `pl_module.net` and targets; the mean cross-entropy by default.
+        criterion: Returns the loss of outputs of `pl_module.net` and targets.
     """
 
-    def __init__(self, criterion: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
-        self.criterion = criterion or nn.CrossEntropyLoss()
+    def __init__(self, criterion: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.criterion = criterion
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Opens the second stream."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 import pydoc_data.topics
 import typing
 from collections.abc import Callable
@@ -40,6 +41,11 @@ class Problem(NamedTuple):
     training: Examples
     held_out: Examples
     test: Examples
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """Those that are trained."""
+        return [weight for weight in self.net.parameters() if weight.requires_grad]
 
     def loss(self, batch: Examples) -> Tensor:
         """Returns the `criterion`."""
@@ -313,10 +319,9 @@ class Trained(L.LightningModule):
 
 def own_optimizer(workload: Workload, problem: Problem, lr: float) -> Optimizer:
     """Returns the optimizer of the workload."""
-    weights = [weight for weight in problem.net.parameters() if weight.requires_grad]
     if workload.optimizer == "AdamW":
-        return AdamW(weights, lr=lr)
-    return torch.optim.SGD(weights, lr=lr, momentum=0.9 if workload.optimizer == "momentum" else 0.0)
+        return AdamW(problem.weights, lr=lr)
+    return torch.optim.SGD(problem.weights, lr=lr, momentum=0.9 if workload.optimizer == "momentum" else 0.0)
 
 
 def best_rate(grid: Results) -> float:
@@ -327,4 +332,4 @@ def best_rate(grid: Results) -> float:
 def mean_or_infinity(by_seed: dict[str, float]) -> float:
     """Returns the mean, or infinity if a run has diverged."""
     found = fmean(by_seed.values())
-    return found if found == found else float("inf")
+    return found if math.isfinite(found) else math.inf
