@@ -76,7 +76,6 @@ def run(args: Any) -> Results:
 
 def _for_the_picture(data: problem.Data, found: Comparison) -> Results:
     """Returns what was learned on one split."""
-    assert found.learned.transition is not None
     return {
         "transition": [[rounded(entry) for entry in row] for row in found.learned.transition.tolist()],
         "true_transition": [[rounded(entry) for entry in row] for row in data.true_transition().tolist()],

@@ -19,7 +19,7 @@ from examples.experiments.problems.label_methods import (
     posterior,
     train,
 )
-from examples.experiments.problems.label_noise import LEARN_STEPS, NOISY, Data, Learned, learn
+from examples.experiments.problems.label_noise import LEARN_STEPS, Data, Learned, learn
 
 FINAL_STEPS = 600
 RIVALS = {
@@ -32,10 +32,11 @@ RIVALS = {
     "meta": "Meta-Weight-Net",
 }
 OURS = {
-    "ours": "**the recipe: transition and weights tuned, corrected targets**",
+    "ours": "**the recipe: the better of both, with a tuned transition**",
+    "forward": "the recipe, only trained through the transition",
+    "relabelled": "the recipe, only trained on corrected targets",
     "no_step": "the recipe without weights one step ahead",
-    "weights": "the recipe, only weights tuned",
-    "transition": "the recipe, only the transition tuned",
+    "no_weights": "the recipe, transition tuned without weights",
     "no_hyper": "the recipe, nothing tuned: the transition as estimated",
 }
 BOUNDS = {"oracle": "oracle: wrong labels left out"}
@@ -45,7 +46,7 @@ RANKINGS = {  # of the labels, from the most suspicious one
     "confidence": "confidence out of sample (cleanlab)",
     "margins_checked": "mean margin, trained on the checked examples too",
     "gold": "posterior of gold loss correction",
-    "ours": "**posterior of the recipe's network**",
+    "ours": "**posterior of the recipe's networks**",
     "learned_weights": "the tuned weights",
 }
 
@@ -58,7 +59,7 @@ class Comparison(NamedTuple):
         auc: By key of `RANKINGS`.
         error: Mean absolute error of the learned transition, and of the one estimated from checked examples.
         learned: Weights and transition.
-        label_score: Probability that each given label is right, by the network of the recipe, [3000].
+        label_score: Probability that each given label is right, by the networks of the recipe, [3000].
         outcomes: Finished runs by key of `ROWS`.
     """
 
@@ -68,6 +69,35 @@ class Comparison(NamedTuple):
     learned: Learned
     label_score: Tensor
     outcomes: dict[str, Outcome]
+
+
+class Recipe(NamedTuple):
+    """Two ways to train with a transition.
+
+    Attributes:
+        forward: Trained on given labels, through the transition.
+        relabelled: Trained on the posterior of the first network, with weights one step ahead.
+        label_score: Probability that each given label is right, the mean of what both networks say, [3000].
+    """
+
+    forward: Outcome
+    relabelled: Outcome
+    label_score: Tensor
+
+    @property
+    def kept(self) -> Outcome:
+        """The second one where it is clearly better on held-out examples; see `Outcome.is_clearly_better`."""
+        return self.relabelled if self.relabelled.is_clearly_better(self.forward) else self.forward
+
+
+def cook(data: Data, transition: Tensor, seed: int, steps: int, *, one_step: float = EVEN) -> Recipe:
+    """Trains both ways with a transition."""
+    given = data.noisy[1]
+    forward = train(data, Method(one_hot(given), transition=transition), seed, steps)
+    targets = posterior(forward.probabilities, transition, given)
+    relabelled = train(data, Method(targets, confusion=transition, one_step=one_step), seed, steps)
+    scores = [_of_given(posterior(run.probabilities, transition, given), given) for run in (forward, relabelled)]
+    return Recipe(forward, relabelled, torch.stack(scores).mean(0))
 
 
 def compare(
@@ -83,16 +113,15 @@ def compare(
     given, targets = data.noisy[1], one_hot(data.noisy[1])
     plain = train(data, Method(targets), seed, learn_steps, checked=0.0)
     estimate = plain.confusion
-    both = learn(data, seed, learn_steps, weighted=True, transition=estimate, **options)
-    assert both.transition is not None
-    assert both.weights is not None
-    final = train(data, _corrected(data, both.probabilities, both.transition), seed, final_steps)
-    outcomes = {"ours": final}
-    scores = {"margins": plain.margins, "learned_weights": both.weights}
+    learned = learn(data, seed, learn_steps, transition=estimate, **options)
+    assert learned.weights is not None
+    recipe = cook(data, learned.transition, seed, final_steps)
+    outcomes = {"ours": recipe.kept, "forward": recipe.forward, "relabelled": recipe.relabelled}
+    scores = {"margins": plain.margins, "learned_weights": learned.weights, "ours": recipe.label_score}
 
-    def add(name: str, method: Method, **changes: Any) -> None:
+    def add(name: str, method: Method) -> None:
         if name in rows:
-            outcomes[name] = train(data, method, seed, final_steps, **changes)
+            outcomes[name] = train(data, method, seed, final_steps)
 
     add("equal", Method(targets))
     if "checked" in rows:
@@ -106,17 +135,14 @@ def compare(
     add("gold", Method(targets, transition=estimate))
     add("reweight", Method(targets, one_step=1.0))
     add("meta", Method(targets, network=meta_weight_net()))
-    add("no_step", _corrected(data, both.probabilities, both.transition)._replace(one_step=0.0))
-    for name, weighted, transition in (("weights", True, None), ("transition", False, estimate)):
-        if name in rows:
-            some = learn(data, seed, learn_steps, weighted=weighted, transition=transition)
-            matrix = estimate if some.transition is None else some.transition
-            add(name, _corrected(data, some.probabilities, matrix))
+    if "no_step" in rows:
+        outcomes["no_step"] = cook(data, learned.transition, seed, final_steps, one_step=0.0).kept
+    if "no_weights" in rows:
+        transition = learn(data, seed, learn_steps, transition=estimate, weighted=False).transition
+        outcomes["no_weights"] = cook(data, transition, seed, final_steps).kept
     if "no_hyper" in rows:
-        gold = train(data, Method(targets, transition=estimate), seed, learn_steps, checked=0.0)
-        add("no_hyper", _corrected(data, gold.probabilities, estimate))
+        outcomes["no_hyper"] = cook(data, estimate, seed, final_steps).kept
     add("oracle", Method(targets, (~data.wrong).float()))
-    scores["ours"] = _of_given(posterior(final.probabilities, both.transition, given), given)
     if "gold" in outcomes:
         scores["gold"] = _of_given(posterior(outcomes["gold"].probabilities, estimate, given), given)
     if "equal" in outcomes:
@@ -127,20 +153,14 @@ def compare(
         auc={name: float(roc_auc_score(data.wrong, -scores[name])) for name in RANKINGS if name in scores},
         error={
             name: float((matrix - truth).abs().mean())
-            for name, matrix in {"learned": both.transition, "estimated": estimate}.items()
+            for name, matrix in {"learned": learned.transition, "estimated": estimate}.items()
         },
-        learned=both,
-        label_score=scores["ours"],
+        learned=learned,
+        label_score=recipe.label_score,
         outcomes=outcomes,
     )
 
 
-def _corrected(data: Data, probabilities: Tensor, transition: Tensor) -> Method:
-    """Returns the training on probabilities of each class, given the example, its label and the transition."""
-    targets = posterior(probabilities, transition, data.noisy[1])
-    return Method(targets, confusion=transition, one_step=EVEN)
-
-
 def _of_given(probabilities: Tensor, given: Tensor) -> Tensor:
     """Returns the probability of each given label, [3000]."""
-    return probabilities[torch.arange(NOISY), given]
+    return probabilities.gather(1, given.unsqueeze(1)).squeeze(1)

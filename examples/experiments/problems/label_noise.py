@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -25,7 +24,7 @@ from lightning_ifthpo.hyperparameters import IndexedDataset, LabelTransition, Sa
 CLASSES, NOISY, CHECKED, HELD_OUT = 10, 3000, 400, 100  # examples; the others are test data
 BATCH_SIZE, LEARNING_RATE = 100, 0.1
 LEARN_STEPS, WARM_UP, HYPER_EVERY = 500, 100, 5
-WEIGHT_RATE, TRANSITION_RATE = 0.1, 0.02  # of Adam: a step in the logarithm of an odds, or of a probability
+WEIGHT_RATE, TRANSITION_RATE = 0.1, 0.007  # of Adam: a step in the logarithm of an odds, or of a probability
 LOOK_EVERY, LOOKS = 20, 8  # steps between predictions for all examples, and how many of the last are averaged
 
 
@@ -45,7 +44,7 @@ class Data(NamedTuple):
 
     def true_transition(self) -> Tensor:
         """Returns how often the label k was given to class c, [10, 10]; rows sum to one."""
-        counts = torch.zeros(CLASSES, CLASSES).index_put_((self.truth, self.noisy[1]), torch.ones(NOISY), True)
+        counts = torch.zeros(CLASSES, CLASSES).index_put_((self.truth, self.noisy[1]), torch.ones(len(self.truth)), True)
         return counts / counts.sum(1, keepdim=True)
 
 
@@ -117,10 +116,10 @@ def make_net(inputs: Tensor) -> nn.Module:
 
 
 @torch.no_grad()
-def check(net: nn.Module, data: Data) -> tuple[float, float]:
-    """Returns the loss on held-out examples and the accuracy on test examples."""
+def check(net: nn.Module, data: Data) -> tuple[Tensor, float]:
+    """Returns the losses of the held-out examples [100] and the accuracy on test examples."""
     inputs, labels = data.held_out
-    return float(F.cross_entropy(net(inputs), labels)), accuracy(net, data.test)
+    return F.cross_entropy(net(inputs), labels, reduction="none"), accuracy(net, data.test)
 
 
 class Learner(BilevelLightningModule, L.LightningModule):
@@ -129,7 +128,7 @@ class Learner(BilevelLightningModule, L.LightningModule):
     Args:
         data: The problem.
         weighted: Whether there are weights.
-        transition: Matrix from which the transition starts; None for none.
+        transition: Matrix from which the transition starts, [10, 10]; None for none.
     """
 
     weights: SampleWeights
@@ -169,46 +168,24 @@ class Learner(BilevelLightningModule, L.LightningModule):
         return torch.optim.Adam([{"params": list(m.parameters()), "lr": rates[name]} for name, m in modules.items()])
 
 
-class Looks(Callback):
-    """Predicts the classes of all noisy examples from time to time."""
-
-    def __init__(self, inputs: Tensor) -> None:
-        self.inputs = inputs
-        self.probabilities: list[Tensor] = []
-
-    @torch.no_grad()
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Looks, if it is time."""
-        if (batch_idx + 1) % LOOK_EVERY == 0:
-            self.probabilities.append(pl_module.net(self.inputs).softmax(1))
-
-    def mean(self) -> Tensor:
-        """Returns the mean of the last looks, [3000, 10]."""
-        return torch.stack(self.probabilities[-LOOKS:]).mean(0)
-
-
 class Learned(NamedTuple):
-    """What a run has learned: weights [3000], the transition [10, 10], and probabilities of true classes [3000, 10]."""
+    """What a run has learned: the transition [10, 10], and weights [3000] if there were any."""
 
+    transition: Tensor
     weights: Tensor | None
-    transition: Tensor | None
-    probabilities: Tensor
 
 
-def learn(data: Data, seed: int, steps: int, *, weighted: bool, transition: Tensor | None, **options: Any) -> Learned:
-    """Learns weights, transition or both in a single run; options are those of the Trainer."""
+def learn(data: Data, seed: int, steps: int, *, transition: Tensor, weighted: bool = True, **options: Any) -> Learned:
+    """Learns weights and transition, or only the latter, in a single run; options are those of the Trainer."""
     torch.manual_seed(seed)
-    learner, looks = Learner(data, weighted=weighted, transition=transition), Looks(data.noisy[0])
+    learner = Learner(data, weighted=weighted, transition=transition)
     hypergradient = IFTHypergradient(
         every_n_batches=HYPER_EVERY,
         start_after_batches=WARM_UP,
         outer_dataloader=DataLoader(TensorDataset(*data.checked), batch_size=CHECKED),
     )
-    trainer = quiet_trainer([hypergradient, looks, *options.pop("callbacks", [])], **options)
+    trainer = quiet_trainer([hypergradient, *options.pop("callbacks", [])], **options)
     batches = random_batches(IndexedDataset(TensorDataset(*data.noisy)), BATCH_SIZE, steps, seed + 1)
     trainer.fit(learner, batches)
-    return Learned(
-        weights=learner.weights.natural_values() if weighted else None,
-        transition=learner.transition.natural_values() if transition is not None else None,
-        probabilities=looks.mean(),
-    )
+    weights = learner.weights.natural_values() if weighted else None
+    return Learned(learner.transition.natural_values(), weights)

@@ -7,7 +7,16 @@ from torch.func import functional_call
 
 from examples.experiments import label_noise as experiment
 from examples.experiments.problems import label_methods, sentences
-from examples.experiments.problems.label_methods import Method, _agreement, meta_weight_net, one_hot, posterior, train
+from examples.experiments.problems.label_comparison import cook
+from examples.experiments.problems.label_methods import (
+    Method,
+    Outcome,
+    _agreement,
+    meta_weight_net,
+    one_hot,
+    posterior,
+    train,
+)
 from examples.experiments.problems.label_noise import CLASSES, NOISES, Data, load_data, make_net
 
 
@@ -98,6 +107,33 @@ def test_a_posterior_is_that_of_bayes_rule():
     transition = torch.tensor([[0.8, 0.2], [0.1, 0.9]])
     found = posterior(torch.tensor([[0.5, 0.5]]), transition, torch.tensor([1]))
     assert found.tolist()[0] == pytest.approx([0.2 / 1.1, 0.9 / 1.1])
+
+
+@pytest.mark.parametrize(
+    ("gains", "clearly"),
+    [([0.1, 0.1, 0.1, 0.1], True), ([1.0, -0.9, 1.0, -0.9], False), ([-0.1, -0.1, -0.1, -0.1], False)],
+)
+def test_a_network_is_clearly_better_where_the_gain_exceeds_its_standard_error(gains, clearly):
+    losses = torch.tensor([1.0, 5.0, 2.0, 9.0])  # what they have in common does not count
+    unused = torch.zeros(0)
+    mine, other = (
+        Outcome(each, 20, 0.5, [0.5], unused, unused, unused) for each in (losses - torch.tensor(gains), losses)
+    )
+    assert mine.is_clearly_better(other) == clearly
+
+
+def test_the_recipe_trains_through_a_transition_and_then_on_what_that_network_says():
+    data = tiny()
+    given, transition = data.noisy[1], data.true_transition() * 0.99 + 0.001
+    recipe = cook(data, transition, 0, 140)
+    forward = train(data, Method(one_hot(given), transition=transition), 0, 140)
+    assert torch.equal(recipe.forward.probabilities, forward.probabilities)
+    assert not torch.equal(recipe.relabelled.probabilities, forward.probabilities)
+    assert recipe.kept is (recipe.relabelled if recipe.relabelled.is_clearly_better(recipe.forward) else recipe.forward)
+    assert float(recipe.label_score[data.wrong].mean()) < 0.2
+    assert float(recipe.label_score[~data.wrong].mean()) > 0.8
+    other = cook(data, transition, 0, 140, one_step=0.0)
+    assert not torch.equal(other.relabelled.probabilities, recipe.relabelled.probabilities)
 
 
 @pytest.mark.parametrize("subject", sentences.SUBJECTS)
