@@ -32,7 +32,7 @@ from lightning_ifthpo.step_size.options import DIRECTIONAL_CURVATURES, Direction
 class ExactGeN(L.Callback):
     """Chooses the learning rate during training by the generalized Newton's method (GeN).
 
-    Some 32 times while the rate climbs, then on every n-th batch, it looks along the update that the optimizer has just
+    Some 64 times while the rate climbs, then on every n-th batch, it looks along the update that the optimizer has just
     made, including momentum, preconditioning, weight decay and clipping: slope and curvature of the training loss on
     the next batch show whether a longer or a shorter step would have been better. A step that has raised the loss by
     much is taken back in part. See `AveragedRule`.

@@ -33,13 +33,13 @@ _NOT_ITS_GRADIENT = (
 )
 
 _FIRST_MOVE = 1e-3  # of the length of the weights, by the first step
-_CLIMBING = 0.3, 32  # fraction of the run in which the rate climbs, and looks in it
+_CLIMBING = 0.3, 64  # fraction of the run in which the rate climbs, and looks in it
 
 
 class ExactGeNLR(LRScheduler):
     """Chooses the learning rate from slope and curvature along the updates that the optimizer really makes.
 
-    While the rate climbs, some 32 times in all, and at every n-th step after that, the optimizer makes its step at
+    While the rate climbs, some 64 times in all, and at every n-th step after that, the optimizer makes its step at
     learning rate one (times the ratios of the groups). The scheduler reads off the update ω and applies it again at the
     chosen rate; the optimizer's state advances once. A look then measures slope and curvature of the loss along ω. Call
     `probe` with the loss of each batch before `optimizer.step()`, and `step()` after it:

@@ -166,9 +166,9 @@ def test_looks_are_rare_and_rarer_once_the_rate_has_settled():
     fit(Plain(), Spy(every_n_batches=50), max_epochs=300)  # 1,200 steps
     climb, later = looks[3:40], [look for look in looks if look > 700]
     assert looks[:3] == [0, 1, 2]
-    assert 12 in {after - before for before, after in pairwise(climb)}  # 32 looks in three tenths of the run
+    assert 6 in {after - before for before, after in pairwise(climb)}  # 64 looks in three tenths of the run
     assert {after - before for before, after in pairwise(later)} == {50}
-    assert len(looks) < 90
+    assert len(looks) < 100
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

@@ -98,7 +98,7 @@ SYMPTOMS = (
         "the share of time in the summary, and [what a hyper step costs](benchmarks.md)",
         "Raise `every_n_batches`, or set `max_overhead`. Mark the outputs, because Gauss–Newton products are cheaper. "
         "Replace a solver with many products by the default. [Finite differences](#losses-and-derivatives) in place "
-        "of a curvature cost more, too. `ExactGeN` looks some 32 times until its rate has settled.",
+        "of a curvature cost more, too. `ExactGeN` looks some 64 times until its rate has settled.",
     ),
     (
         "An error before the first batch",
