@@ -90,10 +90,14 @@ class Recipe(NamedTuple):
         return self.relabelled if self.relabelled.is_clearly_better(self.forward) else self.forward
 
 
-def cook(data: Data, transition: Tensor, seed: int, steps: int, *, one_step: float = EVEN) -> Recipe:
-    """Trains both ways with a transition."""
+def train_forward(data: Data, transition: Tensor, seed: int, steps: int) -> Outcome:
+    """Trains through a transition: forward correction."""
+    return train(data, Method(one_hot(data.noisy[1]), transition=transition), seed, steps)
+
+
+def relabel(data: Data, transition: Tensor, forward: Outcome, seed: int, steps: int, one_step: float = EVEN) -> Recipe:
+    """Trains again, on what a network that was trained through the transition says of each label."""
     given = data.noisy[1]
-    forward = train(data, Method(one_hot(given), transition=transition), seed, steps)
     targets = posterior(forward.probabilities, transition, given)
     relabelled = train(data, Method(targets, confusion=transition, one_step=one_step), seed, steps)
     scores = [_of_given(posterior(run.probabilities, transition, given), given) for run in (forward, relabelled)]
@@ -115,7 +119,8 @@ def compare(
     estimate = plain.confusion
     learned = learn(data, seed, learn_steps, transition=estimate, **options)
     assert learned.weights is not None
-    recipe = cook(data, learned.transition, seed, final_steps)
+    forward = train_forward(data, learned.transition, seed, final_steps)
+    recipe = relabel(data, learned.transition, forward, seed, final_steps)
     outcomes = {"ours": recipe.kept, "forward": recipe.forward, "relabelled": recipe.relabelled}
     scores = {"margins": plain.margins, "learned_weights": learned.weights, "ours": recipe.label_score}
 
@@ -125,23 +130,25 @@ def compare(
 
     add("equal", Method(targets))
     if "checked" in rows:
-        alone = data._replace(noisy=data.checked)
-        outcomes["checked"] = train(alone, Method(one_hot(data.checked[1])), seed, final_steps, checked=0.0)
+        sure = data._replace(noisy=data.checked)
+        outcomes["checked"] = train(sure, Method(one_hot(data.checked[1])), seed, final_steps, checked=0.0)
     if "margins" in rows:
         outcomes["margins"] = left_out(data, -plain.margins, seed, final_steps)
     if "confidence" in rows:
         scores["confidence"] = _of_given(out_of_sample(data, seed, learn_steps), given)
         outcomes["confidence"] = left_out(data, -scores["confidence"], seed, final_steps)
-    add("gold", Method(targets, transition=estimate))
+    if {"gold", "no_hyper"} & set(rows):
+        outcomes["gold"] = gold = train_forward(data, estimate, seed, final_steps)
     add("reweight", Method(targets, one_step=1.0))
     add("meta", Method(targets, network=meta_weight_net()))
     if "no_step" in rows:
-        outcomes["no_step"] = cook(data, learned.transition, seed, final_steps, one_step=0.0).kept
+        outcomes["no_step"] = relabel(data, learned.transition, forward, seed, final_steps, one_step=0.0).kept
     if "no_weights" in rows:
         transition = learn(data, seed, learn_steps, transition=estimate, weighted=False).transition
-        outcomes["no_weights"] = cook(data, transition, seed, final_steps).kept
+        alone = train_forward(data, transition, seed, final_steps)
+        outcomes["no_weights"] = relabel(data, transition, alone, seed, final_steps).kept
     if "no_hyper" in rows:
-        outcomes["no_hyper"] = cook(data, estimate, seed, final_steps).kept
+        outcomes["no_hyper"] = relabel(data, estimate, gold, seed, final_steps).kept
     add("oracle", Method(targets, (~data.wrong).float()))
     if "gold" in outcomes:
         scores["gold"] = _of_given(posterior(outcomes["gold"].probabilities, estimate, given), given)

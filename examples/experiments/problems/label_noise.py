@@ -44,7 +44,9 @@ class Data(NamedTuple):
 
     def true_transition(self) -> Tensor:
         """Returns how often the label k was given to class c, [10, 10]; rows sum to one."""
-        counts = torch.zeros(CLASSES, CLASSES).index_put_((self.truth, self.noisy[1]), torch.ones(len(self.truth)), True)
+        counts = torch.zeros(CLASSES, CLASSES).index_put_(
+            (self.truth, self.noisy[1]), torch.ones(len(self.truth)), True
+        )
         return counts / counts.sum(1, keepdim=True)
 
 

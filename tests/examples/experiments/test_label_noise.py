@@ -7,7 +7,7 @@ from torch.func import functional_call
 
 from examples.experiments import label_noise as experiment
 from examples.experiments.problems import label_methods, sentences
-from examples.experiments.problems.label_comparison import cook
+from examples.experiments.problems.label_comparison import relabel, train_forward
 from examples.experiments.problems.label_methods import (
     Method,
     Outcome,
@@ -125,14 +125,15 @@ def test_a_network_is_clearly_better_where_the_gain_exceeds_its_standard_error(g
 def test_the_recipe_trains_through_a_transition_and_then_on_what_that_network_says():
     data = tiny()
     given, transition = data.noisy[1], data.true_transition() * 0.99 + 0.001
-    recipe = cook(data, transition, 0, 140)
-    forward = train(data, Method(one_hot(given), transition=transition), 0, 140)
-    assert torch.equal(recipe.forward.probabilities, forward.probabilities)
+    forward = train_forward(data, transition, 0, 140)
+    through = train(data, Method(one_hot(given), transition=transition), 0, 140)
+    assert torch.equal(through.probabilities, forward.probabilities)
+    recipe = relabel(data, transition, forward, 0, 140)
     assert not torch.equal(recipe.relabelled.probabilities, forward.probabilities)
     assert recipe.kept is (recipe.relabelled if recipe.relabelled.is_clearly_better(recipe.forward) else recipe.forward)
     assert float(recipe.label_score[data.wrong].mean()) < 0.2
     assert float(recipe.label_score[~data.wrong].mean()) > 0.8
-    other = cook(data, transition, 0, 140, one_step=0.0)
+    other = relabel(data, transition, forward, 0, 140, one_step=0.0)
     assert not torch.equal(other.relabelled.probabilities, recipe.relabelled.probabilities)
 
 
