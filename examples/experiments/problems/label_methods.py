@@ -64,7 +64,7 @@ class Outcome(NamedTuple):
     """A finished run; the least of several is the one with the lowest held-out loss.
 
     Attributes:
-        held_out_losses: Of the held-out examples, where training was stopped, [100].
+        held_out_loss: Where training was stopped.
         step: Where that was.
         accuracy: On test examples, there.
         curve: Test accuracy at each look.
@@ -73,23 +73,13 @@ class Outcome(NamedTuple):
         confusion: Mean probabilities for the checked examples of each class at the end, [10, 10].
     """
 
-    held_out_losses: Tensor
+    held_out_loss: float
     step: int
     accuracy: float
     curve: list[float]
     probabilities: Tensor
     margins: Tensor
     confusion: Tensor
-
-    @property
-    def held_out_loss(self) -> float:
-        """The mean of the held-out losses."""
-        return float(self.held_out_losses.mean())
-
-    def is_clearly_better(self, than: Outcome) -> bool:
-        """Whether the held-out loss is lower by more than the standard error of the difference, example by example."""
-        gain = than.held_out_losses - self.held_out_losses
-        return bool(gain.mean() > gain.std() / len(gain) ** 0.5)
 
 
 def one_hot(labels: Tensor) -> Tensor:
@@ -134,9 +124,9 @@ def train(data: Data, method: Method, seed: int, steps: int, *, checked: float =
         if step % LOOK_EVERY == 0:
             checks.append(check(net, data))
             looks.append(net(inputs).detach())
-    best = min(range(len(checks)), key=lambda look: float(checks[look][0].mean()))
+    best = min(range(len(checks)), key=lambda look: checks[look][0])
     return Outcome(
-        held_out_losses=checks[best][0],
+        held_out_loss=checks[best][0],
         step=LOOK_EVERY * (best + 1),
         accuracy=checks[best][1],
         curve=[accuracy for _, accuracy in checks],

@@ -53,8 +53,8 @@ class Classifier(L.LightningModule):
         """Makes a check when one is due."""
         step = batch_idx + 1
         if step % CHECK_EVERY == 0:
-            losses, accuracy = label_noise.check(self.net, self.data)
-            self.checks.append(Check(float(losses.mean()), step, accuracy))
+            loss, accuracy = label_noise.check(self.net, self.data)
+            self.checks.append(Check(loss, step, accuracy))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Returns plain gradient descent."""
