@@ -8,6 +8,7 @@ from torch.nn.parameter import is_lazy
 
 # Bytes from which a copy is made only when somebody writes. A smaller copy takes less than 0.1 ms.
 _LARGE = 2**20
+_LONG = 2**16  # bytes from which a comparison takes longer than its preparation
 
 
 def lazy_copy(tensor: Tensor) -> Tensor:
@@ -60,6 +61,7 @@ class TensorState:
             self._copy = self._copied()
         self._version = tensor._version
         self._is_lazy = _is_shared(self._entries)
+        self._bits: tuple[Tensor, Tensor] | None = None  # of contents and copy, in the same memory
         self._grad = tensor.grad if tensor.is_leaf else None
         self._grad_state = None if self._grad is None else TensorState(self._grad, is_gradient=True)
 
@@ -119,11 +121,14 @@ class TensorState:
         return moved or self.tensor._version != self._version
 
     def _is_unchanged(self) -> bool:
-        if self._copy is self._entries or _is_shared(self._entries):
+        if self._copy is self._entries or (self._is_lazy and _is_shared(self._entries)):
             return True
         # On an accelerator a comparison waits for the device; memory that must not be written to is on the CPU.
-        plain = self._entries.device.type == "cpu" and _has_plain_memory(self._entries)
-        return plain and _same_bits(self._entries, self._copy)
+        if self._entries.device.type != "cpu" or not _has_plain_memory(self._entries):
+            return False
+        if self._bits is None:
+            self._bits = _bits(self._entries, self._copy)
+        return torch.equal(*self._bits)
 
 
 def has_state(tensor: Tensor) -> bool:
@@ -141,17 +146,20 @@ def _is_shared(tensor: Tensor) -> bool:
 
 
 def _has_plain_memory(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_quantized
+    return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_neg()
 
 
-def _same_bits(tensor: Tensor, other: Tensor) -> bool:
-    """Returns whether two tensors of one shape and dtype have the same bits: NaN equals NaN, and −0 is not 0."""
-    pair = [torch.view_as_real(one.resolve_conj()) if one.is_complex() else one for one in (tensor, other)]
-    # eight bytes at once if possible, which takes half the time
-    begins = [one.storage_offset() * one.itemsize for one in pair]
-    wide = all(one.is_contiguous() and (begin | one.nbytes) % 8 == 0 for one, begin in zip(pair, begins, strict=True))
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[8 if wide else pair[0].itemsize]
-    return torch.equal(*((one.view(-1) if wide else one).view(integers) for one in pair))
+def _bits(tensor: Tensor, copy: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns a tensor and its copy as integers: NaN equals NaN, and −0 is not 0. The first is in its own memory."""
+    if tensor.is_conj():
+        tensor, copy = tensor.conj(), copy.conj()
+    pair = [torch.view_as_real(one) if one.is_complex() else one for one in (tensor, copy.resolve_conj())]
+    if tensor.nbytes >= _LONG and all(one.is_contiguous() and one.nbytes % 8 == 0 for one in pair):
+        pair = [one.view(-1) for one in pair]
+        if all(one.storage_offset() * one.itemsize % 8 == 0 for one in pair):
+            return pair[0].view(torch.int64), pair[1].view(torch.int64)  # eight bytes at once take half the time
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[pair[0].itemsize]
+    return pair[0].view(integers), pair[1].view(integers)
 
 
 def _without_repetitions(tensor: Tensor) -> Tensor:

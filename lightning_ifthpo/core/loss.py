@@ -15,7 +15,7 @@ from lightning_ifthpo.core.autodiff import vjp, zeros_for_none
 from lightning_ifthpo.core.functions import twice_differentiable_functions
 from lightning_ifthpo.core.graph import check_differentiable
 from lightning_ifthpo.core.marking import recording_outputs
-from lightning_ifthpo.core.random_state import RandomState
+from lightning_ifthpo.core.random_state import RandomState, isolated
 from lightning_ifthpo.core.side_effects import modules_rewound
 from lightning_ifthpo.core.space import ParameterSpace
 
@@ -99,10 +99,11 @@ class Loss:
         """Returns this process's share as a loss of a single process."""
         return replace(self, all_reduce=None)
 
-    def fix_random_numbers(self) -> None:
+    def fix_random_numbers(self) -> RandomState:
         """Lets all evaluations draw the numbers that come next, and leave the generators unchanged."""
         if self._random_state is None:
             self._random_state = RandomState(self.space.device)
+        return self._random_state
 
     def evaluate(self, *, graph: bool = True) -> tuple[Tensor, Sequence[Tensor]]:
         """Returns this process's share · scale · L with its graph, and the outputs that the loss returned or marked.
@@ -113,7 +114,12 @@ class Loss:
         """
         random_numbers = nullcontext() if self._random_state is None else self._random_state.replayed()
         self.fix_random_numbers()
-        with random_numbers, modules_rewound(), twice_differentiable_functions(), recording_outputs() as marked:
+        with random_numbers:
+            return self._evaluate(graph)
+
+    def _evaluate(self, graph: bool) -> tuple[Tensor, Sequence[Tensor]]:
+        """Does the same with the random numbers that come next."""
+        with modules_rewound(), twice_differentiable_functions(), recording_outputs() as marked:
             returned = self.function()
         value, outputs = _checked(returned, self.name, graph)
         for factor in (self.share, self.scale):
@@ -141,8 +147,8 @@ class Loss:
         none to take. After the block w is restored bit for bit, and the generators are unchanged. Cost: a copy of the
         parameters.
         """
-        self.fix_random_numbers()
-        with self.space.restored() as originals:
+        random_state = self.fix_random_numbers()
+        with isolated(self.space.device), self.space.restored() as originals:
 
             def at(alpha: float) -> Tensor:
                 with torch.no_grad():
@@ -151,7 +157,8 @@ class Loss:
                             torch.add(original, part, alpha=alpha, out=tensor)
                         else:
                             tensor.copy_(original)
-                return self.evaluate(graph=graph)[0]
+                random_state.restore()
+                return self._evaluate(graph)[0]
 
             yield at
 

@@ -64,6 +64,8 @@ def _is_same(container: Any, contents: Any) -> bool:
     """Returns whether a container has the same entries in the same order; most are the empty dicts of hooks."""
     if len(container) != len(contents):
         return False
+    if not contents:
+        return True
     if isinstance(container, dict) and not all(map(is_, container.values(), contents.values())):
         return False
     return all(map(is_, container, contents))

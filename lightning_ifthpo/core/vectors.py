@@ -81,7 +81,7 @@ def overlap(x: Tensor, y: Tensor) -> float:
 
 def _summed(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
     """Returns the sum of a function; on a CPU over chunks in the cache, as a new vector takes longer than a product."""
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or len(x) <= _CHUNK:
         return function(x, y)
     pairs = zip(torch.split(x, _CHUNK), torch.split(y, _CHUNK), strict=True)
     return torch.stack([function(*pair) for pair in pairs]).sum()

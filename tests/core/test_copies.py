@@ -86,14 +86,39 @@ def test_contents_are_restored_bit_for_bit(name, size):
 
 @pytest.mark.parametrize("value", [math.nan, -0.0, math.inf])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128])
-def test_special_numbers_are_restored_bit_for_bit(value, dtype):
-    tensor = torch.full((2, 2), value, dtype=dtype, device=DEVICE).t()
+@pytest.mark.parametrize("shape", [(2, 3), (200, 200)])  # compared entry by entry, and eight bytes at once
+@pytest.mark.parametrize("transposed", [False, True])
+def test_special_numbers_are_restored_bit_for_bit(value, dtype, shape, transposed):
+    tensor = torch.full(shape, value, dtype=dtype, device=DEVICE)
+    tensor = tensor.t() if transposed else tensor
     state, before = TensorState(tensor), tensor.clone()
     tensor.zero_()
     state.restore()
     bits = [torch.view_as_real(t) if t.is_complex() else t for t in (tensor, before)]
     assert torch.equal(bits[0].signbit(), bits[1].signbit())
     assert torch.equal(bits[0].isnan(), bits[1].isnan())
+
+
+VIEWS = {
+    "conjugate": lambda numbers: numbers.conj(),
+    "negative": lambda numbers: numbers.conj().imag,
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_with_a_changed_sign_are_restored(name):
+    """The sign is a flag of the tensor, and not in its memory."""
+    numbers = torch.tensor([1 + 2j, -3 + 0j], device=DEVICE)
+    view, memory = VIEWS[name](numbers), numbers.clone()
+    state = TensorState(view)
+    view.zero_()
+    state.restore()
+    assert torch.equal(numbers, memory)
+    version = view._version
+    state.rewind()
+    assert torch.equal(numbers, memory)
+    if name == "conjugate" and DEVICE.type == "cpu":
+        assert view._version == version  # what has not changed is not written to
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.int64])
