@@ -12,23 +12,19 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ifthpo.callbacks.critical import CriticalSharpness
-from lightning_ifthpo.callbacks.measurement import spectrum_metrics, trace_metrics
+from lightning_ifthpo.callbacks.critical import CriticalGauge
+from lightning_ifthpo.callbacks.curvature import CurvatureGauge
 from lightning_ifthpo.callbacks.periodic import PeriodicCallback
 from lightning_ifthpo.core.loss import NoLossError
 from lightning_ifthpo.core.validation import require_choice, require_flag
-from lightning_ifthpo.curvature import CurvatureOperator
-from lightning_ifthpo.curvature.kinds import LossCurvature, curvature_operator
-from lightning_ifthpo.optimizers import StabilityEdge, has_edge
-from lightning_ifthpo.runtime.batches import copied, prepared
+from lightning_ifthpo.curvature.kinds import LossCurvature
+from lightning_ifthpo.runtime.batches import copied
 from lightning_ifthpo.runtime.distributed import Ranks
-from lightning_ifthpo.runtime.fixed_batches import FixedBatches
 from lightning_ifthpo.runtime.loggers import log_figure, takes_figures
-from lightning_ifthpo.runtime.losses import ModuleLosses, trainable
+from lightning_ifthpo.runtime.observed_loss import ObservedLoss
 from lightning_ifthpo.runtime.requirements import check_bilevel, check_observed, check_precision
 from lightning_ifthpo.runtime.telling import rank_zero_warn
-from lightning_ifthpo.runtime.verification import trusted_operator
-from lightning_ifthpo.spectrum import SpectrumTracker, spectral_density
+from lightning_ifthpo.spectrum import SpectrumTracker
 from lightning_ifthpo.spectrum.tracking import Method
 from lightning_ifthpo.step_size.critical import CriticalTracker
 
@@ -151,15 +147,14 @@ class SharpnessMonitor(PeriodicCallback):
         self.failures = 0
         self.unconverged = 0
         self._tracker: SpectrumTracker | CriticalTracker
-        self._critical: CriticalSharpness | None = None
+        self._curvature = CurvatureGauge(self.curvature, self.preconditioned)
+        self._critical: CriticalGauge | None = None
         if self.method == "critical":
             self._tracker = CriticalTracker(max_evaluations=self.max_iterations, rtol=self.rtol)
-            self._critical = CriticalSharpness(self._tracker)
+            self._critical = CriticalGauge(self._tracker)
         else:
             options: dict[str, Any] = {"max_iterations": self.max_iterations, "rtol": self.rtol}
             self._tracker = SpectrumTracker(self.method, k=self.top_k, **options)
-        self._examples: FixedBatches | None = None
-        self._kind = self.curvature
         self._pictured_epoch = -1
 
     @property
@@ -178,7 +173,7 @@ class SharpnessMonitor(PeriodicCallback):
             "tracker": self._tracker.state_dict(),
             "divergence": None if self._critical is None else self._critical.divergence.state_dict(),
             "pictured_epoch": self._pictured_epoch,
-            "kind": self._kind,
+            "kind": self._curvature.kind,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -189,7 +184,7 @@ class SharpnessMonitor(PeriodicCallback):
         if self._critical is not None:
             self._critical.divergence.load_state_dict(state_dict["divergence"])
         self._pictured_epoch = state_dict["pictured_epoch"]
-        self._kind = state_dict["kind"]
+        self._curvature.kind = state_dict["kind"]
         self._metrics = state_dict["metrics"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -199,11 +194,9 @@ class SharpnessMonitor(PeriodicCallback):
             check_bilevel(pl_module, "SharpnessMonitor(loss='outer')")
         if self._critical is None or self.trace or self.spectral_density:
             check_precision(trainer, self.curvature, "32")
-            self._check_optimizers(trainer)
+            self._curvature.check(trainer, self.name)
         self._ranks = Ranks(trainer)
-        if self.dataloader is not None:
-            self._examples = FixedBatches(self.dataloader, pl_module.device, self._ranks)
-        self._losses = ModuleLosses(trainer, pl_module, None if self._examples else self._ranks)
+        self._observed = ObservedLoss(trainer, pl_module, self.dataloader, self._ranks, self.loss)
         # the first process decides, because the loggers of the others are dummies that accept everything
         self._pictures = self.spectral_density and self._ranks.broadcast_bool(any(map(takes_figures, trainer.loggers)))
         if self.spectral_density and not self._pictures:
@@ -225,11 +218,9 @@ class SharpnessMonitor(PeriodicCallback):
                 self._batch = copied(batch)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Takes note of the loss, without what the Trainer has multiplied it by."""
+        """Takes note of the loss."""
         if self._critical is not None and self._watches(pl_module):
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            scale = 1.0 if scaler is None else scaler.get_scale()
-            self._critical.take_loss(float(loss.detach()) * trainer.accumulate_grad_batches / scale)
+            self._critical.take_loss(trainer, loss)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Measures after this step if its loss has grown."""
@@ -252,8 +243,7 @@ class SharpnessMonitor(PeriodicCallback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Forgets the fixed examples and the model, because a callback outlives the fit."""
         super().teardown(trainer, pl_module, stage)
-        self._examples = None
-        self.__dict__.pop("_losses", None)
+        self.__dict__.pop("_observed", None)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reports how many measurements failed, did not converge, or were postponed."""
@@ -277,49 +267,25 @@ class SharpnessMonitor(PeriodicCallback):
         metrics: dict[str, float] = {}
         with self._tolerating_failures():
             if isinstance(self._tracker, SpectrumTracker):
-                with self._operator(trainer, module, batch) as (operator, edge):
-                    ends = self._tracker.measure(operator)
-                    metrics |= spectrum_metrics(ends, edge)  # fails at NaN, which more iterations do not mend
-                    self.unconverged += not ends.converged
-            else:
-                metrics |= self._critical_metrics(trainer, module, batch)
+                ends, has_converged = self._curvature.spectrum(self._observed, batch, self._tracker)
+                metrics |= ends
+                self.unconverged += not has_converged
+            elif self._critical is not None:
+                metrics |= self._critical.measure(self._observed, batch)
             if self.trace:
-                with self._operator(trainer, module, batch) as (operator, _):
-                    metrics |= trace_metrics(operator)
+                metrics |= self._curvature.trace(self._observed, batch)
         metrics["failures"] = float(self.failures)
         if self._critical is not None and self._watches(module):
             metrics["alarms"] = float(self._critical.divergence.alarms)
         return {f"{self.name}/{key}": value for key, value in metrics.items()}
-
-    def _critical_metrics(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> dict[str, float]:
-        """Returns the metrics of the last step, and warns if training is about to diverge."""
-        assert self._critical is not None
-        make = self._losses.outer if self.loss == "outer" else self._losses.inner
-        with self._losses.session("three_point"):
-            if self._examples is None:
-                loss = make(batch)
-            else:
-                loss = self._examples.mean_loss(
-                    lambda part: make(prepared(trainer, module, part, seed=0)), trainable(module)
-                )
-            metrics, alarm = self._critical.measure(loss)
-        if alarm and self._critical.divergence.alarms == 1:
-            rank_zero_warn(
-                f"SharpnessMonitor, step {trainer.global_step}: training is about to diverge: {alarm}. Lower the "
-                "learning rate, or let ExactGeN choose it"
-            )
-        return metrics
 
     def _illustrate(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
         """Logs a figure of the spectral density, once an epoch."""
         if not self._pictures or self._pictured_epoch == trainer.current_epoch:
             return
         with self._tolerating_failures():
-            with (
-                self._progress.showing(trainer, "spectral density"),
-                self._operator(trainer, module, batch) as (operator, _),
-            ):
-                density = spectral_density(operator)
+            with self._progress.showing(trainer, "spectral density"):
+                density = self._curvature.density(self._observed, batch)
             self._pictured_epoch = trainer.current_epoch
             if trainer.is_global_zero:
                 with self._tolerating_failures(alone=True):
@@ -337,7 +303,7 @@ class SharpnessMonitor(PeriodicCallback):
         try:
             yield
         except Exception as error:
-            if isinstance(error, NoLossError) and self._examples is None:
+            if isinstance(error, NoLossError) and not self._observed.is_fixed:
                 raise  # the next training batch may have a loss; fixed examples do not change
             if self._ranks.count > 1 and not alone and not isinstance(error, FloatingPointError):
                 raise
@@ -356,42 +322,3 @@ class SharpnessMonitor(PeriodicCallback):
     def _is_last_chance(self, trainer: L.Trainer) -> bool:
         """Also true before the first validation and the end of the first epoch, where other callbacks read metrics."""
         return super()._is_last_chance(trainer) or self._lacks_metrics(trainer)
-
-    @contextmanager
-    def _operator(
-        self, trainer: L.Trainer, module: L.LightningModule, batch: Any
-    ) -> Iterator[tuple[CurvatureOperator, StabilityEdge | None]]:
-        """Gives the operator to measure, and the edge of its λ_max if that is known."""
-        edge = StabilityEdge.of(trainer.optimizers, trainable(module))
-        if edge is not None and edge.metric is not None and self.preconditioned is False:
-            edge = None  # it is the edge of the preconditioned curvature
-        # the default seed draws the same dropout masks each time, so that measurements can be compared
-        with self._losses.session(self._kind):
-            if self._examples is None:
-                operator = self._curvature_of(batch)
-            else:
-                operator = self._examples.mean(lambda part: self._curvature_of(prepared(trainer, module, part, seed=0)))
-            if edge is not None and edge.metric is not None:
-                operator = operator.preconditioned(edge.metric)
-            yield operator, edge
-
-    def _curvature_of(self, batch: Any) -> CurvatureOperator:
-        loss = self._losses.inner(batch)
-        if not self._losses.is_verified:
-            operator, self._kind = trusted_operator(self._losses, loss, self._kind, "SharpnessMonitor")
-            return operator
-        return curvature_operator(self._kind, loss, loss.parameters)
-
-    def _check_optimizers(self, trainer: L.Trainer) -> None:
-        unknown = {type(optimizer).__name__ for optimizer in trainer.optimizers if not has_edge(optimizer)}
-        names = ", ".join(sorted(unknown))
-        if not names or self.preconditioned is False:
-            return
-        if self.preconditioned:
-            raise ValueError(
-                f"preconditioned=True needs a known stability edge, and {names} has none; use preconditioned=None"
-            )
-        rank_zero_warn(
-            f"the stability edge of {names} is not known: {self.name}/lambda_max is measured without a preconditioner, "
-            f"and {self.name}/edge_ratio is not logged"
-        )

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_ifthpo.callbacks.measurement import spectrum_metrics, trace_metrics
+from lightning_ifthpo.callbacks.curvature import spectrum_metrics, trace_metrics
 from lightning_ifthpo.curvature import MatrixOperator
 from lightning_ifthpo.spectrum import lanczos
 from lightning_ifthpo.stability import StabilityEdge
