@@ -9,14 +9,13 @@ from statistics import fmean, median
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lightning_ifthpo.core.loss import NoLossError
+from lightning_ifthpo.core.module_state import ModuleState
 from lightning_ifthpo.core.validation import require_at_least
 from lightning_ifthpo.runtime.batches import copied
 from lightning_ifthpo.runtime.distributed import Ranks
@@ -160,8 +159,10 @@ class _Race(L.Callback):
         self._made = trainer.global_step
         if self._race is None:
             weights = trainable_weights(trainer.optimizers[0])
-            update = Update.undo_step(weights, self._start.copies_of(weights))
+            moved = [weight.detach().clone() for weight in weights]
             self._start.restore()
+            omegas = [weight.detach() - other for weight, other in zip(weights, moved, strict=True)]
+            update = Update(weights, omegas)
             if self._skipped < _SKIPS and not any(bool(omega.any()) for omega in update.omega):
                 self._skipped += 1
                 return
@@ -232,32 +233,19 @@ class _Race(L.Callback):
 
 
 class _Start:
-    """Weights, buffers and the state of the optimizer at the beginning of each trial, and the loss scale once known."""
+    """The module and its optimizer at the beginning of each trial, and the loss scale once it is known."""
 
     def __init__(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._optimizer, self._precision = trainer.optimizers[0], trainer.precision_plugin
-        self._tensors = [*module.parameters(), *module.buffers()]
-        self._buffers = [
-            (submodule, name, buffer)
-            for submodule in module.modules()
-            for name, buffer in submodule.named_buffers(recurse=False)
-        ]
-        self._copies = {id(tensor): tensor.detach().clone() for tensor in self._tensors}
+        self._module = ModuleState(module)
         self._state = copy.deepcopy(self._optimizer.state_dict())
         self._scaler: dict[str, Any] | None = None
 
     def keep_scale(self) -> None:
         self._scaler = copy.deepcopy(self._precision.state_dict())
 
-    def copies_of(self, tensors: list[Tensor]) -> list[Tensor]:
-        return [self._copies[id(tensor)].clone() for tensor in tensors]
-
-    @torch.no_grad()
     def restore(self) -> None:
-        for submodule, name, buffer in self._buffers:
-            setattr(submodule, name, buffer)  # it may have been replaced by another tensor
-        for tensor in self._tensors:
-            tensor.copy_(self._copies[id(tensor)])
+        self._module.restore()
         self._optimizer.load_state_dict(copy.deepcopy(self._state))
         if self._scaler is not None:
             self._precision.load_state_dict(copy.deepcopy(self._scaler))

@@ -4,7 +4,6 @@ import copy
 import logging
 import math
 import random
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -176,13 +175,14 @@ def test_only_the_ratios_of_the_rates_count():
     assert found[0].lrs == (found[0].lr, found[0].lr / 4)
 
 
+APPLIED: list[float] = []  # a global variable is not put back
+
+
 class Applied(Plain):
     """Notes the rate of each step, as it is made."""
 
-    applied: ClassVar[list[float]] = []
-
     def on_before_zero_grad(self, optimizer):
-        self.applied.append(optimizer.param_groups[0]["lr"])
+        APPLIED.append(optimizer.param_groups[0]["lr"])
 
 
 def decay(optimizer):
@@ -191,15 +191,15 @@ def decay(optimizer):
 
 
 def test_trials_are_as_long_as_asked_and_no_scheduler_acts():
-    Applied.applied.clear()
+    APPLIED.clear()
     found = suggestion(Applied(scheduler=decay), steps=3)
-    looks, rest = Applied.applied[:4], Applied.applied[4:]
+    looks, rest = APPLIED[:4], APPLIED[4:]
     assert looks == [1.0] * 4  # where the updates are read
     trials = [rest[start : start + 3] for start in range(0, len(rest), 3)]
     assert all(len(set(rates)) == 1 for rates in trials)
     assert sorted(rates[0] for rates in trials) == [trial.lr for trial in found.trials]
     assert found.trial_steps == 3
-    assert found.steps == len(Applied.applied) == 4 + 3 * len(found.trials)
+    assert found.steps == len(APPLIED) == 4 + 3 * len(found.trials)
 
 
 def test_a_trial_takes_a_tenth_of_the_run():
@@ -493,36 +493,36 @@ def test_data_that_end_end_the_race_and_it_says_so():
         ExactGeN.suggest(quiet_trainer(max_steps=100), Plain(), batches)
 
 
+SEEN: list[tuple[float, int, int, int]] = []
+
+
 class Counting(Plain):
-    """Replaces a buffer by another tensor at each step, as moving averages do."""
+    """Counts its steps in a buffer, which is another tensor after each, in an attribute, a list and its class."""
+
+    steps = 0
 
     def __init__(self):
         super().__init__()
         self.register_buffer("count", torch.zeros(()))
-        self.seen = SEEN
+        self.number, self.inputs = 0, []
 
     def training_step(self, batch, batch_idx):
-        self.seen.append(float(self.count))
+        SEEN.append((float(self.count), self.number, len(self.inputs), Counting.steps))
         self.count = self.count + 1
+        self.number += 1
+        self.inputs.append(batch)
+        Counting.steps += 1
         return super().training_step(batch, batch_idx)
 
 
-class Shared(list):
-    """A list that copies of a module share."""
-
-    def __deepcopy__(self, memo):
-        return self
-
-
-SEEN = Shared()
-
-
-def test_each_trial_begins_with_the_same_buffers():
+def test_each_trial_begins_with_the_same_state_of_the_module():
     SEEN.clear()
     suggestion = ExactGeN.suggest(quiet_trainer(max_epochs=4), Counting(), loader(40, batch_size=4), steps=3)
-    steps = [value for value in SEEN if value in (0.0, 1.0, 2.0)]
-    assert max(SEEN) <= 3.0  # of the batches that trials are judged on
-    assert steps.count(0.0) >= len(suggestion.trials)
+    assert all(len(set(counts)) == 1 for counts in SEEN)
+    counts = [counts[0] for counts in SEEN]
+    assert max(counts) <= 3.0  # of the batches that trials are judged on
+    assert counts.count(0.0) >= len(suggestion.trials)
+    assert Counting.steps == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the scaler is one of the CPU")
