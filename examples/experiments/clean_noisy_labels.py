@@ -2,9 +2,10 @@
 
 45 % of the digits in 3,000 images of MNIST are one too high: labels that are wrong in a pattern, as annotators, scripts
 and weak rules make them. 400 images have checked labels. In a single `trainer.fit`, `IFTHypergradient` tunes a weight
-for each image and a matrix of how labels are confused. A fresh network is trained with what they say, next to what else
-can be done with the same images, and next to an oracle that knows which labels are wrong. Each network is stopped where
-its loss on 100 further checked images is lowest. Test labels decide nothing.
+for each image and a matrix of how labels are confused. A fresh network is trained through that matrix, and another one
+on what the first says of each label; the second is kept where it is clearly better. Beside it stands what else can be
+done with the same images, and an oracle that knows which labels are wrong. Each network is stopped where its loss on
+100 further checked images is lowest. Test labels decide nothing.
 
     python -m examples.experiments.clean_noisy_labels                                  # a minute on two cores
     python -m examples.experiments.clean_noisy_labels --noise symmetric --rate 0.4     # labels that are wrong at random
@@ -42,7 +43,7 @@ NAME = "clean_noisy_labels"
 QUICK = ("equal", "checked", "gold", "ours", "no_hyper", "oracle")  # rows that take seconds; `--all` has the others too
 CURVES = {
     "oracle": (BOUND, "wrong labels left out (oracle)"),
-    "ours": (OURS, "confusions learned, targets corrected"),
+    "ours": (OURS, "the recipe: confusions tuned, labels corrected"),
     "gold": (OTHER, "gold loss correction"),
     "checked": (OUTER, "checked images alone"),
     "equal": (PLAIN, "all labels, equal weights"),
