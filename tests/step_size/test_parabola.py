@@ -354,3 +354,26 @@ def test_differences_of_gradients_at_a_step_see_kinks_at_its_scale():
     cube = lambda: (w**3).sum()  # noqa: E731
     found = exact_parabola(cube, [w], direction, curvature="finite_difference", step=1e-14)
     assert found.curvature == pytest.approx(6.0, rel=1e-8)
+
+
+def test_a_parabola_tells_losses_along_the_update_and_may_begin_elsewhere():
+    def loss(step):
+        return 3.0 - 2.0 * step + 2.5 * step**2
+
+    parabola = Parabola(slope=2.0, curvature=5.0, squared_length=4.0, loss=3.0)
+    for step in (-1.0, 0.0, 0.4, 3.0):
+        assert parabola.loss - parabola.gain(step) == pytest.approx(loss(step))
+        moved = parabola.at(step)
+        assert moved.loss == pytest.approx(loss(step))
+        assert moved.slope == pytest.approx(2.0 - 5.0 * step)
+        assert moved.loss - moved.gain(0.7) == pytest.approx(loss(step + 0.7))
+        assert (moved.curvature, moved.squared_length) == (5.0, 4.0)
+
+
+def test_along_a_longer_update_steps_are_shorter():
+    parabola = Parabola(slope=2.0, curvature=5.0, squared_length=4.0, loss=3.0)
+    longer = parabola.along(6.0)  # three times as long
+    assert longer.squared_length == 36.0
+    assert longer.gain(0.1) == pytest.approx(parabola.gain(0.3))
+    assert longer.sharpness == pytest.approx(parabola.sharpness)
+    assert longer.optimal_step == pytest.approx(parabola.optimal_step / 3)

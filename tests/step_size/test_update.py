@@ -1,5 +1,7 @@
 """Reading the update off an optimizer step, and applying it."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -113,3 +115,17 @@ def test_an_update_restricted_to_some_weights_moves_only_those():
     update.restricted_to([second]).apply(0.5)
     assert (first.tolist(), second.tolist()) == ([0.0, 0.0], [-0.5, -0.5])
     assert update.restricted_to([]).parameters == []
+
+
+def test_the_rate_of_a_move_is_in_units_of_the_weights_that_move():
+    weights = [torch.tensor([3.0, 100.0], device=DEVICE), torch.tensor([4.0], device=DEVICE)]
+    update = Update(weights, [torch.tensor([3.0, 0.0], device=DEVICE), torch.tensor([4.0], device=DEVICE)])
+    assert update.rate_of_move(0.1) == pytest.approx(0.1)  # ω is as long as the weights that it moves
+    faster = Update(weights, [10 * omega for omega in update.omega])
+    assert faster.rate_of_move(0.1) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
+def test_an_update_without_a_length_moves_nothing_at_any_rate(value):
+    update = Update([torch.ones(2, device=DEVICE)], [torch.full((2,), value, device=DEVICE)])
+    assert update.rate_of_move(0.1) == math.inf
