@@ -190,7 +190,12 @@ class _Race(L.Callback):
             lowest = parabola.optimal_step if parabola.slope > 0.0 else None
             guess = first if lowest is None else 2.0 * lowest
             with loss.along(update.omega, graph=False) as at:
-                edge = critical_step(lambda step: loss.combine(at(-step)).item(), guess=guess, rtol=_EDGE_RTOL)
+                edge = critical_step(
+                    lambda step: loss.combine(at(-step)).item(),
+                    guess=guess,
+                    rtol=_EDGE_RTOL,
+                    dtype=loss.space.coarsest_dtype,
+                )
             # half the edge of a quadratic is slope over curvature
             self._anchors.append(edge.step / 2.0 if lowest is None else min(edge.step / 2.0, lowest))
             # a loss that is bounded may have no edge
