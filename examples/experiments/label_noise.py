@@ -2,7 +2,7 @@
 
 3,000 examples have noisy labels, 400 checked ones, and 100 more choose where to stop. All methods have the same
 network, schedule and examples (`problems/label_methods.py`). The settings of the recipe are the same for all problems.
-They were chosen by split 0; the table has other splits.
+They were chosen on splits 0 to 2; the table has other splits.
 
     python -m examples.experiments.label_noise --datasets MNIST --noises pair --rates 0.45 --seeds 3     # two minutes
     python -m examples.experiments.label_noise                     # hours; sentences need 'lightning_ifthpo[text]'

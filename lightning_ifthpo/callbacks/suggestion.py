@@ -9,13 +9,14 @@ from statistics import fmean, median
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lightning_ifthpo.core.loss import NoLossError
-from lightning_ifthpo.core.module_state import ModuleState
 from lightning_ifthpo.core.validation import require_at_least
 from lightning_ifthpo.runtime.batches import copied
 from lightning_ifthpo.runtime.distributed import Ranks
@@ -94,6 +95,8 @@ class _Race(L.Callback):
         self._race: RateRace | None = None
         self._left = 0  # steps of the present trial
         self._skipped = 0  # first updates that changed nothing
+        self._update: Update | None = None  # to look along
+        self._is_moved = False  # the start has to be put back before the next step
         self._batches = 0  # of the present epoch
         self._made = 0  # optimizer steps
 
@@ -136,7 +139,13 @@ class _Race(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Sets the rates of the next step: one times the ratios of the groups where its update is to be read."""
+        """Begins a trial, and sets the rates of the next step: one, times the ratios of the groups, for an update."""
+        if self._is_moved:  # here, because the module's own hooks may move it after a step
+            self._start.restore()
+            self._is_moved = False
+        if self._update is not None:
+            update, self._update = self._update, None
+            self._look(update)
         if self._updates < _LOOKS:
             self._batch = copied(batch)  # because the training step may change it
             self._rates.write(self._rates.multipliers)
@@ -159,21 +168,19 @@ class _Race(L.Callback):
         self._made = trainer.global_step
         if self._race is None:
             weights = trainable_weights(trainer.optimizers[0])
-            moved = [weight.detach().clone() for weight in weights]
-            self._start.restore()
-            omegas = [weight.detach() - other for weight, other in zip(weights, moved, strict=True)]
-            update = Update(weights, omegas)
+            update = Update.undo_step(weights, self._start.copies_of(weights))
+            self._is_moved = True
             if self._skipped < _SKIPS and not any(bool(omega.any()) for omega in update.omega):
                 self._skipped += 1
                 return
             self._updates += 1
             self._reserved.append(self._batch)
-            self._look(update)
+            self._update = update
             return
         self._left -= 1
         if not self._left:
             self._race.observe(self._judged())
-            self._start.restore()
+            self._is_moved = True
             self._left = self._trial_steps
             trainer.should_stop = self._race.next_rate is None
             if trainer.should_stop:
@@ -184,7 +191,7 @@ class _Race(L.Callback):
         first = update.rate_of_move(_FIRST_MOVE)
         if not 0.0 < first < math.inf:
             return
-        loss = self._losses.inner(self._batch).over(update.parameters)
+        loss = self._losses.inner(self._reserved[-1]).over(update.parameters)
         with suppress(NoLossError, FloatingPointError), self._losses.session("three_point"):
             parabola = three_point_parabola(loss, update.parameters, update.omega)
             lowest = parabola.optimal_step if parabola.slope > 0.0 else None
@@ -238,19 +245,32 @@ class _Race(L.Callback):
 
 
 class _Start:
-    """The module and its optimizer at the beginning of each trial, and the loss scale once it is known."""
+    """Weights, buffers and the state of the optimizer at the beginning of each trial, and the loss scale once known."""
 
     def __init__(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._optimizer, self._precision = trainer.optimizers[0], trainer.precision_plugin
-        self._module = ModuleState(module)
+        self._tensors = [*module.parameters(), *module.buffers()]
+        self._buffers = [
+            (submodule, name, buffer)
+            for submodule in module.modules()
+            for name, buffer in submodule.named_buffers(recurse=False)
+        ]
+        self._copies = {id(tensor): tensor.detach().clone() for tensor in self._tensors}
         self._state = copy.deepcopy(self._optimizer.state_dict())
         self._scaler: dict[str, Any] | None = None
 
     def keep_scale(self) -> None:
         self._scaler = copy.deepcopy(self._precision.state_dict())
 
+    def copies_of(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [self._copies[id(tensor)].clone() for tensor in tensors]
+
+    @torch.no_grad()
     def restore(self) -> None:
-        self._module.restore()
+        for submodule, name, buffer in self._buffers:
+            setattr(submodule, name, buffer)  # it may have been replaced by another tensor
+        for tensor in self._tensors:
+            tensor.copy_(self._copies[id(tensor)])
         self._optimizer.load_state_dict(copy.deepcopy(self._state))
         if self._scaler is not None:
             self._precision.load_state_dict(copy.deepcopy(self._scaler))

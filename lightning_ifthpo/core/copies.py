@@ -60,8 +60,8 @@ class TensorState:
         if keeps_weights or not tensor.requires_grad:
             self._copy = self._copied()
         self._version = tensor._version
-        self._is_lazy = _is_shared(self._entries)
-        self._bits: tuple[Tensor, Tensor] | None = None  # of contents and copy, in the same memory
+        self._is_lazy = self._copy is not self._entries and _share_memory(self._entries, self._copy)
+        self._bits: tuple[Tensor, Tensor] | None = None  # of contents and copy
         self._grad = tensor.grad if tensor.is_leaf else None
         self._grad_state = None if self._grad is None else TensorState(self._grad, is_gradient=True)
 
@@ -91,7 +91,7 @@ class TensorState:
         Raises:
             RuntimeError: If a kernel wrote to the memory that a tensor shares with its copy.
         """
-        if self._is_lazy and _is_shared(self._entries) and self.tensor._version != self._version:
+        if self._is_shared() and self.tensor._version != self._version:
             raise RuntimeError(
                 f"a loss changes a frozen weight or a gradient of shape {tuple(self.tensor.shape)} on "
                 f"{self.tensor.device} by a function of torch._foreach, as torch.optim.swa_utils.AveragedModel does, "
@@ -113,15 +113,19 @@ class TensorState:
 
     def _was_touched(self) -> bool:
         if self._is_lazy:
-            return not _is_shared(self._entries)
+            return not self._is_shared()
         if self._entries.device.type == "cpu":
             return True
         # `data_ptr` of a tensor without memory of its own, such as a sparse one, raises
         moved = _has_plain_memory(self._memory) and self.tensor.data_ptr() != self._memory.data_ptr()
         return moved or self.tensor._version != self._version
 
+    def _is_shared(self) -> bool:
+        """Returns whether the contents share their memory with the copy, because nobody has written to them."""
+        return self._is_lazy and _share_memory(self._entries, self._copy)
+
     def _is_unchanged(self) -> bool:
-        if self._copy is self._entries or (self._is_lazy and _is_shared(self._entries)):
+        if self._copy is self._entries or self._is_shared():
             return True
         # On an accelerator a comparison waits for the device; memory that must not be written to is on the CPU.
         if self._entries.device.type != "cpu" or not _has_plain_memory(self._entries):
@@ -139,21 +143,29 @@ def has_state(tensor: Tensor) -> bool:
     return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
-def _is_shared(tensor: Tensor) -> bool:
-    """Returns whether a tensor still shares its memory with a lazy copy."""
-    # Private: torch gives a tensor memory of its own at the first write, and nothing public says that it did.
-    return _has_plain_memory(tensor) and torch._C._is_cow_tensor(tensor)  # type: ignore[attr-defined]
+def _share_memory(tensor: Tensor, copy: Tensor) -> bool:
+    """Returns whether a lazy copy, which takes memory of its own at the first write, has taken none."""
+    if not (_has_plain_memory(tensor) and torch._C._is_cow_tensor(tensor)):  # type: ignore[attr-defined]
+        return False
+    # Private: torch has no public name for either, and asking for `data_ptr` counts as a write.
+    return torch._C._data_address(tensor) == torch._C._data_address(copy)  # type: ignore[attr-defined,no-any-return]
 
 
 def _has_plain_memory(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_neg()
+    return tensor.layout is torch.strided and not tensor.is_quantized
 
 
 def _bits(tensor: Tensor, copy: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a tensor and its copy as integers: NaN equals NaN, and −0 is not 0. The first is in its own memory."""
+    """Returns the bits of a tensor and of its copy as integers: NaN equals NaN, and −0 is not 0.
+
+    Those of the tensor are a view, which follows its contents; the copy does not change. A conjugate or negative view
+    has its sign as a flag, which the copy has not.
+    """
     if tensor.is_conj():
-        tensor, copy = tensor.conj(), copy.conj()
-    pair = [torch.view_as_real(one) if one.is_complex() else one for one in (tensor, copy.resolve_conj())]
+        tensor, copy = tensor.conj(), copy.conj().resolve_conj()
+    if tensor.is_neg():
+        tensor, copy = torch._neg_view(tensor), copy.neg()
+    pair = [torch.view_as_real(one) if one.is_complex() else one for one in (tensor, copy)]
     if tensor.nbytes >= _LONG and all(one.is_contiguous() and one.nbytes % 8 == 0 for one in pair):
         pair = [one.view(-1) for one in pair]
         if all(one.storage_offset() * one.itemsize % 8 == 0 for one in pair):

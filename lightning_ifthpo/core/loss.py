@@ -118,7 +118,7 @@ class Loss:
             return self._evaluate(graph)
 
     def _evaluate(self, graph: bool) -> tuple[Tensor, Sequence[Tensor]]:
-        """Does the same with the random numbers that come next."""
+        """Returns what `evaluate` does, with the random numbers that come next."""
         with modules_rewound(), twice_differentiable_functions(), recording_outputs() as marked:
             returned = self.function()
         value, outputs = _checked(returned, self.name, graph)
@@ -144,8 +144,8 @@ class Loss:
 
         The direction is shaped like the parameters, with `None` for zeros. Take derivatives before the next call,
         because activation checkpointing repeats the forward pass at the current weights; without a graph there are
-        none to take. After the block w is restored bit for bit, and the generators are unchanged. Cost: a copy of the
-        parameters.
+        none to take. After the block w is restored bit for bit, and the generators are as before it; inside, random
+        numbers continue those of the last evaluation. Cost: a copy of the parameters.
         """
         random_state = self.fix_random_numbers()
         with isolated(self.space.device), self.space.restored() as originals:

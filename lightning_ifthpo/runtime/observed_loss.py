@@ -27,8 +27,9 @@ class ObservedLoss:
         name: "inner", or "outer" for the `outer_loss` of a BilevelLightningModule.
 
     Attributes:
+        trainer: The Trainer.
+        module: The module.
         losses: The losses of the module on a batch.
-        is_fixed: Whether the examples are fixed.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class ObservedLoss:
         return self.losses.session(curvature)
 
     def on(self, batch: Any) -> Loss:
-        """Returns the loss; on fixed examples for its values alone."""
+        """Returns the loss; of one on fixed examples only the values may be used, and no derivatives."""
         if self._examples is None:
             return self._make(batch)
         return self._examples.mean_loss(lambda part: self._make(self._prepared(part)), trainable(self.module))

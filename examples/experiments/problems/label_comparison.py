@@ -158,7 +158,7 @@ def compare(
         scores["margins_checked"] = outcomes["equal"].margins
     truth = data.true_transition()
     return Comparison(
-        accuracy={name: outcomes[name].accuracy for name in ROWS if name in outcomes},
+        accuracy={name: outcomes[name].accuracy for name in ROWS if name in rows},
         auc={name: float(roc_auc_score(data.wrong, -scores[name])) for name in RANKINGS if name in scores},
         error={
             name: float((matrix - truth).abs().mean())

@@ -1,9 +1,9 @@
 """What can be done about wrong labels: one training loop, in which all methods differ by their targets and weights.
 
 All train the same network at the end, for the same number of steps, on the same examples: noisy ones and checked ones,
-of which each counts four times in the loss, because their labels are right. Some make other runs before, to rank
-labels. Training stops where the loss on 100 held-out checked examples is lowest. A method with a choice left, as how
-many labels to leave out, makes it by that loss too. Test labels decide nothing.
+of which each counts four times in the loss, because their labels are right. Some make other runs before, to rank or to
+correct labels. Training stops where the loss on 100 held-out checked examples is lowest. A method with a choice left,
+as how many labels to leave out, makes it by that loss too. Test labels decide nothing.
 """
 
 from __future__ import annotations
