@@ -7,7 +7,7 @@ on what the first says of each label; the second is kept where it is clearly bet
 done with the same images, and an oracle that knows which labels are wrong. Each network is stopped where its loss on
 100 further checked images is lowest. Test labels decide nothing.
 
-    python -m examples.experiments.clean_noisy_labels                                  # a minute on two cores
+    python -m examples.experiments.clean_noisy_labels                                  # less than two minutes
     python -m examples.experiments.clean_noisy_labels --noise symmetric --rate 0.4     # labels that are wrong at random
     python -m examples.experiments.clean_noisy_labels --noise instance --rate 0.4      # depending on the image
 """
