@@ -37,13 +37,12 @@ from examples.experiments.common import (
 )
 from examples.experiments.problems import label_noise as problem
 from examples.experiments.problems.label_comparison import FINAL_STEPS, RANKINGS, ROWS, Comparison, compare
+from examples.experiments.problems.label_methods import LOOK_EVERY
 from examples.experiments.style import BOUND, OTHER, OURS, OUTER, PLAIN, WRONG, page
 
 NAME = "clean_noisy_labels"
-QUICK = (  # rows that take seconds; `--all` has the others too
-    *("equal", "checked", "gold"),
-    *("ours", "forward", "relabelled", "no_hyper", "oracle"),
-)
+# rows that take seconds; `--all` has the others too
+QUICK = ("equal", "checked", "gold", "ours", "forward", "relabelled", "no_hyper", "oracle")
 CURVES = {
     "oracle": (BOUND, "wrong labels left out (oracle)"),
     "ours": (OURS, "the recipe: confusions tuned, labels corrected"),
@@ -129,7 +128,7 @@ def draw(results: Results) -> Figure:
         draw_matrix(panels[name], picture["transition" if name == "learned" else "true_transition"], title)
     panel = panels["accuracy"]
     for name, (role, label) in CURVES.items():
-        steps = range(problem.LOOK_EVERY, problem.LOOK_EVERY * len(picture["curves"][name]) + 1, problem.LOOK_EVERY)
+        steps = range(LOOK_EVERY, LOOK_EVERY * len(picture["curves"][name]) + 1, LOOK_EVERY)
         panel.plot(steps, picture["curves"][name], **role.line(label=label))
         panel.plot(*picture["stops"][name], **role.points(markersize=8))
     panel.set(xlabel="step (marks: stopped by 100 held-out images)", ylabel="test accuracy", ylim=(0.25, 1.0))

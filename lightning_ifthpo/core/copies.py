@@ -145,10 +145,9 @@ def has_state(tensor: Tensor) -> bool:
 
 def _share_memory(tensor: Tensor, copy: Tensor) -> bool:
     """Returns whether a lazy copy, which takes memory of its own at the first write, has taken none."""
-    if not (_has_plain_memory(tensor) and torch._C._is_cow_tensor(tensor)):  # type: ignore[attr-defined]
-        return False
-    # Private: torch has no public name for either, and asking for `data_ptr` counts as a write.
-    return torch._C._data_address(tensor) == torch._C._data_address(copy)  # type: ignore[attr-defined,no-any-return]
+    # Private: asking for `data_ptr`, the public name, counts as a write.
+    address = torch._C._data_address  # type: ignore[attr-defined]
+    return _has_plain_memory(tensor) and address(tensor) == address(copy)
 
 
 def _has_plain_memory(tensor: Tensor) -> bool:

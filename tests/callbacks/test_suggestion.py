@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 import random
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -175,14 +176,13 @@ def test_only_the_ratios_of_the_rates_count():
     assert found[0].lrs == (found[0].lr, found[0].lr / 4)
 
 
-APPLIED: list[float] = []  # a global variable is not put back
-
-
 class Applied(Plain):
     """Notes the rate of each step, as it is made."""
 
+    applied: ClassVar[list[float]] = []
+
     def on_before_zero_grad(self, optimizer):
-        APPLIED.append(optimizer.param_groups[0]["lr"])
+        self.applied.append(optimizer.param_groups[0]["lr"])
 
 
 def decay(optimizer):
@@ -191,15 +191,15 @@ def decay(optimizer):
 
 
 def test_trials_are_as_long_as_asked_and_no_scheduler_acts():
-    APPLIED.clear()
+    Applied.applied.clear()
     found = suggestion(Applied(scheduler=decay), steps=3)
-    looks, rest = APPLIED[:4], APPLIED[4:]
+    looks, rest = Applied.applied[:4], Applied.applied[4:]
     assert looks == [1.0] * 4  # where the updates are read
     trials = [rest[start : start + 3] for start in range(0, len(rest), 3)]
     assert all(len(set(rates)) == 1 for rates in trials)
     assert sorted(rates[0] for rates in trials) == [trial.lr for trial in found.trials]
     assert found.trial_steps == 3
-    assert found.steps == len(APPLIED) == 4 + 3 * len(found.trials)
+    assert found.steps == len(Applied.applied) == 4 + 3 * len(found.trials)
 
 
 def test_a_trial_takes_a_tenth_of_the_run():

@@ -140,7 +140,7 @@ def compare(
         scores["confidence"] = _of_given(out_of_sample(data, seed, learn_steps), given)
         outcomes["confidence"] = left_out(data, -scores["confidence"], seed, final_steps)
     if {"gold", "no_hyper"} & set(rows):
-        outcomes["gold"] = gold = train_forward(data, estimate, seed, final_steps)
+        outcomes["gold"] = train_forward(data, estimate, seed, final_steps)
     add("reweight", Method(targets, one_step=1.0))
     add("meta", Method(targets, network=meta_weight_net()))
     if "no_step" in rows:
@@ -150,7 +150,7 @@ def compare(
         alone = train_forward(data, transition, seed, final_steps)
         outcomes["no_weights"] = relabel(data, transition, alone, seed, final_steps).kept
     if "no_hyper" in rows:
-        outcomes["no_hyper"] = relabel(data, estimate, gold, seed, final_steps).kept
+        outcomes["no_hyper"] = relabel(data, estimate, outcomes["gold"], seed, final_steps).kept
     add("oracle", Method(targets, (~data.wrong).float()))
     if "gold" in outcomes:
         scores["gold"] = _of_given(posterior(outcomes["gold"].probabilities, estimate, given), given)

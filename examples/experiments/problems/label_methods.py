@@ -21,8 +21,6 @@ from examples.experiments.problems.label_noise import (
     CHECKED,
     CLASSES,
     LEARNING_RATE,
-    LOOK_EVERY,
-    LOOKS,
     NOISY,
     Data,
     check,
@@ -30,6 +28,7 @@ from examples.experiments.problems.label_noise import (
 )
 from lightning_ifthpo import label_margins
 
+LOOK_EVERY, LOOKS = 20, 8  # steps between predictions for all examples, and how many of the last are averaged
 CHECKED_WEIGHT = 4.0  # of a checked example, relative to a noisy one
 CHECKED_BATCH = round(BATCH_SIZE * CHECKED / NOISY)  # checked examples in each step: as often as the noisy ones
 OUTER_BATCH = 100  # checked examples by which weights are chosen one step ahead

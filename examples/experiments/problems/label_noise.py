@@ -25,7 +25,6 @@ CLASSES, NOISY, CHECKED, HELD_OUT = 10, 3000, 400, 100  # examples; the others a
 BATCH_SIZE, LEARNING_RATE = 100, 0.1
 LEARN_STEPS, WARM_UP, HYPER_EVERY = 500, 100, 5
 WEIGHT_RATE, TRANSITION_RATE = 0.1, 0.007  # of Adam: a step in the logarithm of an odds, or of a probability
-LOOK_EVERY, LOOKS = 20, 8  # steps between predictions for all examples, and how many of the last are averaged
 
 
 class Data(NamedTuple):
