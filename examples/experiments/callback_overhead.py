@@ -1,7 +1,7 @@
 """What the callbacks cost: training time with each of them over training time without, in turns in one process.
 
 Times are processor times of one thread, so that other programs hardly matter, and the runs take turns. `ExactGeN` looks
-on every batch until its rate has settled, then on every eighth. The ratio includes both.
+some 64 times while its rate climbs, then on every 64th batch. The ratio includes both.
 
     python -m examples.experiments.callback_overhead            # eight minutes
     python -m examples.experiments.callback_overhead --steps 200 --models perceptron

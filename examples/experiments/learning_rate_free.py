@@ -8,6 +8,7 @@ Prodigy (`pip install prodigyopt`, with the cosine schedule that its authors rec
 
     python -m examples.experiments.learning_rate_free                       # digits, one seed: half a minute
     python -m examples.experiments.learning_rate_free --full --seeds 0 1 2  # all data: half an hour on one core
+    python -m examples.experiments.learning_rate_free --full --seeds 0 1 2 --methods ExactGeN  # the others as recorded
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import lightning as L
 import torch
@@ -39,6 +40,7 @@ from examples.experiments.common import (
     mean,
     mnist_5k,
     quiet_trainer,
+    read,
     spread,
     start,
     values,
@@ -49,6 +51,7 @@ from lightning_ifthpo import ExactGeN
 
 NAME = "learning_rate_free"
 EPOCHS, BATCH, HIDDEN = 20, 100, 64
+RECORDED_SEEDS = [0, 1, 2]
 STARTS = (1e-6, 1e-4, 1e-2, 1.0)
 Method = Literal["constant", "cosine", "ExactGeN", "AutoGeN", "Prodigy"]
 NETS: dict[str, Callable[[], nn.Module]] = {
@@ -273,29 +276,49 @@ def draw_accuracies(panel: Axes, cells: Results) -> None:
     panel.set_xlim(left=left)
 
 
+def taking_part(optimizer: str, chosen: list[str], *, full: bool) -> list[Method]:
+    """Returns the chosen methods that are installed and belong to an optimizer: Prodigy is an Adam."""
+    usable = {name for name in METHODS if name not in PACKAGES or importlib.util.find_spec(PACKAGES[name])}
+    usable &= set(METHODS) if full else {"constant", "ExactGeN"}
+    usable -= set() if optimizer == "AdamW" else {"Prodigy"}
+    return [name for name in get_args(Method) if name in usable and name in chosen]
+
+
+def measured(data: Data, optimizer: str, methods: list[Method], seeds: list[int], *, full: bool) -> Results:
+    """Returns the accuracies of some methods, and the rates that `ExactGeN` chose."""
+    grid, starts = (GRIDS[optimizer], STARTS) if full else (GRIDS[optimizer][::3], STARTS[::3])
+    given = {"constant": grid, "cosine": grid, "Prodigy": (1.0,)}
+    cell: Results = {}
+    for method in methods:
+        made = "Prodigy" if method == "Prodigy" else optimizer
+        cell[method] = data.accuracies(method, made, given.get(method, starts), seeds)
+    if "ExactGeN" in methods:
+        rates = data.train("ExactGeN", optimizer, starts[0], seeds[0])[1]
+        cell["rates"] = [float(f"{rate:.3g}") for rate in rates]
+    return cell
+
+
 def main(argv: list[str] | None = None) -> Figures:
     """Runs all cells; returns what the last line says."""
     parser = make_parser(__doc__, seeds=[0])
     parser.add_argument("--full", action="store_true", help="all data sets, starts, competitors and fine grids")
     parser.add_argument("--optimizers", nargs="+", default=list(GRIDS), choices=list(GRIDS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     args = parser.parse_args(argv)
     start(ignore=["Covariance of the parameters"])  # in AutoGeN's fit
-    others = [method for method, package in PACKAGES.items() if args.full and importlib.util.find_spec(package)]
+    recorded: Results = {} if set(args.methods) == set(METHODS) else read(NAME)["cells"]
+    if recorded and not (args.full and args.seeds == RECORDED_SEEDS):
+        parser.error(
+            f"--methods needs --full --seeds {' '.join(map(str, RECORDED_SEEDS))}, as the others were recorded"
+        )
     cells: Results = {}
     for name in list(NETS) if args.full else ["digits"]:
         data = Data(name)
         for optimizer in args.optimizers:
-            grid, starts = (GRIDS[optimizer], STARTS) if args.full else (GRIDS[optimizer][::3], STARTS[::3])
-            cell: Results = {"constant": data.accuracies("constant", optimizer, grid, args.seeds)}
-            if args.full:
-                cell["cosine"] = data.accuracies("cosine", optimizer, grid, args.seeds)
-            if "AutoGeN" in others:
-                cell["AutoGeN"] = data.accuracies("AutoGeN", optimizer, starts, args.seeds)
-            if "Prodigy" in others and optimizer == "AdamW":
-                cell["Prodigy"] = data.accuracies("Prodigy", "Prodigy", (1.0,), args.seeds)
-            cell["ExactGeN"] = data.accuracies("ExactGeN", optimizer, starts, args.seeds)
-            rates = data.train("ExactGeN", optimizer, starts[0], args.seeds[0])[1]
-            cell["rates"] = [float(f"{rate:.3g}") for rate in rates]
+            methods = taking_part(optimizer, args.methods, full=args.full)
+            cell = recorded.get(f"{name}/{optimizer}", {}) | measured(
+                data, optimizer, methods, args.seeds, full=args.full
+            )
             cells[f"{name}/{optimizer}"] = cell
             lr, constant = best(cell["constant"])
             print(f"{name}, {optimizer}: constant {spread(constant, 2)} at {lr:g}", end="")

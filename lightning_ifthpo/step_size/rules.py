@@ -17,9 +17,9 @@ _RISE, _UNSEEN = 0.3, 2.0
 
 _START = 0.003  # first rate over n/d
 _FIRST = 3  # looks before the rate grows; a window of them after it has fallen
-# Standard errors below zero of the mean gain that show that a rate is too high, while it climbs and once it is settled.
-# On noisy data the gain of a settled rate is zero, and it should not be lowered by chance in a long run.
-_ERRORS = 3.0, 4.0
+# Standard errors below zero of the mean gain that show that a rate is too high. On noisy data the gain of a settled
+# rate is zero, and it should not be lowered by chance in a long run.
+_ERRORS = 4.0
 _GROWTH = 1.08  # per step; slow enough for the curvature to follow, which takes some ten steps, also with momentum 0.9
 _FASTEST = 2.0  # growth per step in runs of a few steps, which are too short to climb
 _LONGEST = 100  # steps of the climb where the length of the run is unknown: 2,000-fold
@@ -92,8 +92,7 @@ class AveragedRule(Rule):
     - The mean of n − ηd, the slope where a step ends, is positive: a longer step would be better. η grows, more slowly
       near mean(n)/mean(d), and never beyond: by 8 % per step, or by more in a short run, so that a fifth of the run is
       enough for a factor of 333.
-    - The gain is negative by three standard errors, or four once η is settled: η falls by 40 %, and the looks are
-      discarded.
+    - The gain is negative by four standard errors: η falls by 40 %, and the looks are discarded.
     - One step raises the loss by more than three tenths, and by more than twice what any step raised it by at the last
       looks: it is shortened to the lowest point of its parabola, η falls by 40 %, and the looks are discarded. Where
       data can be separated, gains stay positive up to the very edge.
@@ -180,7 +179,7 @@ class AveragedRule(Rule):
         self._climbed += steps
         ends = [slope - lr * curvature for slope, curvature in self._probes]
         gains = [slope - lr * curvature / 2 for slope, curvature in self._probes]
-        if len(gains) == _WINDOW and fmean(gains) < -_ERRORS[self.settled] * _standard_error(gains):
+        if len(gains) == _WINDOW and fmean(gains) < -_ERRORS * _standard_error(gains):
             self._lower()
         elif decay == 1.0 and not self.settled and len(ends) >= self._needed and fmean(ends) > 0.0:
             highest = math.inf if self.center is None else self.center

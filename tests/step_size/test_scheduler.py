@@ -220,8 +220,9 @@ def test_the_final_decay_ends_at_zero():
     assert rates[-1] == 0.0
 
 
-@pytest.mark.parametrize("per_group", [False, True])
-def test_the_scheduler_goes_on_from_its_state(tmp_path, per_group):
+@pytest.mark.parametrize(("per_group", "total"), [(False, 40), (True, 40), (False, 500)])
+def test_the_scheduler_goes_on_from_its_state(tmp_path, per_group, total):
+    """In a run of 500 steps each third one is looked at, so that some stops are between two looks."""
     matrix = spd_matrix(6, 20.0, dtype=torch.float32)
 
     def train(steps, resume=None):
@@ -230,7 +231,7 @@ def test_the_scheduler_goes_on_from_its_state(tmp_path, per_group):
             nn.Parameter(torch.linspace(2, 1, 3, device=DEVICE)),
         ]
         optimizer = torch.optim.SGD([{"params": [weight]} for weight in weights], lr=1.0, momentum=0.9)
-        scheduler = ExactGeNLR(optimizer, total_steps=40, per_group=per_group)
+        scheduler = ExactGeNLR(optimizer, total_steps=total, per_group=per_group)
 
         def loss():
             return torch.cat(weights) @ matrix @ torch.cat(weights) / 2
@@ -251,12 +252,15 @@ def test_the_scheduler_goes_on_from_its_state(tmp_path, per_group):
         values = [weight.detach() for weight in weights]
         state = {"weights": values, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
         torch.save(state, tmp_path / f"{steps}.pt")
-        return torch.cat(values)
+        plain = {name: value for name, value in state["scheduler"].items() if name != "update"}
+        return torch.cat(values), plain
 
-    whole = train(40)
-    for steps in (1, 7, 23):
+    whole, last = train(40)
+    for steps in (1, 7, 8, 9, 23):
         train(steps)
-        assert torch.equal(train(40, resume=tmp_path / f"{steps}.pt"), whole)
+        values, state = train(40, resume=tmp_path / f"{steps}.pt")
+        assert torch.equal(values, whole)
+        assert state == last
 
 
 def test_a_loss_is_needed():

@@ -25,19 +25,27 @@ def alarms(lengths):
 @pytest.mark.parametrize(
     ("lengths", "expected"),
     [
-        ([1, 1.5, 2, 2.6], [3]),  # three rises, 2.6-fold in all
-        ([1, 1.3, 1.7, 2.4], []),  # 2.4-fold
-        ([1, 5, 25], []),  # two rises
-        ([1, 5, 25, 20, 30, 40, 45], []),  # they have to be in a row
-        ([1.0 + 0.01 * number for number in range(12)], [8, 9, 10, 11]),  # eight rises of any size
+        ([1, 1.1, 1.2, 1.3, 1.4], [3, 4]),  # the third record in a row, and those after it
+        ([1, 5, 25], []),  # two
+        ([1, 5, 25, 20, 30, 40, 45], [6]),  # they have to be in a row
+        ([9, 1, 2, 4, 8, 16, 32, 64], [7]),  # 2, 4 and 8 are no records
+        ([9] + 32 * [1] + [2, 4, 8], [35]),  # the last 32 count
+        ([9] + 31 * [1] + [2, 4, 8], []),
         ([1, 2, 4, 8, 8, 16], [3]),  # the alarm ends where the gradient does not grow
         ([0, 0, 0, 1e-15, 1e-10, 1e-5], [5]),  # from zero on
         ([1, 2, 4, float("inf")], [3]),
         ([1, 2, float("nan"), 8, 16], []),
+        ([1, float("inf"), 2, 4, 8], [3, 4]),  # a step that a loss scaler skips is no length to compare with
     ],
 )
-def test_an_alarm_needs_rises_in_a_row(lengths, expected):
+def test_an_alarm_needs_records_in_a_row(lengths, expected):
     assert alarms(lengths) == expected
+
+
+def test_noise_raises_few_alarms():
+    """One in 39,000 steps is expected."""
+    lengths = torch.rand(20_000, generator=torch.Generator().manual_seed(0)).tolist()
+    assert len(alarms(lengths)) <= 2
 
 
 def test_sparse_gradients_count_with_all_their_entries():
