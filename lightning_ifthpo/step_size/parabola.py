@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -136,11 +135,12 @@ def three_point_parabola(
     """
     whole, direction = as_loss(loss, parameters), list(direction)
     length = math.hypot(*(vector_length(part) for part in direction if part is not None))
-    if length < sys.float_info.min**0.5:  # its square is zero, or has lost digits
+    roughest = whole.space.coarsest_dtype
+    # its square is zero or has lost digits, and a step of the length of the weights overflows
+    if length < torch.finfo(torch.promote_types(roughest, torch.float32)).tiny ** 0.5:
         return Parabola(0.0, 0.0, 0.0)
     if not math.isfinite(length):
         return Parabola(length, length, length)
-    roughest = whole.space.coarsest_dtype
     shortest = relative_step(roughest, second=True) * step_along(direction, whole.parameters)
     with whole.along(direction) as at:
 

@@ -58,6 +58,14 @@ class GroupRates:
         """Whether a rule has chosen a rate."""
         return any(rule.lr is not None for rule in self.rules)
 
+    @property
+    def choosing(self) -> list[Rule]:
+        """The rules that have something to choose: not that of a group that has never moved and has no gradient."""
+        if not self._per_group:
+            return self.rules
+        pairs = zip(self.rules, self._optimizer.param_groups, strict=True)
+        return [rule for rule, group in pairs if rule.lr is not None or _has_gradient(group)]
+
     def of_rules(self, factor: float) -> list[float]:
         """Returns the rate of each rule, times a factor."""
         return [(rule.lr or 0.0) * factor for rule in self.rules]
@@ -124,3 +132,7 @@ class GroupRates:
         self.multipliers, self.applied, self.shortened = state["multipliers"], state["applied"], state["shortened"]
         for rule, rule_state in zip(self.rules, state["rules"], strict=True):
             rule.load_state_dict(rule_state)
+
+
+def _has_gradient(group: dict[str, Any]) -> bool:
+    return any(parameter.grad is not None for parameter in group["params"])

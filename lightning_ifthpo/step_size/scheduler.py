@@ -250,10 +250,10 @@ class ExactGeNLR(LRScheduler):
         """Returns whether to look along the next step."""
         if not self._rates.started:
             return True
-        decay = self._decay()
-        if self._watch.is_alarmed or any(rule.watchful for rule in self.rules):
+        decay, rules = self._decay(), self._rates.choosing
+        if self._watch.is_alarmed or any(rule.watchful for rule in rules):
             return decay > 0.0
-        is_climbing = decay == 1.0 and not all(rule.settled for rule in self.rules)
+        is_climbing = decay == 1.0 and not all(rule.settled for rule in rules)
         interval = self._climbing_interval() if is_climbing else self.every_n_steps
         return decay > 0.0 and self.last_epoch % interval == 0
 

@@ -377,3 +377,11 @@ def test_along_a_longer_update_steps_are_shorter():
     assert longer.gain(0.1) == pytest.approx(parabola.gain(0.3))
     assert longer.sharpness == pytest.approx(parabola.sharpness)
     assert longer.optimal_step == pytest.approx(parabola.optimal_step / 3)
+
+
+@pytest.mark.parametrize("size", [1e-22, 1e-39, 1e-45])
+def test_an_update_whose_square_is_zero_has_no_parabola(size):
+    """As at the end of a descent to zero in float32: a step of the length of the weights is not a float32 number."""
+    weight = torch.ones(2, requires_grad=True, device=DEVICE)
+    direction = [torch.full((2,), size, device=DEVICE)]
+    assert three_point_parabola(lambda: weight.square().sum(), [weight], direction) == Parabola(0.0, 0.0, 0.0)
