@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from functools import cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any, TypeAlias
@@ -133,6 +134,11 @@ def start(threads: int = 1, ignore: Sequence[str] = ()) -> None:
     for advice in (*ADVICE, *ignore):
         warnings.filterwarnings("ignore", f".*{advice}")
     torch.set_num_threads(threads)
+
+
+def installed(methods: Iterable[str], packages: Mapping[str, str]) -> list[str]:
+    """Returns the methods that need no package of their own, or whose package is installed."""
+    return [name for name in methods if name not in packages or find_spec(packages[name])]
 
 
 def make_parser(doc: str | None, seeds: Sequence[int] | None = None) -> argparse.ArgumentParser:

@@ -14,9 +14,8 @@ Prodigy (`pip install prodigyopt`, with the cosine schedule that its authors rec
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -35,6 +34,7 @@ from examples.experiments.common import (
     conclude,
     deviation,
     digits_8x8,
+    installed,
     make_parser,
     markdown,
     mean,
@@ -86,7 +86,7 @@ class Entrant(NamedTuple):
         return self.role.points(**face, **others)
 
 
-METHODS = {
+METHODS: dict[Method, Entrant] = {
     "constant": Entrant("constant rate", PLAIN, is_filled=True, needs_rate=True),
     "cosine": Entrant("cosine", PLAIN, is_filled=False, needs_rate=True),
     "AutoGeN": Entrant("AutoGeN", OTHER, is_filled=True, needs_rate=False),
@@ -219,7 +219,7 @@ def table(results: Results) -> str:
     return markdown(["", *(METHODS[method].title for method in shown), "`ExactGeN`", "minus constant"], rows)
 
 
-def counted(cell: Results, method: str) -> Results:
+def counted(cell: Results, method: Method) -> Results:
     """Returns the accuracies that count: those of the best rate, or of all for a method that should not need one."""
     return best(cell[method])[1] if METHODS[method].needs_rate else pooled(cell[method])
 
@@ -278,10 +278,8 @@ def draw_accuracies(panel: Axes, cells: Results) -> None:
 
 def taking_part(optimizer: str, chosen: list[str], *, full: bool) -> list[Method]:
     """Returns the chosen methods that are installed and belong to an optimizer: Prodigy is an Adam."""
-    usable = {name for name in METHODS if name not in PACKAGES or importlib.util.find_spec(PACKAGES[name])}
-    usable &= set(METHODS) if full else {"constant", "ExactGeN"}
-    usable -= set() if optimizer == "AdamW" else {"Prodigy"}
-    return [name for name in get_args(Method) if name in usable and name in chosen]
+    usable = set(installed(chosen, PACKAGES)) & (set(METHODS) if full else {"constant", "ExactGeN"})
+    return [name for name in METHODS if name in usable and (name != "Prodigy" or optimizer == "AdamW")]
 
 
 def measured(data: Data, optimizer: str, methods: list[Method], seeds: list[int], *, full: bool) -> Results:
@@ -307,6 +305,8 @@ def main(argv: list[str] | None = None) -> Figures:
     args = parser.parse_args(argv)
     start(ignore=["Covariance of the parameters"])  # in AutoGeN's fit
     recorded: Results = {} if set(args.methods) == set(METHODS) else read(NAME)["cells"]
+    if recorded and (missing := sorted(set(args.methods) - set(installed(args.methods, PACKAGES)))):
+        parser.error(f"not installed: {', '.join(missing)}")
     if recorded and not (args.full and args.seeds == RECORDED_SEEDS):
         parser.error(
             f"--methods needs --full --seeds {' '.join(map(str, RECORDED_SEEDS))}, as the others were recorded"

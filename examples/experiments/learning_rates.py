@@ -16,7 +16,6 @@ costs seven tenths of a run more. All are reported by the loss on test examples 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 from statistics import fmean, stdev
@@ -33,6 +32,7 @@ from examples.experiments.common import (
     Figures,
     Results,
     conclude,
+    installed,
     make_parser,
     markdown,
     mean,
@@ -328,7 +328,7 @@ def main(argv: list[str] | None = None) -> Figures:
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     args = parser.parse_args(argv)
     start(ignore=["`torch.jit.script", "Covariance of the", "Detected call of `lr_scheduler", "Seems like `optimizer"])
-    present = [name for name in args.methods if name not in PACKAGES or importlib.util.find_spec(PACKAGES[name])]
+    present = installed(args.methods, PACKAGES)
     is_part = set(args.methods) != set(methods)
     if is_part and (reason := unfit(args.methods, present, args.seeds)):
         parser.error(reason)
